@@ -1,0 +1,75 @@
+"""A command line around a job: help, settings, and errors as a person wants to read them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+from .errors import SettingsError, UserError
+from .settings import Settings, help_text, ineffective, load
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_config: str, argv: list[str] | None = None) -> int:
+    """Load the settings that the command line asks for and run `job` with them.
+
+    Args:
+        job: does the work and returns the exit status.
+        prog: how the command is started, for the help.
+        purpose: what it does, in a sentence, for the help.
+        default_config: settings file that is read without `--config`.
+        argv: arguments without the program's name; None: those of this process.
+
+    Returns:
+        The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 141 when
+        the reader of the output went away. Any other exception is a defect and propagates.
+    """
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        if "-h" in arguments or "--help" in arguments:
+            print(help_text(prog, default_config, purpose), end="", flush=True)
+            return 0
+        config, overrides = split_config(arguments, default_config)
+        settings = load(config, overrides)
+        for warning in ineffective(settings):
+            print(f"warning: {warning}", file=sys.stderr)
+        status = job(settings)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_output()
+        return BROKEN_PIPE
+
+
+def split_config(arguments: list[str], default_config: str) -> tuple[str, list[str]]:
+    """The settings file that `--config` names (the last one counts), and the other arguments.
+
+    Raises:
+        SettingsError: `--config` has no value.
+    """
+    config, others, rest = default_config, [], iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag != "--config":
+            others.append(argument)
+            continue
+        config = value if equals else next(rest, "")
+        if not config or config.startswith("--"):
+            raise SettingsError("command line: --config has no value; write --config FILE")
+    return config, others
+
+
+def _silence_output() -> None:
+    """Point standard output at nothing, so that Python's own flush at exit does not fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,101 @@
+"""Optimizers and learning-rate schedules by name (paper section 4: Adam, cosine)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as lrs
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """`optimizer`, `learning_rate`, `momentum` (SGD) and `weight_decay` (both)."""
+
+    name: str = "adam"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+def _sgd(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay)
+
+
+def _adam(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+
+
+def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """The optimizer over every parameter that is not frozen.
+
+    Raises:
+        ValueError: every parameter is frozen.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("the network has no trainable parameter")
+    return OPTIMIZERS[spec.name](trained, spec)
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The `lr_scheduler` section; see `Schedule`."""
+
+    type: str = "cosine"
+    min_lr: float = 1e-6
+    patience: int = 3
+    factor: float = 0.1
+    milestones: Sequence[int] = ()
+    last_epoch: int = -1
+
+
+class Schedule:
+    """A learning-rate schedule, told of every step and every epoch.
+
+    - cosine: from the learning rate to `min_lr` over all batches, stepped every batch;
+    - plateau: times `factor` (not below `min_lr`) when the metric, higher is better, did not rise for `patience` epochs;
+    - multistep: times `factor` at each epoch in `milestones`;
+    - none: constant.
+    `last_epoch` continues a schedule: the number of its last step (batches for cosine, epochs for multistep), -1 for a new one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, spec: ScheduleSpec, epochs: int, steps_per_epoch: int) -> None:
+        self.optimizer = optimizer
+        self._per_step: lrs.LRScheduler | None = None
+        self._per_epoch: lrs.LRScheduler | None = None
+        self._plateau: lrs.ReduceLROnPlateau | None = None
+        if spec.last_epoch >= 0:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        if spec.type == "cosine":
+            total = max(1, epochs * steps_per_epoch)
+            self._per_step = lrs.CosineAnnealingLR(optimizer, T_max=total, eta_min=spec.min_lr, last_epoch=spec.last_epoch)
+        elif spec.type == "plateau":
+            self._plateau = lrs.ReduceLROnPlateau(optimizer, mode="max", factor=spec.factor, patience=spec.patience, min_lr=spec.min_lr)
+        elif spec.type == "multistep":
+            self._per_epoch = lrs.MultiStepLR(optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch)
+        elif spec.type != "none":
+            raise ValueError(f"unknown schedule {spec.type!r}; known: cosine, plateau, multistep, none")
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+        if self._per_step is not None:
+            self._per_step.step()
+
+    def after_epoch(self, metric: float) -> None:
+        """Called after every epoch's validation."""
+        if self._plateau is not None:
+            self._plateau.step(metric)
+        if self._per_epoch is not None:
+            self._per_epoch.step()

@@ -1,0 +1,87 @@
+"""What the training loop asks of a task; the loop does not know classification from detection.
+
+A task owns its data, its loss and its metric. `Engine` is what both ask of the processes they run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one batch.
+
+    Attributes:
+        loss: scalar, differentiable, mean over the images of the batch.
+        scalars: further figures to log under `Train/<name>`, detached scalars.
+        n_images: images in the batch.
+    """
+
+    loss: Tensor
+    n_images: int
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """How many processes work on the run, and how they talk. One process is an engine like any other."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files, logs and bars."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum of `values` over all processes."""
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        """The model to call in training steps, so that gradients are averaged over the processes."""
+
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer to step with."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+
+class Task(Protocol):
+    """Data, loss and metric."""
+
+    metric_name: str
+    """The key of `validate`'s result that says which epoch is best (higher is better)."""
+
+    steps_per_epoch: int
+    """Batches per epoch on this process."""
+
+    def training_batches(self, epoch: int) -> Iterator[Any]:
+        """The batches of epoch `epoch` (from 1), in an order that depends on the run's seed and the epoch alone."""
+
+    def training_loss(self, model: nn.Module, batch: Any) -> StepLoss:
+        """Loss of `model` (in training mode) on `batch`; moves the batch to the device itself."""
+
+    def validate(self, model: nn.Module, label: str) -> dict[str, float]:
+        """Metrics of `model` (put into eval mode and restored) over the whole validation set and all processes."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module gets its own mode back, so that norms that were frozen stay frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

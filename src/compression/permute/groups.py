@@ -1,0 +1,190 @@
+"""Groups of layers that share one permutation: the form users write, checked against the network before any work.
+
+A group lists parents (what produces the channels) and children (what consumes them); paper section 3.2.1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import GroupError
+from ...randomness import stream
+from .operations import Reshape, Side, check_permutation, check_reshape, side_of
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names of the layers that share one permutation."""
+
+    parents: tuple[str, ...]
+    children: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A layer in a group, resolved."""
+
+    name: str
+    module: nn.Module
+    side: Side
+    reshape: Reshape
+
+
+@dataclass(frozen=True)
+class ResolvedGroup:
+    """A group whose layers were found and fit each other.
+
+    Attributes:
+        label: how messages call it, for example `permutations[3] (parents layer1.0.conv1, ...)`.
+        width: number of channels C that are permuted.
+        n_blocks: a permutation must stay within this many equal blocks (1: anything goes).
+    """
+
+    label: str
+    parents: tuple[Member, ...]
+    children: tuple[Member, ...]
+    width: int
+    n_blocks: int
+
+    def apply(self, p: Tensor) -> None:
+        """Reorder the channels of every member by p (C,), in place; the network's function does not change."""
+        check_permutation(p, self.width, self.n_blocks)
+        for member in self.parents + self.children:
+            member.side.permute(member.module, p, member.reshape)
+
+
+def resolve(model: nn.Module, groups: Sequence[Group], reshapes: Mapping[str, Sequence[int]] | None = None) -> list[ResolvedGroup]:
+    """Find the layers of all groups and check that they fit.
+
+    Args:
+        model: the dense network.
+        groups: names of parents and children.
+        reshapes: `permutation_specs.<layer>.reshape` of linear layers that read a flattened map.
+
+    Raises:
+        GroupError: unknown layer, a type that cannot be permuted, widths that differ, or a layer permuted twice on one side.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    reshapes = reshapes or {}
+    resolved = []
+    seen: dict[tuple[int, str], str] = {}
+    for number, group in enumerate(groups):
+        label = f"permutations[{number}] ({', '.join(group.parents[:2])}{', ...' if len(group.parents) > 2 else ''} -> {', '.join(group.children[:1])}{', ...' if len(group.children) > 1 else ''})"
+        parents = tuple(_member(label, name, modules, "parent", reshapes) for name in group.parents)
+        children = tuple(_member(label, name, modules, "child", reshapes) for name in group.children)
+        for role, members in (("output", parents), ("input", children)):
+            for member in members:
+                _check_once(label, member, role, seen)
+        widths = [(m.name, m.side.width(m.module, m.reshape)) for m in parents + children]
+        width = widths[0][1]
+        for member, (name, other) in zip(parents + children, widths, strict=True):
+            if other != width:
+                _raise_width(label, widths[0][0], width, member, other)
+        blocks = _common_blocks(label, [(m.name, m.side.blocks(m.module)) for m in parents + children], width)
+        resolved.append(ResolvedGroup(label, parents, children, width, blocks))
+    return resolved
+
+
+def _member(label: str, name: str, modules: dict[str, nn.Module], role: str, reshapes: Mapping[str, Sequence[int]]) -> Member:
+    if name not in modules or not name:
+        import difflib
+
+        near = difflib.get_close_matches(name, [known for known in modules if known], n=1, cutoff=0.5)
+        raise GroupError(f"model.{label}: the network has no layer {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    module = modules[name]
+    try:
+        side = side_of(name, module, role)
+        reshape = tuple(int(n) for n in reshapes[name]) if role == "child" and name in reshapes else None
+        if reshape:
+            check_reshape(name, module, reshape)
+    except GroupError as error:
+        raise GroupError(f"model.{label}: {error}") from None
+    return Member(name, module, side, reshape)
+
+
+def _check_once(label: str, member: Member, role: str, seen: dict[tuple[int, str], str]) -> None:
+    weight = getattr(member.module, "weight", None)
+    # two names of one layer, or two layers that share a weight, count as one
+    key = (id(weight) if weight is not None else id(member.module), role)
+    if key in seen:
+        raise GroupError(f"model.{label}: the {role} of {member.name} would be permuted twice, here and as {seen[key]}; a layer's {role} belongs to one group")
+    seen[key] = f"{member.name} in {label.split(' ')[0]}"
+
+
+def _raise_width(label: str, first: str, width: int, member: Member, other: int) -> None:
+    hint = ""
+    if isinstance(member.module, nn.Linear) and member.reshape is None and other % width == 0 and other > width:
+        side = other // width
+        hint = f"; if it reads a flattened map, set permutation_specs.{member.name}.reshape: [{member.module.out_features}, {width}, h, w] with h*w = {side}"
+    raise GroupError(f"model.{label}: {member.name} has {other} channels on the side that is permuted, but {first} has {width}{hint}")
+
+
+def _common_blocks(label: str, counts: list[tuple[str, int]], width: int) -> int:
+    largest = max(count for _, count in counts)
+    for name, count in counts:
+        if largest % count:
+            raise GroupError(f"model.{label}: {name} has {count} convolution groups, which do not nest in the {largest} of another layer; leave one of them out")
+    if largest >= width:
+        name = next(name for name, count in counts if count == largest)
+        raise GroupError(f"model.{label}: {name} has {largest} convolution groups for {width} channels, so no channel can be moved; take this group out")
+    return largest
+
+
+def random_permutation(width: int, n_blocks: int, generator: torch.Generator) -> Tensor:
+    """A random permutation (width,) that stays within `n_blocks` equal blocks."""
+    size = width // n_blocks
+    return torch.cat([torch.randperm(size, generator=generator) + block * size for block in range(n_blocks)])
+
+
+def check_function(model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes: Mapping[str, Sequence[int]] | None = None, seed: int = 0) -> None:
+    """Try random permutations of all groups on a float64 copy of the network and compare its output.
+
+    A list that names existing layers of equal width can still be wrong (a consumer forgotten, a norm left out); the
+    network would be broken silently. This finds it before any work, and names the group.
+
+    Args:
+        model: the dense network; not changed.
+        groups: as for `resolve`.
+        example: one batch of inputs (B, ...), any values.
+        reshapes: as for `resolve`.
+        seed: of the random permutations.
+
+    Raises:
+        GroupError: a group changes the function by more than 1e-6 of the output's norm.
+    """
+    if not groups:
+        return
+    if _change(model, groups, example, reshapes, seed) <= 1e-6:
+        return
+    for number in range(len(groups)):
+        change = _change(model, groups[number : number + 1], example, reshapes, seed)
+        if change > 1e-6:
+            group = groups[number]
+            raise GroupError(
+                f"model.permutations[{number}]: permuting this group changes the network's output (by {change:.1e} of its norm): "
+                f"a layer that produces or reads these channels is missing or wrong.\n  parents: {', '.join(group.parents)}\n  children: {', '.join(group.children)}"
+            )
+    raise GroupError("model.permutations: the groups together change the network's output, although each alone does not")
+
+
+def _change(model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes: Mapping[str, Sequence[int]] | None, seed: int) -> float:
+    trial = copy.deepcopy(model).double().eval()
+    example = example.double()
+    with torch.no_grad():
+        before = _flatten(trial(example))
+        for group in resolve(trial, groups, reshapes):
+            group.apply(random_permutation(group.width, group.n_blocks, stream(seed, "check", group.label)))
+        after = _flatten(trial(example))
+    return float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _flatten(output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.flatten()
+    values = output.values() if isinstance(output, Mapping) else output
+    return torch.cat([_flatten(value) for value in values])  # type: ignore[union-attr, attr-defined]

@@ -1,0 +1,155 @@
+"""The score of a permutation: log det of the covariance of a child's subvectors (paper section 3.2.2, equation 6).
+
+Rate-distortion theory for a Gaussian source: at a given rate the distortion grows with det(Cov). The determinant itself
+underflows in float64 at d = 98, so everything here works with its logarithm.
+
+Notation: R rows, C channels, a = h*w values per channel, d subvector length, m subvectors per row, n = R*m subvectors.
+A *column* is one input value of a row: column c*a + q is value q of channel c. The second moment of the subvectors is a
+sum of entries of the Gram matrix of columns, so that a swap of two channels changes it by the few subvectors that hold them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...errors import GroupError
+from ..subvectors import kernel_area
+from .operations import Reshape, is_depthwise
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+RIDGE = 1e-10
+"""Added to the diagonal, relative to the mean square of the weight: keeps dead or equal channels finite. Independent of p."""
+
+
+class ChildObjective:
+    """log det(Cov) of one child as a function of the permutation of its input channels, updated swap by swap.
+
+    Attributes:
+        permutation: p (C,), channel p[i] stands at position i.
+        value: log det of the covariance at `permutation`.
+    """
+
+    def __init__(self, columns: Floats, n_channels: int, d: int, n_groups: int = 1) -> None:
+        """Prepare the Gram matrix.
+
+        Args:
+            columns: the weight as matrix (R, C/n_groups * a): rows of group g see the channels of group g.
+            n_channels: C.
+            d: subvector length.
+            n_groups: convolution groups.
+
+        Raises:
+            GroupError: the weight is zero, so there is nothing to score.
+        """
+        rows, width = columns.shape
+        self.area = width * n_groups // n_channels
+        self.d = d
+        self.n_channels = n_channels
+        grouped = columns.reshape(n_groups, rows // n_groups, width)
+        self.n_subvectors = rows * width // d
+        # one Gram per group, (G, W, W); columns of different groups never share a subvector
+        self._gram = np.matmul(grouped.transpose(0, 2, 1), grouped) / self.n_subvectors
+        self._column_sum = (grouped.sum(axis=1) / self.n_subvectors).reshape(-1)
+        self._width = width
+        power = float(np.trace(self._gram, axis1=1, axis2=2).sum()) / d
+        if not np.isfinite(power) or power <= 0:
+            raise GroupError("the weight is zero or not finite")
+        self._ridge = RIDGE * power * np.eye(d)
+        self.reset(np.arange(n_channels))
+
+    def reset(self, permutation: Ints) -> None:
+        """Start again from `permutation` (C,)."""
+        self.permutation = permutation.copy()
+        self._columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
+        self._moment = self._block(self._columns)
+        self._mean = self._column_sum[self._columns].sum(axis=0)
+        self.value = self._logdet(self._moment, self._mean)
+
+    def evaluate(self, permutation: Ints) -> float:
+        """The score of another permutation; the state stays."""
+        columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
+        return self._logdet(self._block(columns), self._column_sum[columns].sum(axis=0))
+
+    def try_swap(self, i: int, j: int, threshold: float = 1e-12) -> bool:
+        """Swap the channels at positions i and j if the score falls by more than `threshold` (ties would cycle)."""
+        touched = self._subvectors_of(i, j)
+        old = self._columns[touched]
+        new = old.copy()
+        flat = new.reshape(-1)
+        where = (touched[:, None] * self.d + np.arange(self.d)).reshape(-1)
+        at_i, at_j = where // self.area == i, where // self.area == j
+        offset = where % self.area
+        flat[at_i] = self.permutation[j] * self.area + offset[at_i]
+        flat[at_j] = self.permutation[i] * self.area + offset[at_j]
+        moment = self._moment + self._block(new) - self._block(old)
+        mean = self._mean + (self._column_sum[new] - self._column_sum[old]).sum(axis=0)
+        value = self._logdet(moment, mean)
+        if value >= self.value - threshold:
+            return False
+        self._columns[touched] = new
+        self._moment, self._mean, self.value = moment, mean, value
+        self.permutation[i], self.permutation[j] = self.permutation[j], self.permutation[i]
+        return True
+
+    def channel_scores(self) -> Floats:
+        """(C,) log determinant of each channel's own a x a covariance (its log variance when a = 1)."""
+        scores = np.empty(self.n_channels)
+        per_group = self._width // self.area
+        rows = self.n_subvectors * self.d // (self._width * self._gram.shape[0])
+        for channel in range(self.n_channels):
+            group, local = divmod(channel, per_group)
+            at = slice(local * self.area, (local + 1) * self.area)
+            second = self._gram[group, at, at] * self.n_subvectors / rows
+            mean = self._column_sum[channel * self.area : (channel + 1) * self.area] * self.n_subvectors / rows
+            covariance = second - np.outer(mean, mean)
+            ridge = np.eye(self.area) * max(self._ridge[0, 0], np.finfo(float).tiny)
+            scores[channel] = np.linalg.slogdet(covariance + ridge)[1]
+        return scores
+
+    def _subvectors_of(self, i: int, j: int) -> Ints:
+        """Indices of the subvectors that hold a value of position i or j."""
+        parts = [np.arange(x * self.area // self.d, ((x + 1) * self.area - 1) // self.d + 1) for x in (i, j)]
+        return np.unique(np.concatenate(parts))
+
+    def _block(self, columns: Ints) -> Floats:
+        """Sum over the given subvectors (t, d) of their d x d part of the Gram matrix."""
+        group, local = columns // self._width, columns % self._width
+        return self._gram[group[:, :1, None], local[:, :, None], local[:, None, :]].sum(axis=0)
+
+    def _logdet(self, moment: Floats, mean: Floats) -> float:
+        sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self._ridge)
+        return float(value) if sign > 0 else float("inf")
+
+
+def is_optimisable(module: nn.Module, d: int, reshape: Reshape = None) -> bool:
+    """Whether the order of the input channels changes which values share a subvector of length d.
+
+    False where subvectors lie within one channel (small blocks), and for a transposed convolution, whose input channels
+    are the rows.
+    """
+    if isinstance(module, nn.ConvTranspose2d) or is_depthwise(module):
+        return False
+    area = int(np.prod(reshape[2:])) if reshape else kernel_area(module)
+    return area % d != 0
+
+
+def child_objective(module: nn.Module, d: int, reshape: Reshape = None) -> ChildObjective:
+    """The objective of one child.
+
+    Args:
+        module: convolution or linear layer.
+        d: its subvector length.
+        reshape: (C_out, C_in, h, w) of a linear layer that reads a flattened map.
+
+    Raises:
+        GroupError: the weight is zero or not finite.
+    """
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    groups = int(getattr(module, "groups", 1))
+    channels = reshape[1] if reshape else int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
+    columns = weight.reshape(weight.shape[0], -1).double().cpu().numpy()
+    return ChildObjective(columns, channels, d, groups)

@@ -1,0 +1,179 @@
+"""What a permutation of channels does to each type of layer: one table, keyed by type.
+
+A *parent* produces the permuted channels: its output axis (and bias, and a norm's statistics) is indexed by p.
+A *child* consumes them: its input axis is indexed by p. A depthwise convolution and a norm map channel i to channel i, so
+they stand among the parents. A convolution with groups can take part where p keeps every channel within its group
+(`keeps` says within which blocks). All indexing is done in place and without gradients: parameters stay the same objects,
+keep `requires_grad`, device and dtype.
+
+Shapes: C_out, C_in channels, h, w kernel; F = C_in*h*w inputs of a linear layer that reads a flattened map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
+
+from ...errors import GroupError
+
+Reshape = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side (output or input) of a layer type.
+
+    Attributes:
+        width: number of channels on this side; `reshape` is given for flattened linear layers.
+        permute: index the channels by p, in place.
+        blocks: number of equal consecutive blocks a permutation must not leave.
+    """
+
+    width: Callable[[nn.Module, Reshape], int]
+    permute: Callable[[nn.Module, Tensor, Reshape], None]
+    blocks: Callable[[nn.Module], int] = lambda module: 1
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """A convolution that maps channel i to channel i."""
+    return isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == module.in_channels == module.out_channels
+
+
+def _index(tensor: Tensor | None, axis: int, p: Tensor) -> None:
+    if tensor is not None:
+        tensor.data.copy_(tensor.data.index_select(axis, p.to(tensor.device)))
+
+
+def _index_within_groups(weight: Tensor, axis: int, p: Tensor, groups: int) -> None:
+    """Index axis 1 of a grouped weight: rows of group g see their own channels g*C/G ... in that axis."""
+    width = p.numel() // groups
+    rows = weight.shape[0] // groups
+    for g in range(groups):
+        local = p[g * width : (g + 1) * width] - g * width
+        part = weight.data[g * rows : (g + 1) * rows]
+        part.copy_(part.index_select(axis, local.to(part.device)))
+
+
+def _conv_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    _index(module.weight, 0, p)  # type: ignore[arg-type]
+    _index(module.bias, 0, p)  # type: ignore[arg-type]
+
+
+def _conv_in(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    if module.groups == 1:
+        _index(module.weight, 1, p)  # type: ignore[arg-type]
+    else:
+        _index_within_groups(module.weight, 1, p, module.groups)  # type: ignore[arg-type]
+
+
+def _transposed_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    if is_depthwise(module):
+        _index(module.weight, 0, p)  # type: ignore[arg-type]
+    elif module.groups == 1:
+        _index(module.weight, 1, p)  # type: ignore[arg-type]
+    else:
+        _index_within_groups(module.weight, 1, p, module.groups)  # type: ignore[arg-type]
+    _index(module.bias, 0, p)  # type: ignore[arg-type]
+
+
+def _transposed_in(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    _index(module.weight, 0, p)  # type: ignore[arg-type]
+
+
+def _linear_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    _conv_out(module, p, None)
+
+
+def _linear_in(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    weight: Tensor = module.weight.data  # type: ignore[assignment, union-attr]
+    view = weight.view(reshape) if reshape else weight
+    view.copy_(view.index_select(1, p.to(view.device)))
+
+
+def _norm_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _index(getattr(module, name, None), 0, p)
+
+
+def _prelu_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+    _index(module.weight, 0, p)  # type: ignore[arg-type]
+
+
+def _linear_in_width(module: nn.Module, reshape: Reshape) -> int:
+    return reshape[1] if reshape else int(module.in_features)  # type: ignore[arg-type]
+
+
+def _groups(module: nn.Module) -> int:
+    """Blocks a permutation must keep; none for a depthwise convolution, whose rows follow its channels."""
+    return 1 if is_depthwise(module) else int(module.groups)  # type: ignore[arg-type]
+
+
+def _attribute(name: str) -> Callable[[nn.Module, Reshape], int]:
+    return lambda module, reshape: int(getattr(module, name))
+
+
+_NORM = Side(lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()), _norm_out)  # type: ignore[union-attr, operator]
+
+OUTPUT_SIDE: dict[type, Side] = {
+    nn.Conv2d: Side(_attribute("out_channels"), _conv_out, _groups),
+    nn.ConvTranspose2d: Side(_attribute("out_channels"), _transposed_out, _groups),
+    nn.Linear: Side(_attribute("out_features"), _linear_out),
+    nn.PReLU: Side(_attribute("num_parameters"), _prelu_out),
+    FrozenBatchNorm2d: _NORM,
+    _BatchNorm: _NORM,
+}
+INPUT_SIDE: dict[type, Side] = {
+    nn.Conv2d: Side(_attribute("in_channels"), _conv_in, _groups),
+    nn.ConvTranspose2d: Side(_attribute("in_channels"), _transposed_in, _groups),
+    nn.Linear: Side(_linear_in_width, _linear_in),
+}
+
+
+def side_of(name: str, module: nn.Module, role: str) -> Side:
+    """The table row of `module` as a `parent` or a `child`.
+
+    Raises:
+        GroupError: layers of this type cannot take that role.
+    """
+    table = OUTPUT_SIDE if role == "parent" else INPUT_SIDE
+    for kind, side in table.items():
+        if isinstance(module, kind):
+            if role == "child" and is_depthwise(module):
+                raise GroupError(f"{name} is a depthwise convolution: it maps channel i to channel i, so list it (and its norm) under parents")
+            return side
+    known = ", ".join(sorted({"BatchNorm" if kind is _BatchNorm else kind.__name__ for kind in table}))
+    raise GroupError(f"{name} is a {type(module).__name__}, which cannot be a {role}; possible: {known}")
+
+
+def check_reshape(name: str, module: nn.Module, reshape: tuple[int, ...]) -> None:
+    """Check that `reshape` (C_out, C_in, h, w) describes the weight of a linear layer.
+
+    Raises:
+        GroupError: it does not.
+    """
+    if not isinstance(module, nn.Linear):
+        raise GroupError(f"permutation_specs.{name}.reshape is for linear layers that read a flattened map; {name} is a {type(module).__name__}")
+    if len(reshape) < 3 or reshape[0] != module.out_features or math.prod(reshape[1:]) != module.in_features:
+        raise GroupError(
+            f"permutation_specs.{name}.reshape: {list(reshape)} does not fit the weight ({module.out_features}, {module.in_features}) of {name}; "
+            f"expected [{module.out_features}, channels, height, width] with channels*height*width = {module.in_features}"
+        )
+
+
+def check_permutation(p: Tensor, width: int, n_blocks: int) -> None:
+    """Check that p is a permutation of `width` channels that stays within `n_blocks` equal blocks.
+
+    Raises:
+        GroupError: it is not.
+    """
+    if p.shape != (width,) or not torch.equal(p.sort().values, torch.arange(width)):
+        raise GroupError(f"expected a permutation of {width} channels, got a tensor of shape {tuple(p.shape)}")
+    size = width // n_blocks
+    if not torch.equal(p // size, torch.arange(width) // size):
+        raise GroupError(f"the permutation moves channels out of the {n_blocks} blocks of a convolution with groups")

@@ -1,0 +1,180 @@
+"""k-means and annealed k-means on the subvectors of a layer (paper section 3.3).
+
+Shapes: n training vectors (here: subvectors), d their length, k centroids. X (n, d), codebook C (k, d), codes (n,).
+
+`src` is the stochastic relaxation of the codebook, SR-C (Zeger, Vaisey, Gersho 1992): before the mean update of iteration t
+the training set is perturbed by Gaussian noise whose standard deviation per dimension is that of the training set, scaled
+by (1 - t/T)^0.5. Given the codes, the mean of n_c perturbed vectors is their mean plus Gaussian noise of standard deviation
+scale * sigma_j / sqrt(n_c), independent between centroids: exactly the same law with k*d random numbers instead of n*d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ASSIGN_CHUNK = 1 << 20
+"""Entries of the distance matrix that are held at a time."""
+
+START_NOISE = 1e-5
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A codebook and the code of every training vector.
+
+    Attributes:
+        codebook: (k, d), values that 16-bit floats hold exactly.
+        codes: (n,) int64, the nearest centroid of each vector.
+        distortion: mean squared error per vector, |x - c|^2 / n summed.
+        iterations: mean updates made.
+    """
+
+    codebook: Tensor
+    codes: Tensor
+    distortion: float
+    iterations: int
+
+
+def assign(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of every vector and its squared distance.
+
+    Args:
+        vectors: (n, d) float.
+        codebook: (k, d) of the same dtype and device.
+
+    Returns:
+        codes (n,) int64 (the lowest index among equals) and squared distances (n,) >= 0.
+    """
+    half_norms = codebook.square().sum(1).mul_(0.5)
+    transposed = codebook.t().contiguous()
+    step = max(1, ASSIGN_CHUNK // codebook.shape[0])
+    codes = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
+    for start in range(0, vectors.shape[0], step):
+        # |x - c|^2 / 2 = |x|^2 / 2 + (|c|^2 / 2 - x.c); the first term does not change the order
+        scores = torch.addmm(half_norms, vectors[start : start + step], transposed, alpha=-1)
+        torch.argmin(scores, dim=1, out=codes[start : start + step])
+    return codes, (vectors - codebook[codes]).square_().sum(1)
+
+
+def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Sum-of-members divided by count for every centroid, (k, d), and the counts (k,); empty ones come back as zeros."""
+    counts = torch.bincount(codes, minlength=k).to(vectors.dtype)
+    sums = torch.zeros(k, vectors.shape[1], dtype=vectors.dtype, device=vectors.device).index_add_(0, codes, vectors)
+    return sums / counts.clamp_min(1).unsqueeze(1), counts
+
+
+def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor) -> int:
+    """Move the centroids without members to the worst coded vectors, distinct ones, in place.
+
+    Returns the number that was moved: fewer than were empty only where there are not enough distinct badly coded vectors.
+    """
+    empty = torch.nonzero(counts == 0).flatten()
+    if empty.numel() == 0:
+        return 0
+    order = torch.sort(distances, descending=True, stable=True).indices
+    order = order[distances[order] > 0][: 64 * empty.numel()]
+    candidates = vectors[order]
+    if order.numel():
+        # the first (worst) representative of each distinct vector
+        _, inverse = torch.unique(candidates, dim=0, return_inverse=True)
+        position = torch.arange(order.numel(), device=order.device)
+        first = torch.full((int(inverse.max()) + 1,), order.numel(), device=order.device)
+        first = first.scatter_reduce(0, inverse, position, "amin")
+        candidates = candidates[first.sort().values]
+    moved = min(empty.numel(), candidates.shape[0])
+    codebook[empty[:moved]] = candidates[:moved]
+    return moved
+
+
+def _start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k training vectors drawn without replacement, plus N(0, 1e-5) noise (standard deviation)."""
+    drawn = torch.randperm(vectors.shape[0], generator=generator, device=generator.device)[:k]
+    noise = torch.randn(k, vectors.shape[1], generator=generator, device=generator.device, dtype=torch.float32) * START_NOISE
+    return vectors[drawn.to(vectors.device)] + noise.to(vectors.device, vectors.dtype)
+
+
+def _iterate(vectors: Tensor, codebook: Tensor, iterations: int, noise: Callable[[int, Tensor], Tensor] | None) -> Tensor:
+    """`iterations` times: assign, revive, mean update (plus the noise of iteration t, given the counts)."""
+    for t in range(1, iterations + 1):
+        codes, distances = assign(vectors, codebook)
+        updated, counts = means(vectors, codes, codebook.shape[0])
+        if noise is not None:
+            updated = updated + noise(t, counts)
+        updated = torch.where(counts.unsqueeze(1) > 0, updated, codebook)
+        revive(updated, vectors, distances, counts)
+        codebook = updated
+    return codebook
+
+
+def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
+    """Round the codebook to 16 bits and code every vector with its nearest centroid; no empty cluster is left.
+
+    Two centroids can become one by the rounding; the second of them then has no members. A moved centroid may take the last
+    member of another, so this is repeated; every round codes at least one vector without error, and a bound guards against ties.
+    """
+    codebook = _to_half(codebook)
+    codes, distances = assign(vectors, codebook)
+    for _ in range(32):
+        counts = torch.bincount(codes, minlength=codebook.shape[0])
+        before = codebook.clone()
+        if not revive(codebook, vectors, distances, counts):
+            break
+        codebook = _to_half(codebook)
+        if torch.equal(codebook, before):
+            break
+        codes, distances = assign(vectors, codebook)
+    return Clustering(codebook, codes, float(distances.double().mean()), iterations)
+
+
+def _to_half(codebook: Tensor) -> Tensor:
+    """The nearest values that 16-bit floats can hold, in the codebook's own dtype."""
+    return codebook.to(torch.float16).to(codebook.dtype)
+
+
+def kmeans(vectors: Tensor, k: int, iterations: int, generator: torch.Generator) -> Clustering:
+    """Lloyd's k-means: `iterations` mean updates, then a last assignment.
+
+    Args:
+        vectors: (n, d) float32, n >= k.
+        k: centroids.
+        iterations: mean updates; 0 codes with the start codebook.
+        generator: draws the start.
+    """
+    codebook = _iterate(vectors, _start(vectors, k, generator), iterations, None)
+    return _finish(vectors, codebook, iterations)
+
+
+def src(vectors: Tensor, k: int, iterations: int, generator: torch.Generator) -> Clustering:
+    """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`."""
+    sigma = vectors.std(dim=0, correction=0)
+
+    def noise(t: int, counts: Tensor) -> Tensor:
+        scale = max(0.0, 1 - t / iterations) ** 0.5
+        drawn = torch.randn(k, vectors.shape[1], generator=generator, device=generator.device, dtype=torch.float32)
+        return drawn.to(vectors.device, vectors.dtype) * sigma * (scale / counts.clamp_min(1).sqrt().unsqueeze(1))
+
+    codebook = _iterate(vectors, _start(vectors, k, generator), iterations, noise)
+    return _finish(vectors, codebook, iterations)
+
+
+QUANTIZERS: dict[str, Callable[[Tensor, int, int, torch.Generator], Clustering]] = {"kmeans": kmeans, "src": src}
+"""Names of `k_means_type`. To add one: a function with this signature, and its name here."""
+
+
+def cluster(kind: str, vectors: Tensor, k: int, iterations: int, generator: torch.Generator) -> Clustering:
+    """Cluster with the method called `kind`.
+
+    Raises:
+        ValueError: fewer vectors than centroids, or values that are not finite.
+    """
+    if vectors.shape[0] < k:
+        raise ValueError(f"{k} centroids were asked for, but there are only {vectors.shape[0]} subvectors")
+    if not torch.isfinite(vectors).all():
+        raise ValueError("the weight holds values that are not finite (NaN or infinity)")
+    if float(vectors.abs().max()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"the weight holds values beyond {torch.finfo(torch.float16).max:.0f}, which 16-bit codebooks cannot hold")
+    return QUANTIZERS[kind](vectors, k, iterations, generator)

@@ -1,0 +1,93 @@
+"""Bits of a network, dense or coded (paper section 4; the golden figures of the tables).
+
+Counted: codebooks at 16 bits per value, codes at log2(k) bits, a batch norm as two vectors, everything else at its own
+width. MB are 2^20 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
+
+from .quantize.layers import CodedLayer
+from .subvectors import bits_per_code
+
+CODEBOOK_BITS = 16
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bits of a network by what they hold, and of the dense network it came from."""
+
+    codes: int
+    codebooks: int
+    other: int
+    original: int
+
+    @property
+    def bits(self) -> int:
+        """All bits."""
+        return self.codes + self.codebooks + self.other
+
+    @property
+    def megabytes(self) -> float:
+        """MB = 2^20 bytes."""
+        return self.bits / 8 / 2**20
+
+    @property
+    def ratio(self) -> float:
+        """Original / compressed."""
+        return self.original / self.bits
+
+    def summary(self) -> str:
+        """One line with the exact bits, MB and ratio."""
+        return (
+            f"{self.bits:,} bits (codes {self.codes:,}; codebooks {self.codebooks:,}; other {self.other:,}) "
+            f"= {self.megabytes:.2f} MB, {self.ratio:.2f}x smaller than {self.original:,} bits ({self.original / 8 / 2**20:.2f} MB)"
+        )
+
+
+def is_folded_norm(module: nn.Module) -> bool:
+    """A batch norm with running statistics: a file holds it as two vectors."""
+    return isinstance(module, FrozenBatchNorm2d) or (isinstance(module, _BatchNorm) and module.running_mean is not None)
+
+
+def _bits(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() * 8
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count the bits of `model`. Tensors that are shared count once; buffers that are not saved do not count."""
+    codes = codebooks = other = original = 0
+    seen: set[int] = set()
+
+    def first_time(tensor: Tensor) -> bool:
+        new = id(tensor) not in seen
+        seen.add(id(tensor))
+        return new
+
+    for module in model.modules():
+        if isinstance(module, CodedLayer):
+            if first_time(module.codebook):
+                codebooks += module.codebook.numel() * CODEBOOK_BITS
+                codes += module.codes_matrix.numel() * bits_per_code(module.k)
+                original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
+            own = [] if module.bias is None else [module.bias]
+        elif is_folded_norm(module):
+            width = module.running_mean
+            own = []
+            if first_time(width):  # type: ignore[arg-type]
+                other += 2 * _bits(width)  # type: ignore[arg-type]
+                original += 2 * _bits(width)  # type: ignore[arg-type]
+        else:
+            skipped = module._non_persistent_buffers_set
+            own = [p for p in module._parameters.values() if p is not None]
+            own += [b for name, b in module._buffers.items() if b is not None and name not in skipped]
+        for tensor in own:
+            if first_time(tensor):
+                other += _bits(tensor)
+                original += _bits(tensor)
+    return ModelSize(codes, codebooks, other, original)

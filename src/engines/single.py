@@ -1,0 +1,35 @@
+"""One process: an engine like any other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SingleProcess:
+    """The whole run in this process, on one device."""
+
+    rank = 0
+    world_size = 1
+    is_main = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` itself: there is nobody to add."""
+        return values
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        """`model` itself."""
+        return model
+
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        """`optimizer` itself."""
+        return optimizer
+
+    def close(self) -> None:
+        """Nothing is held."""

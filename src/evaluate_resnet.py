@@ -1,0 +1,30 @@
+"""Evaluate a compressed ResNet: python -m src.evaluate_resnet."""
+
+from __future__ import annotations
+
+import sys
+
+from . import command
+from .settings import Settings
+
+
+def job(settings: Settings) -> int:
+    """The recipe; imported only when the settings are known to be good, since torch takes seconds to load."""
+    from . import recipes
+
+    return recipes.evaluate_classification(settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return command.run(
+        job,
+        prog="evaluate_resnet",
+        purpose="Evaluate a compressed ResNet (or a dense one with --model.use_compression False): size, top-1 and top-5 accuracy.",
+        default_config="../config/evaluate_resnet.yaml",
+        argv=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Settings: what a file and the command line say, parsed once into frozen typed objects."""
+
+from .checks import explicit_keys, ineffective, is_placeholder, require, to_yaml, value_of
+from .help import help_text
+from .load import load
+from .schema import (
+    CompressionSettings,
+    DataSettings,
+    ExpectedSettings,
+    GroupSettings,
+    LayerSpec,
+    ModelSettings,
+    PermutationSpec,
+    SchedulerSettings,
+    Settings,
+)
+
+__all__ = [
+    "CompressionSettings",
+    "DataSettings",
+    "ExpectedSettings",
+    "GroupSettings",
+    "LayerSpec",
+    "ModelSettings",
+    "PermutationSpec",
+    "SchedulerSettings",
+    "Settings",
+    "explicit_keys",
+    "help_text",
+    "ineffective",
+    "is_placeholder",
+    "load",
+    "require",
+    "to_yaml",
+    "value_of",
+]

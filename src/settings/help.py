@@ -1,0 +1,70 @@
+"""The text of `--help`: every key with its meaning, its values and its default, straight from the schema."""
+
+from __future__ import annotations
+
+import textwrap
+
+from pydantic.fields import FieldInfo
+
+from .checks import is_placeholder
+from .keys import LAYER, Path, walk
+from .values import short_kind
+
+WIDTH = 100
+_EXAMPLES = (
+    ("use another settings file", "--config {config}"),
+    ("override values of the file", "--output_path output/run1 --dataloader.batch_size=64"),
+    ("a layer's own value (its name may contain dots)", "--model.compression_parameters.layer_specs.layer1.0.conv1.k 128"),
+)
+
+
+def help_text(prog: str, default_config: str, purpose: str) -> str:
+    """The help of a command.
+
+    Args:
+        prog: how the command is started, such as `python -m src.train_resnet`.
+        default_config: settings file that is read without `--config`.
+        purpose: what the command does, in a sentence.
+    """
+    lines = [f"usage: {prog} [--config FILE] [--KEY VALUE | --KEY=VALUE]...", "", *textwrap.wrap(purpose, WIDTH), ""]
+    lines += [f"  --config FILE   settings file (YAML); default: {default_config}", "  -h, --help      show this text and leave", ""]
+    lines += ["examples:"]
+    for meaning, flags in _EXAMPLES:
+        lines += [f"  # {meaning}", f"  {prog} {flags.format(config=default_config)}"]
+    lines += [
+        "",
+        "Every key below can stand in the settings file, or on the command line with its dotted name (--dataloader.batch_size 64).",
+        "Values are read as YAML: True, 1e-6, 1_000, [a, b], null. The default is in brackets.",
+    ]
+    sections: dict[Path, list[tuple[str, FieldInfo]]] = {}
+    for path, field in walk():
+        sections.setdefault(path[:-1], []).append((path[-1], field))
+    for section, fields in sections.items():
+        lines += ["", f"--{'.'.join((*section, 'KEY'))}", *_table(fields, in_layer=LAYER in section)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(fields: list[tuple[str, FieldInfo]], in_layer: bool) -> list[str]:
+    rows = [(name, f"{short_kind(field)} [{_default(field)}]", field.description or "") for name, field in fields]
+    names = max(len(name) for name, _, _ in rows)
+    kinds = min(38, max(len(kind) for _, kind, _ in rows))
+    indent = " " * (2 + names + 2 + kinds + 2)
+    lines = []
+    for name, kind, meaning in rows:
+        first, *others = textwrap.wrap(meaning, max(30, WIDTH - len(indent)))
+        start = f"  {name:<{names}}  {kind:<{kinds}}  "
+        if len(start) > len(indent):  # a long list of choices gets a line of its own
+            lines += [start.rstrip(), indent + first]
+        else:
+            lines.append(start + first)
+        lines += [indent + other for other in others]
+    return lines
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "empty"
+    return "to be set" if is_placeholder(value) else str(value)

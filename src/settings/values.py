@@ -1,0 +1,160 @@
+"""Kinds of values a key can hold: how numbers are read, and how a kind is put into words."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from contextlib import suppress
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Strict
+from pydantic.fields import FieldInfo
+
+MOST_CENTROIDS = 2**30
+_WHOLE_LIMIT = 2**63
+
+
+def read_number(value: object) -> int | float:
+    """A finite number from YAML's number or from text such as `1e-6` and `1_000`, which YAML 1.1 reads as text.
+
+    Raises:
+        ValueError: without a message, so that the caller words it from the key's kind.
+    """
+    if isinstance(value, str) and value.isascii():
+        value = _spelled(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _spelled(text: str) -> int | float | None:
+    for kind in (int, float):  # int first: a float would round large whole numbers
+        with suppress(ValueError):
+            return kind(text)
+    return None
+
+
+def read_whole(value: object) -> int:
+    """A whole number; `1e3` is one, `1.5` and `True` are not."""
+    number = read_number(value)
+    if number != int(number) or abs(number) >= _WHOLE_LIMIT:
+        raise ValueError
+    return int(number)
+
+
+def read_real(value: object) -> float:
+    """A finite floating-point number."""
+    try:
+        return float(read_number(value))
+    except OverflowError as error:
+        raise ValueError from error
+
+
+def check_centroids(k: int) -> int:
+    """Refuse a number of centroids whose codes would not fill a whole number of bits."""
+    if not 2 <= k <= MOST_CENTROIDS:
+        raise ValueError(f"a power of two from 2 to {MOST_CENTROIDS}")
+    below = 1 << (k.bit_length() - 1)
+    if k != below:
+        raise ValueError(f"a power of two; the nearest are {below} and {2 * below}")
+    return k
+
+
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict()]
+Whole = Annotated[int, BeforeValidator(read_whole)]
+Natural = Annotated[int, BeforeValidator(read_whole), Ge(0)]
+Positive = Annotated[int, BeforeValidator(read_whole), Ge(1)]
+Real = Annotated[float, BeforeValidator(read_real)]
+RealFromZero = Annotated[float, BeforeValidator(read_real), Ge(0)]
+RealAboveZero = Annotated[float, BeforeValidator(read_real), Gt(0)]
+Centroids = Annotated[int, BeforeValidator(read_whole), AfterValidator(check_centroids)]
+
+_WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+_SHORT: dict[Any, str] = {bool: "True|False", int: "int", float: "float", str: "text"}
+
+
+def describe(field: FieldInfo) -> str:
+    """What a field accepts, in words: `a whole number, at least 1`."""
+    return _describe(field.annotation, tuple(field.metadata))
+
+
+def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _describe(arguments[0], (*arguments[1:], *limits))
+    if origin in (Union, UnionType):
+        words = " or ".join(_describe(option) for option in arguments if option is not NoneType)
+        return f"{words}, or null" if NoneType in arguments else words
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        count = "" if Ellipsis in arguments else f" of {len(arguments)}"
+        return f"a list{count} with items: {_describe(arguments[0])}" + _bounds(limits)
+    if origin is dict:
+        return "a mapping from layer names to their own settings"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "a group: [{parents: [names]}, {children: [names]}]" if "parents" in kind.model_fields else "a mapping of keys to values"
+    return (_WORDS.get(kind) or "a value") + _bounds(limits)
+
+
+def _bounds(limits: tuple[Any, ...]) -> str:
+    words = []
+    for limit in limits:
+        match limit:
+            case Ge(ge=low):
+                words.append(f"at least {low}")
+            case Gt(gt=low):
+                words.append(f"above {low}")
+            case Le(le=high):
+                words.append(f"at most {high}")
+            case Lt(lt=high):
+                words.append(f"below {high}")
+            case MinLen(min_length=few):
+                words.append(f"at least {few}")
+            case AfterValidator(func=func) if func is check_centroids:
+                words.append("a power of two")
+    return "".join(f", {word}" for word in words)
+
+
+def short_kind(field: FieldInfo) -> str:
+    """The same as a few characters for the help: `int`, `sgd|adam`, `list of int`."""
+    return _short(field.annotation)
+
+
+def _short(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _short(arguments[0])
+    if origin in (Union, UnionType):
+        return "|".join("null" if option is NoneType else _short(option) for option in arguments)
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin is tuple:
+        return f"list of {_short(arguments[0])}"
+    return _SHORT.get(kind) or "group"
+
+
+class _Shortener(reprlib.Repr):
+    """Shows a value in one short line, written as in a settings file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxlist = self.maxtuple = self.maxdict = 4
+        self.maxlevel = 3
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        """YAML's word for nothing."""
+        return "null"
+
+
+def shown(value: object) -> str:
+    """`value` as it appears in an error message: one line, at most about a hundred characters."""
+    try:
+        text = _Shortener().repr(value)
+    except ValueError:  # an integer with thousands of digits has no decimal text
+        text = type(value).__name__
+    return text if len(text) <= 120 else text[:117] + "..."

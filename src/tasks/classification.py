@@ -1,0 +1,222 @@
+"""Image classification: cross entropy on batches of labelled images, top-1 and top-5 accuracy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from .. import progress
+from ..compression.finetune.task import Engine, StepLoss
+from ..errors import DataError, SettingsError
+from .images import KEY, ImageFolderIndex, check_same_classes, unreadable_error
+from .loading import Batch, EpochOrder, ImageDataset, Transform, batches, make_loader, training_transform, validation_transform
+
+AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
+    """Compare the number of class folders with the outputs of a model.
+
+    Raises:
+        DataError: there are labels that the model has no output for.
+    """
+    what = f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs"
+    if n_folders > n_outputs:
+        raise DataError(f"{what}. Use a model with at least {n_folders:,} outputs, or data with at most {n_outputs:,} classes.")
+    if n_folders < n_outputs:
+        meaning = "a label is a place in the sorted list of folders, so the model must have been trained on a list that begins alike"
+        warnings.warn(f"{what}; {meaning}", stacklevel=2)
+
+
+class Classification:
+    """The task of telling images apart: what the training loop and an evaluation ask for.
+
+    Args:
+        engine: the processes that share the work.
+        train_index: training images; None where the task is only used to validate.
+        validation_index: validation images.
+        batch_size: images per batch and process.
+        num_workers: processes that load images (0: the main process does).
+        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each epoch).
+        resize: the images' short side is brought to this many pixels.
+        image_size: side of the square crop that the network sees; at most `resize`.
+        crop_padding: black pixels added on each side before a training crop.
+        horizontal_flip: mirror half of the training images.
+        mean, std: of the three channels, on the scale 0 to 1.
+        skip_unreadable: go on without files that turn out to be unreadable; otherwise they end the run.
+        seed: the run's seed.
+        amp: `none`, `bf16` or `fp16`: the type of the forward pass in training. Validation always computes in float32.
+        channels_last: hand the images to the network in this memory format.
+        show_progress: False on processes other than the first.
+
+    Attributes:
+        unreadable: reason by path of the files that turned out to be unreadable while loading.
+    """
+
+    metric_name = "accuracy"
+
+    def __init__(
+        self,
+        engine: Engine,
+        train_index: ImageFolderIndex | None,
+        validation_index: ImageFolderIndex,
+        *,
+        batch_size: int,
+        num_workers: int,
+        train_shuffle: bool,
+        validation_shuffle: bool,
+        resize: int,
+        image_size: int,
+        crop_padding: int,
+        horizontal_flip: bool,
+        mean: Sequence[float],
+        std: Sequence[float],
+        skip_unreadable: bool,
+        seed: int,
+        amp: str,
+        channels_last: bool,
+        show_progress: bool,
+    ) -> None:
+        if image_size > resize:
+            raise SettingsError(f"image_size {image_size} is larger than resize {resize}: the crop would not fit into the image")
+        if amp not in AMP_TYPES:
+            raise SettingsError(f"amp: {amp!r} is not known; there are {', '.join(AMP_TYPES)}")
+        self.engine, self.seed = engine, seed
+        self.skip_unreadable, self.show_progress = skip_unreadable, show_progress
+        self.amp_type = AMP_TYPES[amp]
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.n_classes = len(validation_index.classes)
+        self.unreadable: dict[str, str] = {}
+        self._loading = (batch_size, num_workers, engine.device.type == "cuda")
+
+        to_validate = validation_transform(resize, image_size, mean, std)
+        self._validation_order = EpochOrder(len(validation_index), validation_shuffle, seed, engine.rank, engine.world_size)
+        self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
+        self._train_loader: DataLoader | None = None
+        self.steps_per_epoch = 0
+        if train_index is not None:
+            check_same_classes(train_index, validation_index)
+            per_process = images_per_process(len(train_index), batch_size, engine.world_size)
+            to_train = training_transform(resize, image_size, crop_padding, horizontal_flip, mean, std)
+            self._train_order = EpochOrder(len(train_index), train_shuffle, seed, engine.rank, engine.world_size, per_process)
+            self._train_loader = self._loader(train_index, to_train, self._train_order)
+            self.steps_per_epoch = math.ceil(per_process / batch_size)
+
+    def _loader(self, index: ImageFolderIndex, transform: Transform, order: EpochOrder) -> DataLoader:
+        return make_loader(ImageDataset(index, transform, self.seed), order, *self._loading)
+
+    def training_batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of epoch `epoch`, still on the CPU; `steps_per_epoch` of them, less those without a readable image.
+
+        Raises:
+            DataError: a file is unreadable (unless `skip_unreadable`), or there are no training images.
+        """
+        if self._train_loader is None:
+            raise DataError(f"{KEY}: this task was made without training images; give it the index of a training split")
+        self._train_order.set_epoch(epoch)
+        for batch in batches(self._train_loader):
+            self._report(batch)
+            if len(batch) > 1 or (len(batch) == 1 and not batch.unreadable):
+                yield batch
+            elif self.engine.world_size > 1:  # the other processes would wait for this one's step for ever
+                raise unreadable_error([(item.path, item.reason) for item in batch.unreadable])
+
+    def training_loss(self, model: nn.Module, batch: Batch) -> StepLoss:
+        """Mean cross entropy of `model` on `batch`, and the percentage of the batch that it gets right."""
+        images, labels = self._to_device(batch)
+        with torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None):
+            logits = model(images)
+        self._check_outputs(logits)
+        loss = functional.cross_entropy(logits.float(), labels)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean() * 100
+        return StepLoss(loss, len(batch), {"accuracy": accuracy})
+
+    def validate(self, model: nn.Module, label: str) -> dict[str, float]:
+        """Every validation image once over all processes, in float32.
+
+        Returns:
+            `accuracy` and `accuracy_top5` in percent (top 5, or as many as the model has outputs), mean `loss`, and the counts
+            `correct`, `correct_top5`, `images`, `skipped` (unreadable, not among `images`).
+
+        Raises:
+            DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
+        """
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # its forward pass waits for all processes, which may have different numbers of batches
+        exact = torch.float32 if self.engine.device.type == "mps" else torch.float64  # MPS has no float64
+        totals = torch.zeros(5, dtype=exact, device=self.engine.device)
+        self._validation_order.set_epoch(0)
+        with _evaluating(model):
+            n_batches = len(self._validation_loader)
+            for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
+                self._report(batch)
+                totals[4] += len(batch.unreadable)
+                if len(batch):
+                    totals[:4] += self._figures(model, batch, exact)
+        loss, correct, correct_top5, images, skipped = self.engine.sum(totals).tolist()
+        if images == 0:
+            raise DataError(f"{KEY}: not one validation image could be read ({skipped:,.0f} were skipped)")
+        percent = {"accuracy": 100 * correct / images, "accuracy_top5": 100 * correct_top5 / images, "loss": loss / images}
+        return {**percent, "correct": correct, "correct_top5": correct_top5, "images": images, "skipped": skipped}
+
+    def _figures(self, model: nn.Module, batch: Batch, exact: torch.dtype) -> Tensor:
+        """Summed loss, hits, hits among the best five, images."""
+        images, labels = self._to_device(batch)
+        logits = model(images).float()
+        self._check_outputs(logits)
+        loss = functional.cross_entropy(logits, labels, reduction="none").to(exact).sum()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
+        counts = [hits[:, 0].sum(), hits.any(1).sum(), torch.tensor(len(batch), device=hits.device)]
+        return torch.stack([loss, *(count.to(exact) for count in counts)])
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = self.engine.device
+        images = batch.images.to(device, non_blocking=True, memory_format=self.memory_format)
+        return images, batch.labels.to(device, non_blocking=True)
+
+    def _check_outputs(self, logits: Tensor) -> None:
+        if logits.shape[1] < self.n_classes:  # on CUDA such a label would end in an assertion of the device
+            check_classes(self.n_classes, logits.shape[1])
+
+    def _report(self, batch: Batch) -> None:
+        if batch.unreadable and not self.skip_unreadable:
+            raise unreadable_error([(item.path, item.reason) for item in batch.unreadable])
+        for item in batch.unreadable:
+            if item.path not in self.unreadable:
+                self.unreadable[item.path] = item.reason
+                warnings.warn(f"skipped unreadable image {item.path}: {item.reason}", stacklevel=3)
+
+
+def images_per_process(n_images: int, batch_size: int, world_size: int) -> int:
+    """Training images per epoch on each process: the same on all, and never a last batch of a single image.
+
+    A batch norm over one value per channel has no variance, so networks cannot train on a batch of one small image; the one
+    image left over is another one in each shuffled epoch.
+
+    Raises:
+        DataError: there are fewer images than processes.
+    """
+    each = n_images // world_size
+    if each == 0:
+        raise DataError(f"{KEY}: {n_images:,} training images are too few for {world_size:,} processes; start fewer")
+    return each - 1 if each > batch_size > 1 and each % batch_size == 1 else each
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards each module has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

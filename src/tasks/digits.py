@@ -1,0 +1,79 @@
+"""The handwritten digits that come with scikit-learn, as a small image folder for trying things out without a download."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError, SettingsError
+
+SIDE = 64
+VALIDATION_EVERY = 5
+N_IMAGES = 1797
+
+
+def write_digits(root: Path) -> None:
+    """Write 1,797 digits as 64x64 RGB files `<root>/{train,val}/<digit>/<number>.png`; every fifth of a class goes to `val`.
+
+    The folder appears all at once or not at all; if it is already complete nothing happens.
+
+    Raises:
+        DataError: `root` holds something else, or cannot be written.
+        SettingsError: scikit-learn is not installed.
+    """
+    root = Path(os.path.abspath(root.expanduser()))
+    if _is_complete(root):
+        return
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise DataError(
+            f"digits: {root} exists but is not the digits folder ({N_IMAGES:,} PNG files in train/0..9 and val/0..9). "
+            "Remove it to have it written again, or choose another folder."
+        )
+    images, labels = _load()
+    temporary: Path | None = None
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+        _write(images, labels, temporary)
+        temporary.chmod(0o755)
+        os.replace(temporary, root)
+    except OSError as error:
+        if not _is_complete(root):  # another process may have been faster, which is as good
+            raise DataError(f"digits: cannot write {root}: {error.strerror or error}. Choose another folder or free some space.") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 8, 8) with values 0 to 16, and labels (n,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise SettingsError("the digits come with scikit-learn, which is not installed: pip install scikit-learn") from error
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+def _write(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+    seen = [0] * 10
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        split = "val" if seen[label] % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
+        seen[label] += 1
+        place = folder / split / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8))
+        grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB").save(place / f"{number:04d}.png")
+
+
+def _is_complete(root: Path) -> bool:
+    classes = {str(digit) for digit in range(10)}
+    for split in ("train", "val"):
+        if not (root / split).is_dir() or {entry.name for entry in (root / split).iterdir()} != classes:
+            return False
+    return sum(1 for _ in root.glob("*/*/*.png")) == N_IMAGES

@@ -1,0 +1,177 @@
+"""From image files to batches: transforms, the dataset, the order of an epoch, and the loader.
+
+What an image looks like depends on (seed, epoch, number of the image) alone: never on the number of worker processes.
+An unreadable file travels to the main process as an `Unreadable`, which decides there whether that ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import functional
+
+from ..errors import RunError
+from ..randomness import stream
+from .images import ImageFolderIndex, load_rgb, reason
+
+Transform = Callable[[Image.Image, torch.Generator], Tensor]
+"""An RGB image and a source of randomness -> normalised float32 tensor (3, H, W)."""
+
+PREFETCHED_PER_WORKER = 2
+
+
+def training_transform(
+    resize: int, image_size: int, crop_padding: int, horizontal_flip: bool, mean: Sequence[float], std: Sequence[float]
+) -> Transform:
+    """Short side to `resize`, `crop_padding` black pixels on each side, a random crop of `image_size`, a flip in half of all cases."""
+    return partial(_augment, resize, image_size, crop_padding, horizontal_flip, list(mean), list(std))
+
+
+def validation_transform(resize: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Short side to `resize`, centre crop of `image_size` (torchvision's Resize, CenterCrop, ToTensor, Normalize)."""
+    return partial(_centre, resize, image_size, list(mean), list(std))
+
+
+def _augment(
+    resize: int, size: int, padding: int, flip: bool, mean: list[float], std: list[float], image: Image.Image, generator: torch.Generator
+) -> Tensor:
+    image = functional.resize(image, [resize])
+    if padding:
+        image = functional.pad(image, [padding])
+    # all three are always drawn, so that a crop does not depend on whether flips are on
+    top = int(torch.randint(image.height - size + 1, (), generator=generator))
+    left = int(torch.randint(image.width - size + 1, (), generator=generator))
+    flipped = bool(torch.rand((), generator=generator) < 0.5)
+    image = functional.crop(image, top, left, size, size)
+    if flip and flipped:
+        image = functional.hflip(image)
+    return functional.normalize(functional.to_tensor(image), mean, std)
+
+
+def _centre(
+    resize: int, size: int, mean: list[float], std: list[float], image: Image.Image, generator: torch.Generator | None = None
+) -> Tensor:
+    image = functional.center_crop(functional.resize(image, [resize]), [size])
+    return functional.normalize(functional.to_tensor(image), mean, std)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that could not be decoded when its turn came."""
+
+    path: str
+    reason: str
+
+
+class ImageDataset(Dataset):
+    """Images by (epoch, number): a float32 tensor (3, H, W) and its label, or `Unreadable`."""
+
+    def __init__(self, index: ImageFolderIndex, transform: Transform, seed: int) -> None:
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Unreadable:
+        epoch, i = key
+        path = self.index.paths[i]
+        try:
+            image = load_rgb(path)
+        except Exception as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
+            return Unreadable(path, reason(error))
+        return self.transform(image, stream(self.seed, "augmentation", epoch, i)), self.index.labels[i]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (N, 3, H, W) float32, labels (N,) int64, and the files of this batch that could not be read (not counted in N)."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (the loader calls this for CUDA)."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
+
+
+def collate(items: list[tuple[Tensor, int] | Unreadable]) -> Batch:
+    """A batch of the readable items; the others are kept beside it."""
+    good = [item for item in items if not isinstance(item, Unreadable)]
+    bad = tuple(item for item in items if isinstance(item, Unreadable))
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), bad)
+
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """The images that this process reads in an epoch, as (epoch, number): every `world_size`-th of a common order, from `rank`.
+
+    Args:
+        n_images: images in the whole split.
+        shuffle: a new permutation in each epoch, drawn from (seed, epoch); otherwise the order of the index.
+        per_process: how many images each process takes at most (training: the same number everywhere, so that all processes
+            make the same number of steps); None takes every image exactly once over all processes.
+    """
+
+    def __init__(self, n_images: int, shuffle: bool, seed: int, rank: int, world_size: int, per_process: int | None = None) -> None:
+        self.n_images, self.shuffle, self.seed = n_images, shuffle, seed
+        self.rank, self.world_size, self.per_process = rank, world_size, per_process
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(range(self.n_images)[self.rank :: self.world_size][: self.per_process])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.arange(self.n_images)
+        if self.shuffle:
+            order = torch.randperm(self.n_images, generator=stream(self.seed, "order", self.epoch))
+        for i in order[self.rank :: self.world_size][: self.per_process].tolist():
+            yield self.epoch, i
+
+
+def make_loader(dataset: ImageDataset, order: EpochOrder, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
+    """One loader for all epochs: its workers stay alive between them, and `order.set_epoch` says what comes next."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=PREFETCHED_PER_WORKER if num_workers > 0 else None,
+        generator=stream(dataset.seed, "loader"),  # else the loader draws from torch's global generator
+    )
+
+
+def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The loader's batches.
+
+    Raises:
+        RunError: a worker process died (usually the system ended it for want of memory).
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a process that loads images died: {str(error).splitlines()[0]}. This is usually a lack of memory or of shared "
+            "memory (/dev/shm): use fewer --dataloader.num_workers (0 loads in the main process) or a smaller --dataloader.batch_size"
+        ) from error
