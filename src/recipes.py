@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .compression.quantize.compress import LayerResult, build_coded, compress
 from .compression.quantize.layers import set_memory_format
 from .compression.quantize.plan import CodingSpec, LayerSpec, make_plan
 from .compression.size import model_size
-from .compression.subvectors import BlockRule
+from .compression.subvectors import BlockRule, Layer
 from .errors import CheckpointError, SettingsError
 from .paths import candidates, find, write_text
 from .recorder import OutputFolder, RunRecorder
@@ -54,7 +54,9 @@ def train_classification(settings: Settings) -> int:
     groups = _groups(settings, architecture, model) if settings.model.use_compression and settings.model.use_permutations else []
     reshapes = {name: spec.reshape for name, spec in settings.model.permutation_specs.items() if spec.reshape}
     resolve(model, groups, reshapes)
-    check_function(model, groups, torch.randn(2, 3, settings.dataloader.image_size, settings.dataloader.image_size), reshapes, settings.seed)
+    check_function(
+        model, groups, torch.randn(2, 3, settings.dataloader.image_size, settings.dataloader.image_size), reshapes, settings.seed
+    )
 
     output.begin()
     write_text(output.path / "config.yaml", to_yaml(settings))
@@ -65,7 +67,15 @@ def train_classification(settings: Settings) -> int:
         if settings.model.use_compression:
             for note in plan.notes:
                 say(f"note: {note}")
-            permuted = permute(model, groups, plan.sizes, n_tries=settings.model.sls_iterations, specs=_permutation_specs(settings), seed=settings.seed, show_progress=engine.is_main)
+            permuted = permute(
+                model,
+                groups,
+                plan.sizes,
+                n_tries=settings.model.sls_iterations,
+                specs=_permutation_specs(settings),
+                seed=settings.seed,
+                show_progress=engine.is_main,
+            )
             say(_permutation_summary(permuted))
             model, layers = compress(model, plan, seed=settings.seed, device=engine.device, show_progress=engine.is_main)
             _report_layers(layers, permuted, recorder, output, say)
@@ -75,7 +85,9 @@ def train_classification(settings: Settings) -> int:
             for name, value in size.items():
                 recorder.scalar(f"Size/{name}", value)
         model = set_memory_format(model.to(engine.device), settings.channels_last)
-        optimizer = make_optimizer(model, OptimizerSpec(settings.optimizer, settings.learning_rate, settings.momentum, settings.weight_decay))
+        optimizer = make_optimizer(
+            model, OptimizerSpec(settings.optimizer, settings.learning_rate, settings.momentum, settings.weight_decay)
+        )
         schedule = Schedule(optimizer, ScheduleSpec(**settings.lr_scheduler.model_dump()), settings.epochs, task.steps_per_epoch)
         outcome = finetune(
             model, task, optimizer, schedule, engine, recorder,
@@ -156,7 +168,7 @@ def coding_spec(settings: Settings) -> CodingSpec:
     )
 
 
-def _printer(engine: Engine):  # noqa: ANN202
+def _printer(engine: Engine) -> Callable[[str], None]:
     return lambda line: print(line, flush=True) if engine.is_main else None
 
 
@@ -173,14 +185,18 @@ def _images(settings: Settings, splits: Sequence[str], engine: Engine) -> list[I
     indices = [read_folder(root, split, engine.is_main) for split in splits]
     for index in indices:
         if data.num_classes is not None and len(index.classes) != data.num_classes:
-            raise SettingsError(f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} class folders")
+            raise SettingsError(
+                f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} class folders"
+            )
     if len(indices) == 2:
         check_same_classes(*indices)
     checked = []
     for index in indices:
         readable, bad = require_readable(index, data.verify_images, data.skip_unreadable, engine.is_main)
         if bad and engine.is_main:
-            print(f"warning: skipped {len(bad)} unreadable images of {index.root}: {', '.join(path for path, _ in bad[:5])}", file=sys.stderr)
+            print(
+                f"warning: skipped {len(bad)} unreadable images of {index.root}: {', '.join(path for path, _ in bad[:5])}", file=sys.stderr
+            )
         checked.append(readable)
     return checked
 
@@ -226,7 +242,9 @@ def _model_to_evaluate(settings: Settings, architecture: Architecture, engine: E
     """The network of `state_dict_compressed`, or the dense one of `weights` with `use_compression: False`."""
     if not settings.model.use_compression:
         weights = _weights_source(settings)
-        return _dense_model(architecture, weights, settings.dataloader.num_classes or architecture.n_classes, engine).eval(), f"dense {architecture.name}, {weights}"
+        return _dense_model(
+            architecture, weights, settings.dataloader.num_classes or architecture.n_classes, engine
+        ).eval(), f"dense {architecture.name}, {weights}"
     if settings.model.state_dict_compressed is None:
         raise SettingsError("model.state_dict_compressed: the file to evaluate is not set; use --model.state_dict_compressed PATH")
     require(settings, "model.state_dict_compressed")
@@ -235,8 +253,8 @@ def _model_to_evaluate(settings: Settings, architecture: Architecture, engine: E
 
 
 def _outputs(architecture: Architecture, model: nn.Module) -> int:
-    head = model.get_submodule(architecture.head)
-    return int(head.out_features)  # type: ignore[arg-type]
+    head: Layer = model.get_submodule(architecture.head)
+    return int(head.out_features)
 
 
 def _groups(settings: Settings, architecture: Architecture, model: nn.Module) -> list[Group]:
@@ -258,15 +276,21 @@ def _permutation_summary(results: Sequence[GroupResult]) -> str:
     return f"permute: {len(improved)} of {len(results)} groups reordered, log det(Cov) changed by {mean:.3f} on average; the rest do not depend on the order"
 
 
-def _report_layers(layers: Sequence[LayerResult], permuted: Sequence[GroupResult], recorder: RunRecorder, output: OutputFolder, say) -> None:  # noqa: ANN001
+def _report_layers(
+    layers: Sequence[LayerResult], permuted: Sequence[GroupResult], recorder: RunRecorder, output: OutputFolder, say: Callable[[str], None]
+) -> None:
     """Per-layer distortion to TensorBoard and compression.json, a summary to the screen."""
     for layer in layers:
         recorder.scalar(f"Distortion/{layer.name or 'model'}", layer.relative_error)
     if layers:
         total = sum(layer.distortion for layer in layers) / (sum(layer.power for layer in layers) or math.nan)
         worst = max(layers, key=lambda layer: layer.relative_error)
-        say(f"quantize: {len(layers)} layers coded, {100 * total:.2f} % of the weights' energy lost (most in {worst.name}: {100 * worst.relative_error:.2f} %)")
-    groups = [{"group": g.label, "child": g.child, "before": g.before, "after": g.after, "permutation": _listed(g.permutation)} for g in permuted]
+        say(
+            f"quantize: {len(layers)} layers coded, {100 * total:.2f} % of the weights' energy lost (most in {worst.name}: {100 * worst.relative_error:.2f} %)"
+        )
+    groups = [
+        {"group": g.label, "child": g.child, "before": g.before, "after": g.after, "permutation": _listed(g.permutation)} for g in permuted
+    ]
     table = {"layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers], "groups": groups}
     write_text(output.path / "compression.json", json.dumps(table, indent=1) + "\n")
 

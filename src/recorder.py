@@ -1,9 +1,9 @@
 """What a run leaves in its output folder (spec section 8).
 
-    <output_path>/config.yaml        the resolved settings
-    <output_path>/tensorboard/       figures over time
-    <output_path>/trained_models/    0.pth, 1.pth, ... and best.pth
-    <output_path>/results.txt, .json start, end, last, best, best epoch
+<output_path>/config.yaml        the resolved settings
+<output_path>/tensorboard/       figures over time
+<output_path>/trained_models/    0.pth, 1.pth, ... and best.pth
+<output_path>/results.txt, .json start, end, last, best, best epoch
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class OutputFolder:
             probe.write_bytes(b"pqf")
             probe.unlink()
         except OSError as error:
-            raise SettingsError(f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write") from error
+            raise SettingsError(
+                f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
+            ) from error
 
     def begin(self) -> None:
         """Remove what an earlier run left (only the files and folders of a run), and make the folders of this one."""
@@ -105,7 +107,11 @@ class RunRecorder:
                 self._writer.add_scalar(f"Validation/{tag}", metrics[name], step)
         self._writer.flush()
         when = "before training" if epoch == 0 else f"epoch {epoch}"
-        shown = ", ".join(f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in metrics.items() if name in VALIDATION_TAGS)
+        shown = ", ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %"
+            for name, value in metrics.items()
+            if name in VALIDATION_TAGS
+        )
         self._say(f"{when}: {shown}")
 
     def model(self, epoch: int, model: nn.Module) -> None:

@@ -17,9 +17,7 @@ from src.settings import GroupSettings, Settings, explicit_keys, help_text, inef
 from src.settings.keys import leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(
-    path for path in (ROOT / "config").rglob("*.yaml") if "maskrcnn" not in path.name and "detection" not in path.parts
-)
+CONFIGS = sorted(path for path in (ROOT / "config").rglob("*.yaml") if "maskrcnn" not in path.name and "detection" not in path.parts)
 LAYER_SPECS = "model.compression_parameters.layer_specs"
 
 OLD_STYLE = """
@@ -247,7 +245,7 @@ def test_a_bad_value_is_refused_alike_from_file_and_command_line(file: Path, key
 )
 def test_an_unknown_key_names_the_nearest(file: Path, key: str, suggestion: str) -> None:
     given_here = refusal(file, f"--{key}=5")
-    assert given_here == f"command line: {key} = 5: unknown key; {suggestion}"
+    assert given_here.startswith(f"command line: {key} = 5: unknown key; {suggestion}")
     outer, _, inner = key.partition(".")
     in_file = refusal(file, text=f"{outer}:\n  {inner}: 5\n" if inner else f"{outer}: 5\n")
     assert in_file.startswith(f"{file}: {outer}")
@@ -427,7 +425,7 @@ TREES = st.fixed_dictionaries(
     },
 )
 SAME_FOLDER = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # every example writes its own file anew
-QUICK = hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=SAME_FOLDER)
+QUICK = hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=SAME_FOLDER)
 
 
 @QUICK

@@ -50,11 +50,17 @@ class Architecture:
             "or start from random weights with --model.weights none."
         )
         try:
-            state = torch.hub.load_state_dict_from_url(self.weights_url, map_location="cpu", progress=progress, check_hash=True, weights_only=True)
+            state = torch.hub.load_state_dict_from_url(
+                self.weights_url, map_location="cpu", progress=progress, check_hash=True, weights_only=True
+            )
         except (URLError, OSError) as error:
-            raise SettingsError(f"model.weights: pretrained: cannot download {self.weights_url} ({getattr(error, 'reason', error)}).\n  {advice}") from error
+            raise SettingsError(
+                f"model.weights: pretrained: cannot download {self.weights_url} ({getattr(error, 'reason', error)}).\n  {advice}"
+            ) from error
         except RuntimeError as error:
-            raise SettingsError(f"model.weights: pretrained: {self.weights_url} is damaged or not what was published ({error}).\n  {advice}") from error
+            raise SettingsError(
+                f"model.weights: pretrained: {self.weights_url} is damaged or not what was published ({error}).\n  {advice}"
+            ) from error
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
     def classes_of(self, state: Mapping[str, Tensor]) -> int | None:

@@ -6,7 +6,7 @@ of a stage has several of each, since additions join them: they share one permut
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import cast
 
 from torch import nn
@@ -32,7 +32,7 @@ def resnet_groups(model: nn.Module, prefix: str = "", final_readers: tuple[str, 
         final_readers: what reads the last stage.
     """
     net = cast(ResNet, model)
-    stages: list[list[BasicBlock | Bottleneck]] = [list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]  # type: ignore[arg-type]
+    stages: list[list[BasicBlock | Bottleneck]] = [list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     groups: list[Group] = []
     writers = ["conv1", "bn1"]  # of the stream that is being followed
     for s, blocks in enumerate(stages, start=1):
@@ -43,8 +43,7 @@ def resnet_groups(model: nn.Module, prefix: str = "", final_readers: tuple[str, 
         for b, block in enumerate(blocks):
             name = f"layer{s}.{b}"
             n_convs = 3 if isinstance(block, Bottleneck) else 2
-            for c in range(1, n_convs):
-                groups.append(_group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]))
+            groups += [_group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]) for c in range(1, n_convs)]
             writers += [f"{name}.conv{n_convs}", f"{name}.bn{n_convs}"]
     groups.append(Group(tuple(prefix + w for w in writers), (*(prefix + r for r in _other_readers(stages, len(stages))), *final_readers)))
     return groups
@@ -62,15 +61,15 @@ def _group(prefix: str, parents: list[str], children: list[str]) -> Group:
     return Group(tuple(prefix + p for p in parents), tuple(prefix + c for c in children))
 
 
-def _resnet(name: str, constructor: object, url: str, licence: str = "") -> Architecture:
+def _resnet(name: str, constructor: Callable[..., nn.Module], url: str, licence: str = "") -> Architecture:
     return Architecture(
         name=name,
         task="classification",
-        build=lambda n_classes: constructor(weights=None, num_classes=n_classes),  # type: ignore[operator]
+        build=lambda n_classes: constructor(weights=None, num_classes=n_classes),
         weights_url=url,
         n_classes=1000,
         head="fc",
-        groups=partial(resnet_groups),
+        groups=resnet_groups,
         licence=licence,
     )
 

@@ -28,6 +28,7 @@ from ..errors import CheckpointError
 from ..paths import write_atomically
 from .quantize.layers import CodedLayer
 from .size import is_folded_norm
+from .subvectors import Layer
 
 PLAIN_EPS = 1e-5
 """eps of a norm built by default; also the convention for norms whose own eps is 0."""
@@ -46,35 +47,35 @@ def codes_dtype(k: int) -> torch.dtype:
     return torch.uint8 if k <= 256 else torch.int16 if k <= 32768 else torch.int32
 
 
-def fold_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def fold_norm(norm: Layer) -> tuple[Tensor, Tensor]:
     """The two vectors (C,) that stand for a norm with running statistics."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr, operator]
-    gain = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)  # type: ignore[union-attr, operator]
-    bias = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)  # type: ignore[union-attr, operator]
-    scale = gain / (variance + norm.eps).sqrt()  # type: ignore[operator]
-    width = norm.running_mean.dtype  # type: ignore[union-attr]
-    return (scale * (1 + (norm.eps or PLAIN_EPS)) ** 0.5).to(width), (bias - mean * scale).to(width)  # type: ignore[operator]
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    gain = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)
+    bias = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)
+    scale = gain / (variance + norm.eps).sqrt()
+    width = norm.running_mean.dtype
+    return (scale * (1 + (norm.eps or PLAIN_EPS)) ** 0.5).to(width), (bias - mean * scale).to(width)
 
 
-def unfold_norm(norm: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor) -> None:
     """Make `norm` compute what the two vectors (C,) of a file stand for; in place.
 
     Raises:
         CheckpointError: a norm without weight and bias of its own cannot hold a negative or zero scale.
     """
-    eps = float(norm.eps)  # type: ignore[arg-type]
+    eps = float(norm.eps)
     scale = weight.double() / (1 + (eps or PLAIN_EPS)) ** 0.5
     with torch.no_grad():
         if norm.weight is not None:
-            norm.running_mean.zero_()  # type: ignore[union-attr, operator]
-            norm.running_var.fill_(1)  # type: ignore[union-attr, operator]
-            norm.weight.copy_(scale * (1 + eps) ** 0.5)  # type: ignore[union-attr, operator]
-            norm.bias.copy_(bias)  # type: ignore[union-attr, operator]
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1)
+            norm.weight.copy_(scale * (1 + eps) ** 0.5)
+            norm.bias.copy_(bias)
         else:
             if not bool((scale > 0).all()):
                 raise CheckpointError("a batch norm without weight and bias cannot hold a scale that is not positive")
-            norm.running_mean.copy_(-bias.double() / scale)  # type: ignore[union-attr, operator]
-            norm.running_var.copy_(scale**-2 - eps)  # type: ignore[union-attr, operator]
+            norm.running_mean.copy_(-bias.double() / scale)
+            norm.running_var.copy_(scale**-2 - eps)
         if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.zero_()
 
@@ -93,12 +94,12 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
                 raise CheckpointError(f"layer {prefix!r}: its codebook holds values that 16-bit floats cannot hold (NaN, or beyond 65504)")
             state[_key(prefix, "codes_matrix")] = module.codes_matrix.to(codes_dtype(module.k))
             state[_key(prefix, "codebook")] = half
-            own = {"bias": module.bias}
+            own: dict[str, Tensor | None] = {"bias": module.bias}
         elif is_folded_norm(module):
             own = dict(zip(NORM_VECTORS, fold_norm(module), strict=True))
         else:
             skipped = module._non_persistent_buffers_set
-            own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in skipped}}  # type: ignore[dict-item]
+            own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in skipped}}
         state.update({_key(prefix, name): tensor.detach() for name, tensor in own.items() if tensor is not None})
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
@@ -133,9 +134,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "it holds Python objects, which could execute code when read" if "Unsupported" in str(error) or "GLOBAL" in str(error) else "it is not a model file, or damaged"
-        raise CheckpointError(f"{path} was refused: {reason}. Expected a dict of tensors saved with torch.save, or a .safetensors file.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError, zipfile.BadZipFile, MemoryError) as error:
+        reason = (
+            "it holds Python objects, which could execute code when read"
+            if "Unsupported" in str(error) or "GLOBAL" in str(error)
+            else "it is not a model file, or damaged"
+        )
+        raise CheckpointError(
+            f"{path} was refused: {reason}. Expected a dict of tensors saved with torch.save, or a .safetensors file."
+        ) from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        zipfile.BadZipFile,
+        MemoryError,
+    ) as error:
         raise CheckpointError(f"{path} cannot be read: truncated, damaged or not a model file ({_first_line(error)}).") from error
     except Exception as error:  # safetensors raises its own type, which derives from Exception alone
         if type(error).__module__.startswith("safetensors") or type(error).__name__ == "SafetensorError":
@@ -145,7 +163,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         # training scripts often wrap the state dict
         if isinstance(contents, dict) and isinstance(contents.get(wrapper), Mapping):
             contents = contents[wrapper]
-    if not isinstance(contents, Mapping) or not contents or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in contents.items()):
+    if (
+        not isinstance(contents, Mapping)
+        or not contents
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in contents.items())
+    ):
         raise CheckpointError(f"{path} does not hold named tensors; expected a state dict or a compressed model")
     return _without_prefix(dict(contents))
 
@@ -210,7 +232,7 @@ class _Vector:
         self.shape = shape
 
 
-def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | _Vector], set[str], list[tuple[str, nn.Module]]]:
+def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | _Vector], set[str], list[tuple[str, Layer]]]:
     """Keys the file must have with their targets, keys it may have, and the norms it holds folded."""
     expected: dict[str, Tensor | _Vector] = {}
     optional: set[str] = set()
@@ -220,7 +242,7 @@ def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, 
         if is_folded_norm(module) and not has_statistics:
             norms.append((prefix, module))
             for name in NORM_VECTORS:
-                expected[_key(prefix, name)] = _Vector(module.running_mean.shape)  # type: ignore[union-attr, arg-type]
+                expected[_key(prefix, name)] = _Vector(module.running_mean.shape)
             continue
         skipped = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -241,7 +263,10 @@ def _key_problems(state: Mapping[str, Tensor], expected: Mapping[str, object], o
     problems = []
     coded_in_file = {name.removesuffix(".codes_matrix") for name in unexpected if name.endswith(".codes_matrix")}
     coded_in_model = {name.removesuffix(".codes_matrix") for name in missing if name.endswith(".codes_matrix")}
-    for layers, text in ((coded_in_file, "coded in the file but not with these settings"), (coded_in_model, "to be coded with these settings but dense in the file")):
+    for layers, text in (
+        (coded_in_file, "coded in the file but not with these settings"),
+        (coded_in_model, "to be coded with these settings but dense in the file"),
+    ):
         if layers:
             problems.append(f"{text} (use_compression, ignored_modules, k): {_some(sorted(layers))}")
     if missing:
@@ -303,4 +328,6 @@ def check_codes(state: Mapping[str, Tensor], source: str) -> None:
             continue
         wide = _unsigned(codes)
         if int(wide.max()) >= codebook.shape[0] or int(wide.min()) < 0:
-            raise CheckpointError(f"{source}: layer {prefix!r} holds codes up to {int(wide.max())}, but its codebook has {codebook.shape[0]} centroids; the file is damaged")
+            raise CheckpointError(
+                f"{source}: layer {prefix!r} holds codes up to {int(wide.max())}, but its codebook has {codebook.shape[0]} centroids; the file is damaged"
+            )

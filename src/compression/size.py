@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from .quantize.layers import CodedLayer
-from .subvectors import bits_per_code
+from .subvectors import Layer, bits_per_code
 
 CODEBOOK_BITS = 16
 
@@ -50,7 +50,7 @@ class ModelSize:
         )
 
 
-def is_folded_norm(module: nn.Module) -> bool:
+def is_folded_norm(module: Layer) -> bool:
     """A batch norm with running statistics: a file holds it as two vectors."""
     return isinstance(module, FrozenBatchNorm2d) or (isinstance(module, _BatchNorm) and module.running_mean is not None)
 
@@ -69,19 +69,20 @@ def model_size(model: nn.Module) -> ModelSize:
         seen.add(id(tensor))
         return new
 
+    module: Layer
     for module in model.modules():
         if isinstance(module, CodedLayer):
             if first_time(module.codebook):
                 codebooks += module.codebook.numel() * CODEBOOK_BITS
                 codes += module.codes_matrix.numel() * bits_per_code(module.k)
                 original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
-            own = [] if module.bias is None else [module.bias]
+            own: list[Tensor] = [] if module.bias is None else [module.bias]
         elif is_folded_norm(module):
             width = module.running_mean
             own = []
-            if first_time(width):  # type: ignore[arg-type]
-                other += 2 * _bits(width)  # type: ignore[arg-type]
-                original += 2 * _bits(width)  # type: ignore[arg-type]
+            if first_time(width):
+                other += 2 * _bits(width)
+                original += 2 * _bits(width)
         else:
             skipped = module._non_persistent_buffers_set
             own = [p for p in module._parameters.values() if p is not None]

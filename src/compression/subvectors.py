@@ -11,30 +11,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
 
+Layer = Any
+"""A module whose attributes depend on its type (torch's own annotation of them is Tensor | Module)."""
+
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 CODED_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 """Layer types that can be coded. A subclass is left alone: its forward may use the weight in another way."""
 
 
-def can_be_coded(module: nn.Module) -> bool:
+def can_be_coded(module: Layer) -> bool:
     """Whether `module` is exactly one of the layer types that can be coded."""
     return type(module) in CODED_TYPES
 
 
-def kernel_area(module: nn.Module) -> int:
+def kernel_area(module: Layer) -> int:
     """h*w of a convolution's kernel; 1 for a linear layer."""
     return math.prod(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 1
 
 
-def weight_shape(module: nn.Module) -> torch.Size:
+def weight_shape(module: Layer) -> torch.Size:
     """Shape of the weight as it is stored."""
-    return module.weight.shape  # type: ignore[return-value]
+    return module.weight.shape
 
 
 def to_subvectors(weight: Tensor, d: int) -> Tensor:
@@ -63,7 +67,7 @@ class BlockRule:
     large_subvectors: bool = False
 
 
-def subvector_size(module: nn.Module, rule: BlockRule, override: int | None = None) -> tuple[int, str | None]:
+def subvector_size(module: Layer, rule: BlockRule, override: int | None = None) -> tuple[int, str | None]:
     """The subvector length d of a layer, and a note where the rule could not be followed.
 
     Linear: `fc_subvector_size`. 1x1 convolution: `pw_subvector_size`. Other convolutions: h*w, or 2*h*w with large blocks
@@ -77,12 +81,15 @@ def subvector_size(module: nn.Module, rule: BlockRule, override: int | None = No
     if area > 1:
         if override is not None and override not in (area, 2 * area):
             raise PlanError(
-                f"subvector_size {override} was given for a {'x'.join(map(str, module.kernel_size))} convolution, "  # type: ignore[union-attr, arg-type]
+                f"subvector_size {override} was given for a {'x'.join(map(str, module.kernel_size))} convolution, "
                 f"whose subvectors have {area} (small blocks) or {2 * area} values (large blocks); use large_subvectors: True or False instead"
             )
         large = rule.large_subvectors if override is None else override == 2 * area
         if large and row % (2 * area):
-            return area, f"an odd number of channels ({row // area}) cannot be paired: small blocks (d = {area}) are used instead of large ones"
+            return (
+                area,
+                f"an odd number of channels ({row // area}) cannot be paired: small blocks (d = {area}) are used instead of large ones",
+            )
         return (2 * area if large else area), None
     d = override if override is not None else (rule.fc_subvector_size if isinstance(module, nn.Linear) else rule.pw_subvector_size)
     if row % d:

@@ -25,7 +25,9 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     missing = {"cuda": not torch.cuda.is_available(), "mps": not has_mps}.get(device.type, False)
     if missing:
-        raise SettingsError(f"device: {name} was asked for, but torch {torch.__version__} finds no {device.type} device here; use --device auto or cpu")
+        raise SettingsError(
+            f"device: {name} was asked for, but torch {torch.__version__} finds no {device.type} device here; use --device auto or cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"device: {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices (numbered from 0)")
     return device

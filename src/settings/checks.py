@@ -95,7 +95,13 @@ def to_yaml(settings: Settings) -> str:
             specs[layer] = {key: value for key, value in spec.items() if value is not None}
     if model["permutations"] is not None:
         model["permutations"] = [[{"parents": group["parents"]}, {"children": group["children"]}] for group in model["permutations"]]
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    text = _dump(tree, allow_unicode=True)
+    # PyYAML leaves these three characters bare inside quotes, where reading them back makes them line breaks
+    return _dump(tree, allow_unicode=False) if re.search("[\x85\u2028\u2029]", text) else text
+
+
+def _dump(tree: dict[str, Any], allow_unicode: bool) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120, allow_unicode=allow_unicode)
 
 
 def explicit_keys(settings: Settings) -> list[str]:

@@ -108,7 +108,9 @@ def finetune(
             now = time.perf_counter()
             durations.append(now - started)
             if wanted:
-                recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": engine.world_size * loss.n_images / (now - started)})
+                recorder.step(
+                    number, {**figures, "learning_rate": rate, "images_per_second": engine.world_size * loss.n_images / (now - started)}
+                )
             started = now
         recorder.model(epoch, model)
         metrics = _validate(epoch, epoch * task.steps_per_epoch, model, task, recorder, outcome)
@@ -117,7 +119,9 @@ def finetune(
     return outcome
 
 
-def _step(model: nn.Module, task: Task, batch: object, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, number: int) -> StepLoss:
+def _step(
+    model: nn.Module, task: Task, batch: object, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, number: int
+) -> StepLoss:
     optimizer.zero_grad(set_to_none=True)
     loss = task.training_loss(model, batch)
     scaler.scale(loss.loss).backward()
@@ -129,7 +133,9 @@ def _step(model: nn.Module, task: Task, batch: object, optimizer: torch.optim.Op
 
 
 def _raise_not_finite(number: int) -> None:
-    raise RunError(f"the loss is no longer a number at step {number}; the last saved model is kept. A smaller learning_rate, or amp: bf16 instead of fp16, usually helps.")
+    raise RunError(
+        f"the loss is no longer a number at step {number}; the last saved model is kept. A smaller learning_rate, or amp: bf16 instead of fp16, usually helps."
+    )
 
 
 def _validate(epoch: int, step: int, model: nn.Module, task: Task, recorder: Recorder, outcome: Outcome) -> dict[str, float]:

@@ -6,8 +6,10 @@ A group lists parents (what produces the channels) and children (what consumes t
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ def resolve(model: nn.Module, groups: Sequence[Group], reshapes: Mapping[str, Se
                 _check_once(label, member, role, seen)
         widths = [(m.name, m.side.width(m.module, m.reshape)) for m in parents + children]
         width = widths[0][1]
-        for member, (name, other) in zip(parents + children, widths, strict=True):
+        for member, (_, other) in zip(parents + children, widths, strict=True):
             if other != width:
                 _raise_width(label, widths[0][0], width, member, other)
         blocks = _common_blocks(label, [(m.name, m.side.blocks(m.module)) for m in parents + children], width)
@@ -92,8 +94,6 @@ def resolve(model: nn.Module, groups: Sequence[Group], reshapes: Mapping[str, Se
 
 def _member(label: str, name: str, modules: dict[str, nn.Module], role: str, reshapes: Mapping[str, Sequence[int]]) -> Member:
     if name not in modules or not name:
-        import difflib
-
         near = difflib.get_close_matches(name, [known for known in modules if known], n=1, cutoff=0.5)
         raise GroupError(f"model.{label}: the network has no layer {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
     module = modules[name]
@@ -112,7 +112,9 @@ def _check_once(label: str, member: Member, role: str, seen: dict[tuple[int, str
     # two names of one layer, or two layers that share a weight, count as one
     key = (id(weight) if weight is not None else id(member.module), role)
     if key in seen:
-        raise GroupError(f"model.{label}: the {role} of {member.name} would be permuted twice, here and as {seen[key]}; a layer's {role} belongs to one group")
+        raise GroupError(
+            f"model.{label}: the {role} of {member.name} would be permuted twice, here and as {seen[key]}; a layer's {role} belongs to one group"
+        )
     seen[key] = f"{member.name} in {label.split(' ')[0]}"
 
 
@@ -128,10 +130,14 @@ def _common_blocks(label: str, counts: list[tuple[str, int]], width: int) -> int
     largest = max(count for _, count in counts)
     for name, count in counts:
         if largest % count:
-            raise GroupError(f"model.{label}: {name} has {count} convolution groups, which do not nest in the {largest} of another layer; leave one of them out")
+            raise GroupError(
+                f"model.{label}: {name} has {count} convolution groups, which do not nest in the {largest} of another layer; leave one of them out"
+            )
     if largest >= width:
         name = next(name for name, count in counts if count == largest)
-        raise GroupError(f"model.{label}: {name} has {largest} convolution groups for {width} channels, so no channel can be moved; take this group out")
+        raise GroupError(
+            f"model.{label}: {name} has {largest} convolution groups for {width} channels, so no channel can be moved; take this group out"
+        )
     return largest
 
 
@@ -141,7 +147,9 @@ def random_permutation(width: int, n_blocks: int, generator: torch.Generator) ->
     return torch.cat([torch.randperm(size, generator=generator) + block * size for block in range(n_blocks)])
 
 
-def check_function(model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes: Mapping[str, Sequence[int]] | None = None, seed: int = 0) -> None:
+def check_function(
+    model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes: Mapping[str, Sequence[int]] | None = None, seed: int = 0
+) -> None:
     """Try random permutations of all groups on a float64 copy of the network and compare its output.
 
     A list that names existing layers of equal width can still be wrong (a consumer forgotten, a norm left out); the
@@ -183,8 +191,8 @@ def _change(model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes
     return float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def _flatten(output: object) -> Tensor:
+def _flatten(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output.flatten()
     values = output.values() if isinstance(output, Mapping) else output
-    return torch.cat([_flatten(value) for value in values])  # type: ignore[union-attr, attr-defined]
+    return torch.cat([_flatten(value) for value in values])

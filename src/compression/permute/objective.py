@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import GroupError
-from ..subvectors import kernel_area
+from ..subvectors import Layer, kernel_area
 from .operations import Reshape, is_depthwise
 
 Floats = NDArray[np.float64]
@@ -125,7 +125,7 @@ class ChildObjective:
         return float(value) if sign > 0 else float("inf")
 
 
-def is_optimisable(module: nn.Module, d: int, reshape: Reshape = None) -> bool:
+def is_optimisable(module: Layer, d: int, reshape: Reshape = None) -> bool:
     """Whether the order of the input channels changes which values share a subvector of length d.
 
     False where subvectors lie within one channel (small blocks), and for a transposed convolution, whose input channels
@@ -137,7 +137,7 @@ def is_optimisable(module: nn.Module, d: int, reshape: Reshape = None) -> bool:
     return area % d != 0
 
 
-def child_objective(module: nn.Module, d: int, reshape: Reshape = None) -> ChildObjective:
+def child_objective(module: Layer, d: int, reshape: Reshape = None) -> ChildObjective:
     """The objective of one child.
 
     Args:
@@ -148,7 +148,7 @@ def child_objective(module: nn.Module, d: int, reshape: Reshape = None) -> Child
     Raises:
         GroupError: the weight is zero or not finite.
     """
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    weight: Tensor = module.weight.detach()
     groups = int(getattr(module, "groups", 1))
     channels = reshape[1] if reshape else int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
     columns = weight.reshape(weight.shape[0], -1).double().cpu().numpy()

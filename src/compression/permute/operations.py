@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from ...errors import GroupError
+from ..subvectors import Layer
 
 Reshape = tuple[int, ...] | None
 
@@ -35,12 +36,12 @@ class Side:
         blocks: number of equal consecutive blocks a permutation must not leave.
     """
 
-    width: Callable[[nn.Module, Reshape], int]
-    permute: Callable[[nn.Module, Tensor, Reshape], None]
-    blocks: Callable[[nn.Module], int] = lambda module: 1
+    width: Callable[[Layer, Reshape], int]
+    permute: Callable[[Layer, Tensor, Reshape], None]
+    blocks: Callable[[Layer], int] = lambda module: 1
 
 
-def is_depthwise(module: nn.Module) -> bool:
+def is_depthwise(module: Layer) -> bool:
     """A convolution that maps channel i to channel i."""
     return isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == module.in_channels == module.out_channels
 
@@ -60,65 +61,65 @@ def _index_within_groups(weight: Tensor, axis: int, p: Tensor, groups: int) -> N
         part.copy_(part.index_select(axis, local.to(part.device)))
 
 
-def _conv_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
-    _index(module.weight, 0, p)  # type: ignore[arg-type]
-    _index(module.bias, 0, p)  # type: ignore[arg-type]
+def _conv_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
+    _index(module.weight, 0, p)
+    _index(module.bias, 0, p)
 
 
-def _conv_in(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+def _conv_in(module: Layer, p: Tensor, reshape: Reshape) -> None:
     if module.groups == 1:
-        _index(module.weight, 1, p)  # type: ignore[arg-type]
+        _index(module.weight, 1, p)
     else:
-        _index_within_groups(module.weight, 1, p, module.groups)  # type: ignore[arg-type]
+        _index_within_groups(module.weight, 1, p, module.groups)
 
 
-def _transposed_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+def _transposed_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
     if is_depthwise(module):
-        _index(module.weight, 0, p)  # type: ignore[arg-type]
+        _index(module.weight, 0, p)
     elif module.groups == 1:
-        _index(module.weight, 1, p)  # type: ignore[arg-type]
+        _index(module.weight, 1, p)
     else:
-        _index_within_groups(module.weight, 1, p, module.groups)  # type: ignore[arg-type]
-    _index(module.bias, 0, p)  # type: ignore[arg-type]
+        _index_within_groups(module.weight, 1, p, module.groups)
+    _index(module.bias, 0, p)
 
 
-def _transposed_in(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
-    _index(module.weight, 0, p)  # type: ignore[arg-type]
+def _transposed_in(module: Layer, p: Tensor, reshape: Reshape) -> None:
+    _index(module.weight, 0, p)
 
 
-def _linear_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+def _linear_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
     _conv_out(module, p, None)
 
 
-def _linear_in(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
-    weight: Tensor = module.weight.data  # type: ignore[assignment, union-attr]
+def _linear_in(module: Layer, p: Tensor, reshape: Reshape) -> None:
+    weight: Tensor = module.weight.data
     view = weight.view(reshape) if reshape else weight
     view.copy_(view.index_select(1, p.to(view.device)))
 
 
-def _norm_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
+def _norm_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         _index(getattr(module, name, None), 0, p)
 
 
-def _prelu_out(module: nn.Module, p: Tensor, reshape: Reshape) -> None:
-    _index(module.weight, 0, p)  # type: ignore[arg-type]
+def _prelu_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
+    _index(module.weight, 0, p)
 
 
-def _linear_in_width(module: nn.Module, reshape: Reshape) -> int:
-    return reshape[1] if reshape else int(module.in_features)  # type: ignore[arg-type]
+def _linear_in_width(module: Layer, reshape: Reshape) -> int:
+    return reshape[1] if reshape else int(module.in_features)
 
 
-def _groups(module: nn.Module) -> int:
+def _groups(module: Layer) -> int:
     """Blocks a permutation must keep; none for a depthwise convolution, whose rows follow its channels."""
-    return 1 if is_depthwise(module) else int(module.groups)  # type: ignore[arg-type]
+    return 1 if is_depthwise(module) else int(module.groups)
 
 
-def _attribute(name: str) -> Callable[[nn.Module, Reshape], int]:
+def _attribute(name: str) -> Callable[[Layer, Reshape], int]:
     return lambda module, reshape: int(getattr(module, name))
 
 
-_NORM = Side(lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()), _norm_out)  # type: ignore[union-attr, operator]
+_NORM = Side(lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()), _norm_out)
 
 OUTPUT_SIDE: dict[type, Side] = {
     nn.Conv2d: Side(_attribute("out_channels"), _conv_out, _groups),
@@ -135,7 +136,7 @@ INPUT_SIDE: dict[type, Side] = {
 }
 
 
-def side_of(name: str, module: nn.Module, role: str) -> Side:
+def side_of(name: str, module: Layer, role: str) -> Side:
     """The table row of `module` as a `parent` or a `child`.
 
     Raises:
@@ -145,20 +146,24 @@ def side_of(name: str, module: nn.Module, role: str) -> Side:
     for kind, side in table.items():
         if isinstance(module, kind):
             if role == "child" and is_depthwise(module):
-                raise GroupError(f"{name} is a depthwise convolution: it maps channel i to channel i, so list it (and its norm) under parents")
+                raise GroupError(
+                    f"{name} is a depthwise convolution: it maps channel i to channel i, so list it (and its norm) under parents"
+                )
             return side
     known = ", ".join(sorted({"BatchNorm" if kind is _BatchNorm else kind.__name__ for kind in table}))
     raise GroupError(f"{name} is a {type(module).__name__}, which cannot be a {role}; possible: {known}")
 
 
-def check_reshape(name: str, module: nn.Module, reshape: tuple[int, ...]) -> None:
+def check_reshape(name: str, module: Layer, reshape: tuple[int, ...]) -> None:
     """Check that `reshape` (C_out, C_in, h, w) describes the weight of a linear layer.
 
     Raises:
         GroupError: it does not.
     """
     if not isinstance(module, nn.Linear):
-        raise GroupError(f"permutation_specs.{name}.reshape is for linear layers that read a flattened map; {name} is a {type(module).__name__}")
+        raise GroupError(
+            f"permutation_specs.{name}.reshape is for linear layers that read a flattened map; {name} is a {type(module).__name__}"
+        )
     if len(reshape) < 3 or reshape[0] != module.out_features or math.prod(reshape[1:]) != module.in_features:
         raise GroupError(
             f"permutation_specs.{name}.reshape: {list(reshape)} does not fit the weight ({module.out_features}, {module.in_features}) of {name}; "

@@ -71,12 +71,12 @@ def permute(
     """
     specs = specs or {}
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
-    return [
-        _permute_group(group, sizes, n_tries, specs, seed) for group in bar(resolved, "permute", show=show_progress, unit="group")
-    ]
+    return [_permute_group(group, sizes, n_tries, specs, seed) for group in bar(resolved, "permute", show=show_progress, unit="group")]
 
 
-def _permute_group(group: ResolvedGroup, sizes: Mapping[str, int], n_tries: int, specs: Mapping[str, PermutationSpec], seed: int) -> GroupResult:
+def _permute_group(
+    group: ResolvedGroup, sizes: Mapping[str, int], n_tries: int, specs: Mapping[str, PermutationSpec], seed: int
+) -> GroupResult:
     child = _deciding_child(group, sizes)
     if child is None:
         return GroupResult(group.label, None, 0.0, 0.0, None)

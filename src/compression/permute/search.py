@@ -84,7 +84,9 @@ SEARCHES: dict[str, Search] = {"GREEDY": greedy, "STOCHASTIC": stochastic, "RAND
 PUBLISHED = ("GREEDY", "STOCHASTIC")
 
 
-def search(objective: ChildObjective, n_blocks: int, n_tries: int, generator: torch.Generator, steps: Sequence[str] = PUBLISHED) -> SearchResult:
+def search(
+    objective: ChildObjective, n_blocks: int, n_tries: int, generator: torch.Generator, steps: Sequence[str] = PUBLISHED
+) -> SearchResult:
     """Run the searches named in `steps` one after the other; a result worse than the identity is dropped.
 
     Raises:

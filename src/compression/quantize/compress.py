@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import PlanError
 from ...progress import bar
 from ...randomness import stream
-from ..subvectors import to_subvectors
+from ..subvectors import Layer, to_subvectors
 from .kmeans import cluster
 from .layers import CODED_LAYERS, CodedLayer
 from .plan import LayerPlan, Plan
@@ -43,7 +43,9 @@ class LayerResult:
         return self.distortion / self.power if self.power else 0.0
 
 
-def compress(model: nn.Module, plan: Plan, *, seed: int = 0, device: torch.device | str | None = None, show_progress: bool = True) -> tuple[nn.Module, list[LayerResult]]:
+def compress(
+    model: nn.Module, plan: Plan, *, seed: int = 0, device: torch.device | str | None = None, show_progress: bool = True
+) -> tuple[nn.Module, list[LayerResult]]:
     """Cluster and replace every planned layer, in place.
 
     Args:
@@ -61,9 +63,9 @@ def compress(model: nn.Module, plan: Plan, *, seed: int = 0, device: torch.devic
     """
     results = []
 
-    def code(plan: LayerPlan, dense: nn.Module) -> CodedLayer:
+    def code(plan: LayerPlan, dense: Layer) -> CodedLayer:
         layer: CodedLayer = CODED_LAYERS[type(dense)](dense, plan.d, plan.k)
-        weight: Tensor = dense.weight.detach()  # type: ignore[assignment, operator, union-attr]
+        weight: Tensor = dense.weight.detach()
         vectors = to_subvectors(weight, plan.d).float().to(device or weight.device)
         try:
             found = cluster(plan.k_means_type, vectors, plan.k, plan.k_means_n_iters, stream(seed, "codebook", plan.name))

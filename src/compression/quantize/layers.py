@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..subvectors import bits_per_code, from_subvectors
+from ..subvectors import Layer, bits_per_code, from_subvectors
 
 CODES_DTYPE = torch.int32
 
@@ -31,7 +31,7 @@ class _Decode(torch.autograd.Function):
         return codebook.index_select(0, codes)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (codes,) = ctx.saved_tensors
         # half-precision sums over thousands of members would lose their small terms
         wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
@@ -51,18 +51,28 @@ class CodedLayer(nn.Module):
     codebook: nn.Parameter
     codes_matrix: Tensor
     bias: nn.Parameter | None
+    # geometry of the dense layer, as far as its type has it
+    in_channels: int
+    out_channels: int
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    output_padding: Any
+    dilation: Any
+    groups: int
+    padding_mode: str
 
-    def _set_up(self, dense: nn.Module, d: int, k: int) -> None:
+    def _set_up(self, dense: Layer, d: int, k: int) -> None:
         """Make room for codes and codebook of `dense`'s shape; the values come from `set_codes` or a file."""
         bits_per_code(k)
-        weight: Tensor = dense.weight  # type: ignore[assignment]
+        weight: Tensor = dense.weight
         self.weight_shape = tuple(weight.shape)
         row = weight.shape[1:].numel()
         if row % d:
             raise ValueError(f"subvector size {d} does not divide the row length {row}")
         self.codebook = nn.Parameter(torch.zeros(k, d, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
         self.register_buffer("codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device))
-        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        self.register_parameter("bias", dense.bias)
         self.memory_format = torch.contiguous_format
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
         self.training = dense.training
@@ -84,7 +94,9 @@ class CodedLayer(nn.Module):
             ValueError: a shape does not fit, or a code is not below k.
         """
         if codebook.shape != self.codebook.shape or codes.numel() != self.codes_matrix.numel():
-            raise ValueError(f"expected codebook {tuple(self.codebook.shape)} and {self.codes_matrix.numel()} codes, got {tuple(codebook.shape)} and {codes.numel()}")
+            raise ValueError(
+                f"expected codebook {tuple(self.codebook.shape)} and {self.codes_matrix.numel()} codes, got {tuple(codebook.shape)} and {codes.numel()}"
+            )
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.k):
             raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} for {self.k} centroids")
         with torch.no_grad():
@@ -110,7 +122,14 @@ class CodedLayer(nn.Module):
             return self.decode()
         if torch.is_grad_enabled() and self.codebook.requires_grad:
             return self.decode_stored()
-        key: tuple[Any, ...] = (id(self.codebook), self.codebook.data_ptr(), self.codebook.dtype, self.codebook.device, id(self.codes_matrix), self.memory_format)
+        key: tuple[Any, ...] = (
+            id(self.codebook),
+            self.codebook.data_ptr(),
+            self.codebook.dtype,
+            self.codebook.device,
+            id(self.codes_matrix),
+            self.memory_format,
+        )
         if not self.codebook.is_inference():  # such tensors cannot change and count no versions
             key += (self.codebook._version, self.codes_matrix._version)
         if self._kept is None or self._kept[0] != key:
@@ -122,7 +141,9 @@ class CodedLayer(nn.Module):
     def decode_stored(self) -> Tensor:
         """The weight with the codebook rounded to 16-bit floats; the gradient passes the rounding unchanged."""
         rounded = self.codebook.to(torch.float16).to(self.codebook.dtype)
-        codebook = self.codebook + (rounded - self.codebook).detach() if self.codebook.requires_grad and torch.is_grad_enabled() else rounded
+        codebook = (
+            self.codebook + (rounded - self.codebook).detach() if self.codebook.requires_grad and torch.is_grad_enabled() else rounded
+        )
         weight = from_subvectors(_Decode.apply(codebook, self.codes_matrix.view(-1)), self.weight_shape)
         return weight.contiguous(memory_format=self.memory_format) if weight.dim() == 4 else weight
 
@@ -170,13 +191,26 @@ class CodedConvTranspose2d(CodedLayer):
     def __init__(self, dense: nn.ConvTranspose2d, d: int, k: int) -> None:
         super().__init__()
         self._set_up(dense, d, k)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"):
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "output_padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ):
             setattr(self, name, getattr(dense, name))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H', W')."""
         # torch's own method; it reads nothing of the layer but `output_padding`
-        padding = nn.ConvTranspose2d._output_padding(self, x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation)  # type: ignore[arg-type]
+        geometry: Any = self
+        padding = nn.ConvTranspose2d._output_padding(
+            geometry, x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
         return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
     def extra_repr(self) -> str:
@@ -212,4 +246,4 @@ def set_memory_format(model: nn.Module, channels_last: bool) -> nn.Module:
         if isinstance(module, CodedLayer):
             module.memory_format = layout
             module._kept = None
-    return model.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=layout)

@@ -113,7 +113,9 @@ def _plan_layer(name: str, module: nn.Module, spec: CodingSpec, own: LayerSpec) 
         k = spec.k if own.k is None else own.k
         bits_per_code(k)
     except PlanError as error:
-        raise PlanError(f"layer {name!r} {tuple(weight_shape(module))}: {error}. Set {where}.subvector_size, or add it to model.compression_parameters.ignored_modules") from None
+        raise PlanError(
+            f"layer {name!r} {tuple(weight_shape(module))}: {error}. Set {where}.subvector_size, or add it to model.compression_parameters.ignored_modules"
+        ) from None
     clamped = clamp_centroids(k, weight_shape(module).numel() // d)
     if clamped == 0:
         return None, "too small for two centroids, left uncompressed"
@@ -132,7 +134,7 @@ def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Map
 def _tied_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, LayerPlan]) -> dict[str, str]:
     """Planned layers that share their weight with something that is not coded alike: layer -> reason."""
     users: dict[int, list[str]] = {}
-    named = {id(module): name for name, module in reversed(modules.items())}  # the first name of each module
+    named = {id(module): name for name, module in reversed(list(modules.items()))}  # the first name of each module
     for name in named.values():
         for attribute, parameter in modules[name].named_parameters(recurse=False):
             users.setdefault(id(parameter), []).append(f"{name}.{attribute}" if name else attribute)
@@ -141,7 +143,12 @@ def _tied_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, Layer
         for user in users[id(modules[name].weight)]:
             other, _, attribute = user.rpartition(".")
             twin = layers.get(other)
-            alike = twin is not None and attribute == "weight" and type(modules[other]) is type(modules[name]) and (twin.d, twin.k) == (layer.d, layer.k)
+            alike = (
+                twin is not None
+                and attribute == "weight"
+                and type(modules[other]) is type(modules[name])
+                and (twin.d, twin.k) == (layer.d, layer.k)
+            )
             if not alike:
                 reasons[name] = f"shares its weight with {user}, which is not coded alike"
     return reasons
