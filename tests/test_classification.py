@@ -271,7 +271,7 @@ def test_nothing_readable_is_an_error(indices):
 def test_classes_and_outputs():
     with pytest.raises(DataError, match=r"dataloader.imagenet_path: there are 1,001 class folders, but the model has 1,000 outputs"):
         check_classes(1001, 1000)
-    with pytest.warns(UserWarning, match="sorted list"):
+    with pytest.raises(DataError, match="sorted list"):
         check_classes(10, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from .. import progress
-from ..compression.finetune.task import Engine, StepLoss
+from ..compression.finetune.task import Engine, StepLoss, evaluating
 from ..errors import DataError, SettingsError
 from .images import KEY, ImageFolderIndex, check_same_classes, unreadable_error
 from .loading import Batch, EpochOrder, ImageDataset, Transform, batches, make_loader, training_transform, validation_transform
@@ -24,15 +23,16 @@ AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
     """Compare the number of class folders with the outputs of a model.
 
+    A label is a place in the sorted list of folders: with another number of folders the labels would mean other classes.
+
     Raises:
-        DataError: there are labels that the model has no output for.
+        DataError: the two differ.
     """
-    what = f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs"
-    if n_folders > n_outputs:
-        raise DataError(f"{what}. Use a model with at least {n_folders:,} outputs, or data with at most {n_outputs:,} classes.")
-    if n_folders < n_outputs:
-        meaning = "a label is a place in the sorted list of folders, so the model must have been trained on a list that begins alike"
-        warnings.warn(f"{what}; {meaning}", stacklevel=2)
+    if n_folders != n_outputs:
+        raise DataError(
+            f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs. A label is a place in the sorted list "
+            "of folders, so both must agree: use the data the model was trained for, or a model made for these classes."
+        )
 
 
 class Classification:
@@ -153,7 +153,7 @@ class Classification:
         exact = torch.float32 if self.engine.device.type == "mps" else torch.float64  # MPS has no float64
         totals = torch.zeros(5, dtype=exact, device=self.engine.device)
         self._validation_order.set_epoch(0)
-        with _evaluating(model):
+        with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)
             for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
                 self._report(batch)
@@ -207,16 +207,3 @@ def images_per_process(n_images: int, batch_size: int, world_size: int) -> int:
     if each == 0:
         raise DataError(f"{KEY}: {n_images:,} training images are too few for {world_size:,} processes; start fewer")
     return each - 1 if each > batch_size > 1 and each % batch_size == 1 else each
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module has the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

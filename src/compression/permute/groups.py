@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import GroupError
 from ...randomness import stream
-from .operations import Reshape, Side, check_permutation, check_reshape, side_of
+from .operations import NORMS, Reshape, Side, check_permutation, check_reshape, side_of
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ def check_function(
 
 def _change(model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes: Mapping[str, Sequence[int]] | None, seed: int) -> float:
     trial = copy.deepcopy(model).double().eval()
+    _make_channels_differ(trial, stream(seed, "check norms"))
     example = example.double()
     with torch.no_grad():
         before = _flatten(trial(example))
@@ -189,6 +190,17 @@ def _change(model: nn.Module, groups: Sequence[Group], example: Tensor, reshapes
             group.apply(random_permutation(group.width, group.n_blocks, stream(seed, "check", group.label)))
         after = _flatten(trial(example))
     return float((after - before).norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _make_channels_differ(model: nn.Module, generator: torch.Generator) -> None:
+    """Give every channel of every norm values of its own: in a fresh network a forgotten norm would go unnoticed."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            for name, centre in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+                values = getattr(module, name, None)
+                if values is not None:
+                    drawn = torch.rand(values.shape, generator=generator, dtype=values.dtype) - 0.5
+                    values.data.copy_(centre + drawn)
 
 
 def _flatten(output: Any) -> Tensor:

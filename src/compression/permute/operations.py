@@ -121,6 +121,8 @@ def _attribute(name: str) -> Callable[[Layer, Reshape], int]:
 
 _NORM = Side(lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()), _norm_out)
 
+NORMS = (_BatchNorm, FrozenBatchNorm2d)
+
 OUTPUT_SIDE: dict[type, Side] = {
     nn.Conv2d: Side(_attribute("out_channels"), _conv_out, _groups),
     nn.ConvTranspose2d: Side(_attribute("out_channels"), _transposed_out, _groups),

@@ -72,7 +72,7 @@ def compress(
         except ValueError as error:
             raise PlanError(f"layer {plan.name!r}: {error}") from None
         layer.set_codes(found.codebook.to(weight.device, weight.dtype), found.codes.to(weight.device))
-        power = float(vectors.double().square().sum())
+        power = float(weight.cpu().double().square().sum())
         results.append(LayerResult(plan.name, plan.d, plan.k, vectors.shape[0], found.distortion * vectors.shape[0], power))
         return layer
 

@@ -127,7 +127,7 @@ def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
         if torch.equal(codebook, before):
             break
         codes, distances = assign(vectors, codebook)
-    return Clustering(codebook, codes, float(distances.double().mean()), iterations)
+    return Clustering(codebook, codes, float(distances.cpu().double().mean()), iterations)
 
 
 def _to_half(codebook: Tensor) -> Tensor:

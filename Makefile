@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh clone: `make demo` and `make test`. Each creates .venv and installs into it first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint bench figures paper-models install clean
+
+install: $(READY)
+
+# made again when a version changes
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $(READY)
+
+# trains, compresses, fine-tunes and evaluates a ResNet-18 on scikit-learn's digits; offline
+demo: $(READY)
+	$(PY) -m src.demo
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	$(PY) -m benchmarks
+
+figures: $(READY)
+	$(PY) -m imgs.permutation
+
+# downloads the six models of the paper's authors into compressed_models/ and verifies them
+paper-models: $(READY)
+	$(PY) -m src.paper_models
+
+clean:
+	rm -rf $(VENV) output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What the project costs, measured: every module says which claim it measures and the command. All: `python -m benchmarks`."""

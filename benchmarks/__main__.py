@@ -1,0 +1,29 @@
+"""All measurements with their default sizes: `python -m benchmarks` (`--small`: minutes become seconds, figures mean nothing)."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import clustering, cost, permutation
+
+MEASUREMENTS = {
+    "cost": (cost.main, ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"]),
+    "permutation": (permutation.main, ["--small"]),
+    "clustering": (clustering.main, ["--small"]),
+}
+"""Name -> (entry, arguments of a smoke run)."""
+
+
+def main() -> None:
+    """Run the measurements one after the other; each prints tables and writes its JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--small", action="store_true", help="only check that everything runs")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
+    options = parser.parse_args()
+    for name, (entry, small) in MEASUREMENTS.items():
+        entry([*(small if options.small else []), "--json", str(options.results / f"{name}.json")])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""The only place where everything meets: settings -> engine, data, model, permute, quantize, fine-tune, results."""
+
+from .classification import evaluate_classification, train_classification
+from .compressing import coding_spec
+from .models import load_compressed
+
+__all__ = ["coding_spec", "evaluate_classification", "load_compressed", "train_classification"]

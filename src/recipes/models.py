@@ -1,0 +1,104 @@
+"""Networks in: published weights, a user's own state dict, or a compressed file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..architectures.architecture import Architecture
+from ..compression.files import check_codes, is_compressed, load_state, read_tensors
+from ..compression.quantize.compress import build_coded
+from ..compression.quantize.plan import CodingSpec, make_plan
+from ..compression.subvectors import Layer
+from ..errors import CheckpointError, SettingsError
+from ..paths import find
+from ..settings import Settings, require
+from .compressing import coding_spec
+
+PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
+
+
+def load_compressed(path: Path, architecture: Architecture, spec: CodingSpec) -> nn.Module:
+    """Build `architecture` for the file's classes and coding, without clustering anything, and load the file; on the CPU.
+
+    An ordinary state dict gives the dense network.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit.
+        PlanError: the coding settings do not fit the architecture.
+    """
+    state = read_tensors(path)
+    n_classes = architecture.classes_of(state) or architecture.n_classes
+    with torch.device("meta"):
+        model = architecture.build(n_classes)
+    if is_compressed(state):
+        check_codes(state, str(path))
+        model = build_coded(model, make_plan(model, spec))
+    model = model.to_empty(device="cpu").eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    load_state(model, state, str(path))
+    return model
+
+
+def weights_source(settings: Settings) -> str | Path:
+    """`pretrained`, `none`, or the existing path of a state dict.
+
+    Raises:
+        SettingsError: `model.weights` is a placeholder or a path that does not exist.
+    """
+    weights = settings.model.weights
+    if weights in ("pretrained", "none"):
+        return weights
+    require(settings, "model.weights")
+    return find(weights, "model.weights", "Expected pretrained, none, or the path of a state dict (.pth or .safetensors)")
+
+
+def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, is_main: bool) -> nn.Module:
+    """The dense network to start from; `n_classes` counts only for random weights.
+
+    Raises:
+        SettingsError: the published weights cannot be downloaded.
+        CheckpointError: the user's file cannot be read, does not fit, or is compressed.
+    """
+    if weights == "none":
+        return architecture.build(n_classes)
+    if isinstance(weights, Path):
+        state, source = read_tensors(weights), str(weights)
+        if is_compressed(state):
+            raise CheckpointError(f"model.weights: {weights} is a compressed model, and a dense one is wanted here")
+    else:
+        if architecture.licence and is_main:
+            print(f"note: licence of the weights of {architecture.name}: {architecture.licence}", file=sys.stderr)
+        state, source = architecture.published_weights(is_main), architecture.weights_url
+    model = architecture.build(architecture.classes_of(state) or architecture.n_classes)
+    load_state(model, state, source)
+    return model
+
+
+def model_to_evaluate(settings: Settings, architecture: Architecture, is_main: bool) -> tuple[nn.Module, str]:
+    """The network of `state_dict_compressed`, or the dense one of `weights` with `use_compression: False`; and its name.
+
+    Raises:
+        SettingsError: the file is not set or not there.
+        CheckpointError: it does not fit.
+    """
+    if not settings.model.use_compression:
+        weights = weights_source(settings)
+        n_classes = settings.dataloader.num_classes or architecture.n_classes
+        return dense_model(architecture, weights, n_classes, is_main).eval(), f"dense {architecture.name}, {weights}"
+    if settings.model.state_dict_compressed is None:
+        raise SettingsError("model.state_dict_compressed: the file to evaluate is not set; use --model.state_dict_compressed PATH")
+    require(settings, "model.state_dict_compressed")
+    path = find(settings.model.state_dict_compressed, "model.state_dict_compressed", PAPER_MODELS_ADVICE)
+    return load_compressed(path, architecture, coding_spec(settings)), f"{architecture.name}, {path}"
+
+
+def n_outputs(architecture: Architecture, model: nn.Module) -> int:
+    """Number of classes that `model` tells apart."""
+    head: Layer = model.get_submodule(architecture.head)
+    return int(head.out_features)

@@ -1,0 +1,77 @@
+"""`pip install .` gives the package `pqf` with settings files and models inside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the project was installed, and nothing else."""
+    folder = tmp_path_factory.mktemp("installed")
+    files = [
+        path
+        for path in subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        if (ROOT / path).is_file()
+    ]
+    source = folder / "source"  # building writes beside the sources; a copy keeps the checkout clean
+    for path in files:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_bytes((ROOT / path).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        str(source),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
+    (wheel,) = folder.glob("pqf-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "HOME": str(installed)}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=installed.parent, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_entries_find_their_settings_files(installed: Path) -> None:
+    for entry in ("pqf.train_resnet", "pqf.evaluate_resnet"):
+        helped = run(installed, entry, "--help")
+        assert helped.returncode == 0
+        assert f"python -m {entry}" in helped.stdout
+    refused = run(installed, "pqf.train_resnet", "--output_path", "out")
+    assert refused.returncode == 2
+    assert "dataloader.imagenet_path" in refused.stderr
+    assert "config/train_resnet50.yaml" in refused.stderr
+
+
+def test_the_committed_model_comes_along(installed: Path) -> None:
+    assert (installed / "pqf" / "compressed_models" / "digits_resnet18.pth").stat().st_size < 2 << 20
+    assert (installed / "pqf" / "config" / "digits" / "evaluate_resnet18.yaml").is_file()
+
+
+def test_requirements_txt_pins_what_setup_py_asks_for() -> None:
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    text = (ROOT / "setup.py").read_text()
+    asked = text[text.index("install_requires=[") : text.index("extras_require")]
+    names = {part.split(">=")[0].lower() for part in asked.split('"')[1::2]}
+    assert names <= pinned
