@@ -188,6 +188,22 @@ def test_a_dense_network_is_trained_saved_evaluated_and_compressed(
     assert (compressed / "trained_models" / "0.pth").stat().st_size < best.stat().st_size / 20
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_a_run_on_a_gpu_is_evaluated_alike_on_the_cpu(
+    amp: str, small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device", "cuda", "--amp", amp, "--channels_last", "True", "--dataloader.num_workers", "2"]
+    assert train_resnet.main([*SMALL, *paths(small_images, tmp_path), "--epochs", "2", *flags]) == 0
+    metrics = json.loads((tmp_path / "results.json").read_text())["history"]["2"]
+    capsys.readouterr()
+    flags = ["--dataloader.imagenet_path", str(small_images), "--model.state_dict_compressed", str(tmp_path / "trained_models" / "2.pth")]
+    assert evaluate_resnet.main([*EVALUATE_SMALL, *flags]) == 0
+    loss = float(re.search(r"cross entropy: ([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
+    assert loss == pytest.approx(metrics["loss"], rel=1e-2)  # TF32 convolutions keep about three digits
+
+
 # --- golden figures ---
 
 

@@ -5,12 +5,7 @@ A plain dict of tensors:
   `L.codebook` (k x d, float16), `L.bias` if any;
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
-A file with running statistics is an ordinary state dict. Files are read with `weights_only=True`, always.
-
-Folding. With mean mu, variance v, eps e, weight g, bias b a norm computes (x - mu) / sqrt(v + e) * g + b. The file holds
-w = g * sqrt(1 + e) / sqrt(v + e) and b - mu * g / sqrt(v + e), so that the layer with its own eps, mean 0 and variance 1
-computes the same. torchvision sets eps to 0 in frozen norms and builds plain ones with 1e-5 otherwise; a layer with eps 0 is
-therefore folded for, and loaded from, a plain layer's eps.
+A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. Files are read with `weights_only=True`, always.
 """
 
 from __future__ import annotations
@@ -22,20 +17,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import CheckpointError
 from ..paths import write_atomically
+from .norms import NORM_STATISTICS, NORM_VECTORS, fold_norm, is_folded_norm, unfold_norm
 from .quantize.layers import CodedLayer
-from .size import is_folded_norm
 from .subvectors import Layer
-
-PLAIN_EPS = 1e-5
-"""eps of a norm built by default; also the convention for norms whose own eps is 0."""
-
-NORM_VECTORS = ("weight", "bias")
-NORM_STATISTICS = ("running_mean", "running_var")
-NORM_ENTRIES = (*NORM_VECTORS, *NORM_STATISTICS, "num_batches_tracked")
 
 
 def _key(prefix: str, name: str) -> str:
@@ -45,39 +32,6 @@ def _key(prefix: str, name: str) -> str:
 def codes_dtype(k: int) -> torch.dtype:
     """The smallest type of the format that holds the codes 0 ... k-1 (int16 is read as unsigned)."""
     return torch.uint8 if k <= 256 else torch.int16 if k <= 32768 else torch.int32
-
-
-def fold_norm(norm: Layer) -> tuple[Tensor, Tensor]:
-    """The two vectors (C,) that stand for a norm with running statistics."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    gain = norm.weight.detach().double() if norm.weight is not None else torch.ones_like(mean)
-    bias = norm.bias.detach().double() if norm.bias is not None else torch.zeros_like(mean)
-    scale = gain / (variance + norm.eps).sqrt()
-    width = norm.running_mean.dtype
-    return (scale * (1 + (norm.eps or PLAIN_EPS)) ** 0.5).to(width), (bias - mean * scale).to(width)
-
-
-def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor) -> None:
-    """Make `norm` compute what the two vectors (C,) of a file stand for; in place.
-
-    Raises:
-        CheckpointError: a norm without weight and bias of its own cannot hold a negative or zero scale.
-    """
-    eps = float(norm.eps)
-    scale = weight.double() / (1 + (eps or PLAIN_EPS)) ** 0.5
-    with torch.no_grad():
-        if norm.weight is not None:
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1)
-            norm.weight.copy_(scale * (1 + eps) ** 0.5)
-            norm.bias.copy_(bias)
-        else:
-            if not bool((scale > 0).all()):
-                raise CheckpointError("a batch norm without weight and bias cannot hold a scale that is not positive")
-            norm.running_mean.copy_(-bias.double() / scale)
-            norm.running_var.copy_(scale**-2 - eps)
-        if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()
 
 
 def compressed_state(model: nn.Module) -> dict[str, Tensor]:

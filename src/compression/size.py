@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops import FrozenBatchNorm2d
 
+from .norms import is_folded_norm
 from .quantize.layers import CodedLayer
 from .subvectors import Layer, bits_per_code
 
@@ -48,11 +47,6 @@ class ModelSize:
             f"{self.bits:,} bits (codes {self.codes:,}; codebooks {self.codebooks:,}; other {self.other:,}) "
             f"= {self.megabytes:.2f} MB, {self.ratio:.2f}x smaller than {self.original:,} bits ({self.original / 8 / 2**20:.2f} MB)"
         )
-
-
-def is_folded_norm(module: Layer) -> bool:
-    """A batch norm with running statistics: a file holds it as two vectors."""
-    return isinstance(module, FrozenBatchNorm2d) or (isinstance(module, _BatchNorm) and module.running_mean is not None)
 
 
 def _bits(tensor: Tensor) -> int:
