@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from .errors import SettingsError, UserError
@@ -37,7 +38,9 @@ def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_conf
         settings = load(config, overrides)
         for warning in ineffective(settings):
             print(f"warning: {warning}", file=sys.stderr)
-        status = job(settings)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = job(settings)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -67,6 +70,11 @@ def split_config(arguments: list[str], default_config: str) -> tuple[str, list[s
         if not config or config.startswith("--"):
             raise SettingsError("command line: --config has no value; write --config FILE")
     return config, others
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line for the person who runs the command, without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _silence_output() -> None:

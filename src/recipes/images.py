@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,7 +56,7 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
         train,
         validation,
         batch_size=data.batch_size,
-        num_workers=data.num_workers,
+        num_workers=_workers(data.num_workers, engine.is_main),
         train_shuffle=data.train_shuffle,
         validation_shuffle=data.validation_shuffle,
         resize=data.resize,
@@ -70,3 +71,11 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
         channels_last=settings.channels_last,
         show_progress=engine.is_main,
     )
+
+
+def _workers(wanted: int, is_main: bool) -> int:
+    """`num_workers`, or the number of processors where there are fewer; results do not depend on it."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted > processors and is_main:
+        print(f"note: dataloader.num_workers: {processors} instead of {wanted}, as this machine has {processors} processors", file=sys.stderr)
+    return min(wanted, processors)
