@@ -14,7 +14,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from src.architectures import ARCHITECTURES
 from src.compression.permute.groups import Group, check_function, resolve
 from src.errors import GroupError
-
 from tests.conftest import ROOT
 from tests.helpers import lively, outputs, relative, shuffle
 
@@ -113,11 +112,13 @@ SMALL_NETWORKS = [
     (transposed_with_groups, [Group(("0",), ("2",)), Group(("2", "3"), ("5",)), Group(("5",), ("7",))], None),
     (flattened, [Group(("0", "1"), ("5",)), Group(("5", "6", "7"), ("8",))], FLATTENED_RESHAPE),
 ]
-each_network = pytest.mark.parametrize(("build", "groups", "reshapes"), SMALL_NETWORKS, ids=[build.__name__ for build, *_ in SMALL_NETWORKS])
+each_network = pytest.mark.parametrize(
+    ("build", "groups", "reshapes"), SMALL_NETWORKS, ids=[build.__name__ for build, *_ in SMALL_NETWORKS]
+)
 
 
 @each_network
-def test_random_permutations_keep_the_outputs_for_every_layer_type(build, groups, reshapes) -> None:  # noqa: ANN001
+def test_random_permutations_keep_the_outputs_for_every_layer_type(build, groups, reshapes) -> None:
     torch.manual_seed(0)
     model = lively(build().double())
     x = torch.randn(2, 3, 10, 11, dtype=torch.float64)
@@ -128,7 +129,7 @@ def test_random_permutations_keep_the_outputs_for_every_layer_type(build, groups
 
 
 @each_network
-def test_every_parameter_stays_the_same_object_frozen_or_not(build, groups, reshapes) -> None:  # noqa: ANN001
+def test_every_parameter_stays_the_same_object_frozen_or_not(build, groups, reshapes) -> None:
     torch.manual_seed(0)
     model = lively(build())
     for number, parameter in enumerate(model.parameters()):
@@ -141,7 +142,7 @@ def test_every_parameter_stays_the_same_object_frozen_or_not(build, groups, resh
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @each_network
-def test_permuting_in_another_precision_moves_the_same_values(build, groups, reshapes, dtype: torch.dtype) -> None:  # noqa: ANN001
+def test_permuting_in_another_precision_moves_the_same_values(build, groups, reshapes, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = lively(build())
     other = copy.deepcopy(model).to(dtype)
@@ -196,7 +197,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("build", "group", "reshapes", "words"), REFUSED, ids=[words[0] for *_, words in REFUSED])
-def test_a_group_that_does_not_fit_is_refused_with_its_name(build, group: Group, reshapes, words: list[str]) -> None:  # noqa: ANN001
+def test_a_group_that_does_not_fit_is_refused_with_its_name(build, group: Group, reshapes, words: list[str]) -> None:
     with pytest.raises(GroupError) as error:
         resolve(build(), [group], reshapes)
     for word in words:

@@ -19,7 +19,6 @@ from src.compression.permute.search import SEARCHES, greedy, search, stochastic
 from src.compression.quantize.kmeans import cluster
 from src.compression.quantize.plan import make_plan
 from src.randomness import stream
-
 from tests.helpers import lively, outputs, relative, spec
 
 
@@ -45,7 +44,7 @@ SHAPES = [
 
 @settings(max_examples=40, deadline=None)
 @given(shape=st.sampled_from(SHAPES), groups=st.sampled_from([1, 2]), seed=st.integers(0, 10**6), forced=st.booleans(), data=st.data())
-def test_the_score_kept_swap_by_swap_is_the_log_det_of_the_covariance_computed_anew(shape, groups, seed, forced, data) -> None:  # noqa: ANN001
+def test_the_score_kept_swap_by_swap_is_the_log_det_of_the_covariance_computed_anew(shape, groups, seed, forced, data) -> None:
     channels, area, d = shape
     draw = np.random.default_rng(seed)
     rows = groups * max(4, -(-4 * d * d // (channels * area)))  # several times more subvectors than d
@@ -189,7 +188,7 @@ def one_value(weight: Tensor) -> None:
 
 @pytest.mark.parametrize("spoil", [dead, equal, constant, zero, one_value])
 @pytest.mark.parametrize("large", [False, True])
-def test_degenerate_weights_do_not_stop_the_search_and_keep_the_function(spoil, large: bool) -> None:  # noqa: ANN001
+def test_degenerate_weights_do_not_stop_the_search_and_keep_the_function(spoil, large: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1)).double()
     with torch.no_grad():

@@ -43,7 +43,7 @@ def test_an_override_replaces_d() -> None:
     assert subvector_size(nn.Conv2d(12, 5, 1), BlockRule(large_subvectors=True), 2) == (2, None)
     assert subvector_size(nn.Conv2d(12, 5, 3), BlockRule(), 18) == (18, None)
     assert subvector_size(nn.Conv2d(12, 5, 3), BlockRule(large_subvectors=True), 9) == (9, None)
-    with pytest.raises(PlanError, match="subvector_size 4 was given for a 3x3 convolution.*large_subvectors"):
+    with pytest.raises(PlanError, match=r"subvector_size 4 was given for a 3x3 convolution.*large_subvectors"):
         subvector_size(nn.Conv2d(12, 5, 3), BlockRule(), 4)
 
 

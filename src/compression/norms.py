@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..errors import CheckpointError
 from .subvectors import Layer
 
 PLAIN_EPS = 1e-5
@@ -38,24 +37,29 @@ def fold_norm(norm: Layer) -> tuple[Tensor, Tensor]:
     return (scale * (1 + (norm.eps or PLAIN_EPS)) ** 0.5).to(width), (bias - mean * scale).to(width)
 
 
-def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor) -> None:
-    """Make `norm` compute what the two vectors (C,) of a file stand for; in place.
+def norm_problem(norm: Layer, weight: Tensor, bias: Tensor) -> str | None:
+    """Why `norm` cannot compute what the two vectors (C,) of a file stand for; None: it can."""
+    if norm.weight is None and not bool((weight > 0).all()):
+        return "a batch norm without weight and bias cannot hold a scale that is not positive"
+    if norm.bias is None and bool(((weight == 0) & (bias != 0)).any()):
+        return "a batch norm without bias cannot hold a constant channel"
+    return None
 
-    Raises:
-        CheckpointError: a norm without weight and bias of its own cannot hold a negative or zero scale.
-    """
+
+def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor) -> None:
+    """Make `norm`, which has no `norm_problem` with them, compute what the two vectors (C,) of a file stand for; in place."""
     eps = float(norm.eps)
     scale = weight.double() / (1 + (eps or PLAIN_EPS)) ** 0.5
     with torch.no_grad():
-        if norm.weight is not None:
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1)
-            norm.weight.copy_(scale * (1 + eps) ** 0.5)
-            norm.bias.copy_(bias)
-        else:
-            if not bool((scale > 0).all()):
-                raise CheckpointError("a batch norm without weight and bias cannot hold a scale that is not positive")
-            norm.running_mean.copy_(-bias.double() / scale)
+        norm.running_mean.zero_()
+        norm.running_var.fill_(1)
+        if norm.weight is None:
             norm.running_var.copy_(scale**-2 - eps)
+        else:
+            norm.weight.copy_(scale * (1 + eps) ** 0.5)
+        if norm.bias is None:
+            norm.running_mean.copy_(torch.where(scale == 0, 0, -bias.double() / scale))
+        else:
+            norm.bias.copy_(bias)
         if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.zero_()

@@ -27,8 +27,11 @@ CODED_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
 def can_be_coded(module: Layer) -> bool:
-    """Whether `module` is exactly one of the layer types that can be coded."""
-    return type(module) in CODED_TYPES
+    """Whether `module` is exactly one of the layer types that can be coded, with a weight of its own.
+
+    A weight that hooks compute from other parameters (older weight and spectral norm, pruning) is not a parameter itself.
+    """
+    return type(module) in CODED_TYPES and module._parameters.get("weight") is not None
 
 
 def kernel_area(module: Layer) -> int:

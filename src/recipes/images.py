@@ -77,5 +77,7 @@ def _workers(wanted: int, is_main: bool) -> int:
     """`num_workers`, or the number of processors where there are fewer; results do not depend on it."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if wanted > processors and is_main:
-        print(f"note: dataloader.num_workers: {processors} instead of {wanted}, as this machine has {processors} processors", file=sys.stderr)
+        print(
+            f"note: dataloader.num_workers: {processors} instead of {wanted}, as this machine has {processors} processors", file=sys.stderr
+        )
     return min(wanted, processors)

@@ -67,8 +67,10 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return sums / counts.clamp_min(1).unsqueeze(1), counts
 
 
-def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor) -> int:
+def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor, *, thorough: bool = False) -> int:
     """Move the centroids without members to the worst coded vectors, distinct ones, in place.
+
+    Crowds of equal vectors that come first can hide the others; `thorough` looks behind them.
 
     Returns the number that was moved: fewer than were empty only where there are not enough distinct badly coded vectors.
     """
@@ -76,18 +78,26 @@ def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor)
     if empty.numel() == 0:
         return 0
     order = torch.sort(distances, descending=True, stable=True).indices
-    order = order[distances[order] > 0][: 64 * empty.numel()]
-    candidates = vectors[order]
-    if order.numel():
-        # the first (worst) representative of each distinct vector
-        _, inverse = torch.unique(candidates, dim=0, return_inverse=True)
-        position = torch.arange(order.numel(), device=order.device)
-        first = torch.full((int(inverse.max()) + 1,), order.numel(), device=order.device)
-        first = first.scatter_reduce(0, inverse, position, "amin")
-        candidates = candidates[first.sort().values]
+    order = order[distances[order] > 0]
+    looked_at = 64 * empty.numel()
+    candidates = _distinct(vectors[order[:looked_at]])
+    while thorough and candidates.shape[0] < empty.numel() and looked_at < order.numel():
+        looked_at *= 8
+        candidates = _distinct(vectors[order[:looked_at]])
     moved = min(empty.numel(), candidates.shape[0])
     codebook[empty[:moved]] = candidates[:moved]
     return moved
+
+
+def _distinct(vectors: Tensor) -> Tensor:
+    """The distinct ones among `vectors` (n, d), in the order of their first appearance."""
+    if not vectors.shape[0]:
+        return vectors
+    _, inverse = torch.unique(vectors, dim=0, return_inverse=True)
+    position = torch.arange(vectors.shape[0], device=vectors.device)
+    first = torch.full((int(inverse.max()) + 1,), vectors.shape[0], device=vectors.device)
+    first = first.scatter_reduce(0, inverse, position, "amin")
+    return vectors[first.sort().values]
 
 
 def _start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -114,17 +124,19 @@ def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
     """Round the codebook to 16 bits and code every vector with its nearest centroid; no empty cluster is left.
 
     Two centroids can become one by the rounding; the second of them then has no members. A moved centroid may take the last
-    member of another, so this is repeated; every round codes at least one vector without error, and a bound guards against ties.
+    member of another, so this is repeated; every round codes at least one vector as well as 16 bits can, and a bound guards
+    against ties.
     """
     codebook = _to_half(codebook)
     codes, distances = assign(vectors, codebook)
     for _ in range(32):
         counts = torch.bincount(codes, minlength=codebook.shape[0])
-        before = codebook.clone()
-        if not revive(codebook, vectors, distances, counts):
+        if int(counts.min()) > 0:
             break
-        codebook = _to_half(codebook)
-        if torch.equal(codebook, before):
+        # a vector whose own 16-bit value is its centroid cannot be coded better, however far it is
+        halves = _to_half(vectors)
+        curable = torch.where((halves == codebook[codes]).all(1), 0, distances)
+        if not revive(codebook, halves, curable, counts, thorough=True):
             break
         codes, distances = assign(vectors, codebook)
     return Clustering(codebook, codes, float(distances.cpu().double().mean()), iterations)

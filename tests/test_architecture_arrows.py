@@ -1,0 +1,154 @@
+"""The map of the house: which part may import which. Arrows point one way."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SRC = ROOT / "src"
+
+EVERYONE = ("errors", "paths", "progress", "randomness")
+"""Small things without arrows of their own (but for paths, which raises errors)."""
+
+ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "__main__")
+
+# The longest name that a module's own starts with decides; a part may always import itself and its own files.
+# `a.b` allows that module and what is below it.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "progress": (),
+    "randomness": (),
+    "paths": ("errors",),
+    "settings": EVERYONE,
+    "command": (*EVERYONE, "settings"),
+    "recorder": (*EVERYONE, "compression.finetune.loop"),
+    "recipes": (*EVERYONE, "settings", "recorder", "tasks", "architectures", "engines", "compression"),
+    "tasks": (*EVERYONE, "compression.finetune.task"),
+    "engines": (*EVERYONE, "compression.finetune.task"),
+    "architectures": (*EVERYONE, "compression.permute.groups"),
+    "compression.subvectors": EVERYONE,
+    "compression.norms": (*EVERYONE, "compression.subvectors"),
+    "compression.permute": (*EVERYONE, "compression.subvectors"),
+    "compression.quantize": (*EVERYONE, "compression.subvectors"),
+    "compression.finetune": EVERYONE,
+    "compression.size": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
+    "compression.files": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
+}
+ENTRY_MAY = (*EVERYONE, "command", "recipes", "settings")
+DEMO_MAY = (*ENTRY_MAY, "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn")
+"""The demonstration runs the commands as a user would."""
+
+
+def below(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Dotted name below `root` -> file; the root's own __init__ is ''."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, path: Path, root: Path, known: set[str]) -> set[str]:
+    """Modules of the project that a file imports anywhere in it, relative imports resolved."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix(f"{root.name}.") for alias in node.names if alias.name.split(".")[0] == root.name}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                parts = package.split(".") if package else []
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
+            elif node.module and node.module.split(".")[0] == root.name:
+                base = node.module.partition(".")[2]
+            else:
+                continue
+            # `from . import x` imports the module x where there is one
+            for alias in node.names:
+                full = f"{base}.{alias.name}" if base else alias.name
+                found.add(full if full in known else base)
+    return found - {""}
+
+
+def allowed(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """The part a module belongs to, and what that part may import; None: it has no place on the map."""
+    if name.startswith(ENTRIES) and "." not in name:
+        return name, DEMO_MAY if name == "demo" else ENTRY_MAY
+    rows = [part for part in ALLOWED if below(name, part)]
+    if rows:
+        part = max(rows, key=len)
+        return part, ALLOWED[part]
+    if name in {"", "compression"}:  # the root's and the science's __init__
+        return f"{name}.__init__", ()
+    return None
+
+
+def wrong_arrows(root: Path) -> list[str]:
+    known = modules(root)
+    wrong = []
+    for name, path in known.items():
+        place = allowed(name)
+        if place is None:
+            wrong.append(f"{name}: has no place on the map; give it a row in this test")
+            continue
+        part, may = place
+        targets = sorted(imports(name, path, root, set(known)))
+        wrong += [f"{name} -> {target}" for target in targets if not any(below(target, permitted) for permitted in (part, *may))]
+    return wrong
+
+
+def test_every_import_follows_an_arrow_of_the_map() -> None:
+    assert len(modules(SRC)) > 30
+    assert wrong_arrows(SRC) == []
+
+
+def test_the_walk_sees_relative_absolute_and_late_imports() -> None:
+    known = modules(SRC)
+
+    def of(name: str) -> set[str]:
+        return imports(name, known[name], SRC, set(known))
+
+    assert {"compression.permute.groups", "errors"} <= of("architectures.architecture")
+    assert {"compression.quantize.layers", "compression.subvectors"} <= of("compression.size")
+    assert "recipes" in of("train_resnet")  # imported inside a function
+    assert "settings.load" in of("settings")
+
+
+WRONG = [
+    ("compression/permute/search.py", "from ..quantize.kmeans import cluster", "compression.permute.search -> compression.quantize.kmeans"),
+    ("compression/quantize/plan.py", "from ..permute import groups", "compression.quantize.plan -> compression.permute.groups"),
+    ("compression/finetune/loop.py", "from ..files import save_compressed", "compression.finetune.loop -> compression.files"),
+    ("compression/subvectors.py", "from .quantize import layers", "compression.subvectors -> compression.quantize.layers"),
+    ("compression/files.py", "from .quantize.plan import Plan", "compression.files -> compression.quantize.plan"),
+    ("compression/quantize/layers.py", "from ...settings import Settings", "compression.quantize.layers -> settings"),
+    ("compression/permute/permute.py", "import src.recorder", "compression.permute.permute -> recorder"),
+    ("tasks/classification.py", "def f():\n    from ..compression.quantize import layers", "tasks.classification -> compression.quantize.layers"),
+    ("tasks/classification.py", "from ..recipes import coding_spec", "tasks.classification -> recipes"),
+    ("engines/single.py", "from ..tasks import classification", "engines.single -> tasks.classification"),
+    ("architectures/resnet.py", "from ..compression.permute.search import search", "architectures.resnet -> compression.permute.search"),
+    ("architectures/resnet.py", "from src.command import run", "architectures.resnet -> command"),
+    ("settings/load.py", "from .. import recipes", "settings.load -> recipes"),
+    ("train_resnet.py", "from .compression.files import read_tensors", "train_resnet -> compression.files"),
+    ("recorder.py", "from .settings import Settings", "recorder -> settings"),
+    ("errors.py", "from .paths import find", "errors -> paths"),
+    ("newroom.py", "", "newroom: has no place on the map; give it a row in this test"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "line", "complaint"), WRONG, ids=[complaint.replace(" ", "") for *_, complaint in WRONG])
+def test_a_wrong_arrow_is_found(tmp_path: Path, file: str, line: str, complaint: str) -> None:
+    for path in modules(SRC).values():  # the same house, empty
+        copy = tmp_path / "src" / path.relative_to(SRC)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text("", encoding="utf-8")
+    assert wrong_arrows(tmp_path / "src") == []
+    (tmp_path / "src" / file).write_text(line + "\n", encoding="utf-8")
+    assert wrong_arrows(tmp_path / "src") == [complaint]
