@@ -86,7 +86,7 @@ def test_large_vectors_that_16_bits_cannot_hold_do_not_keep_centroids_from_small
 
 @both
 def test_crowds_many_times_larger_than_the_number_of_clusters_do_not_hide_each_other(kind: str) -> None:
-    vectors = torch.arange(128.0)[:, None].repeat(3200, 1)
+    vectors = torch.arange(128.0)[:, None].repeat_interleave(3200, dim=0)
     found = run(kind, vectors, 128, 0)
     assert int(torch.bincount(found.codes, minlength=128).min()) > 0
     assert found.distortion < 1e-8  # a start is off by N(0, 1e-5)
