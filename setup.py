@@ -35,6 +35,8 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "numpy>=1.26",
+        "scipy>=1.11",
+        "numba>=0.60",
         "pillow>=10",
         "pyyaml>=6",
         "pydantic>=2.7",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from src.architectures import ARCHITECTURES
+from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import Group
 from src.compression.permute.objective import ChildObjective, child_objective, is_optimisable
 from src.compression.permute.permute import PermutationSpec, permute
@@ -20,6 +21,10 @@ from src.compression.quantize.kmeans import cluster
 from src.compression.quantize.plan import make_plan
 from src.randomness import stream
 from tests.helpers import lively, outputs, relative, spec
+
+
+def single(*arguments) -> GroupObjective:
+    return GroupObjective([ChildObjective(*arguments)], [1.0])
 
 
 def plain_score(weight: Tensor, p: np.ndarray, d: int, groups: int = 1) -> float:
@@ -84,7 +89,7 @@ def test_the_greedy_start_does_not_depend_on_the_scale_of_the_weights(scale: flo
     columns = draw.normal(0, 1, (64, 32, area)) * draw.uniform(0.1, 2, (1, 32, 1))
     orders = []
     for weight in (columns, columns * scale):
-        objective = ChildObjective(weight.reshape(64, -1), 32, d)
+        objective = single(weight.reshape(64, -1), 32, d)
         greedy(objective, 1, 0, stream(0))
         orders.append(objective.permutation)
     assert np.array_equal(*orders)
@@ -94,7 +99,7 @@ def test_the_greedy_start_does_not_depend_on_the_scale_of_the_weights(scale: flo
 def test_the_greedy_start_interleaves_runs_of_falling_variance() -> None:
     # one value per channel, variances 1, 16, 4, 9, means of 7 that must not count
     columns = np.array([[1.0], [-1.0]]) * np.array([[1.0, 4.0, 2.0, 3.0]]) + np.array([[7.0, 0.0, 0.0, 0.0]])
-    objective = ChildObjective(columns, 4, 2)
+    objective = single(columns, 4, 2)
     greedy(objective, 1, 0, stream(0))
     # falling: 1, 3, 2, 0; two runs (1, 3) and (2, 0); run j supplies position j of every subvector
     assert objective.permutation.tolist() == [1, 2, 3, 0]
@@ -105,7 +110,7 @@ def test_the_greedy_start_sorts_wider_channels_by_the_determinant_of_their_covar
     # channel 0 has by far the largest variance, but its two values are nearly the same: the smallest determinant
     channels = [(10 * u, 10 * u + 0.01 * v), (u, v), (3 * u, 3 * v), (2 * u, 2 * v)]
     columns = np.stack([value for pair in channels for value in pair], axis=1)
-    objective = ChildObjective(columns, 4, 4)
+    objective = single(columns, 4, 4)
     greedy(objective, 1, 0, stream(0))
     # falling: 2, 3, 1, 0; runs (2, 3) and (1, 0)
     assert objective.permutation.tolist() == [2, 1, 3, 0]
@@ -113,7 +118,7 @@ def test_the_greedy_start_sorts_wider_channels_by_the_determinant_of_their_covar
 
 def test_the_greedy_start_stays_within_the_blocks_of_a_grouped_convolution() -> None:
     columns = np.random.default_rng(0).normal(0, 1, (16, 8)) * 4.0 ** np.arange(8)
-    objective = ChildObjective(columns, 16, 4, 2)
+    objective = single(columns, 16, 4, 2)
     greedy(objective, 2, 0, stream(0))
     assert sorted(objective.permutation[:8]) == list(range(8))
     assert objective.permutation[:8].tolist() == [7, 5, 3, 1, 6, 4, 2, 0]
@@ -129,21 +134,21 @@ def columns_for(seed: int, channels: int = 16, area: int = 1, rows: int = 64) ->
 def test_local_search_never_raises_the_score_and_is_identical_for_the_same_seed(seed: int, area: int, d: int) -> None:
     found = []
     for _ in range(2):
-        objective = ChildObjective(columns_for(seed, area=area), 16, d)
+        objective = single(columns_for(seed, area=area), 16, d)
         before = objective.value
         stochastic(objective, 1, 300, stream(seed))
         assert objective.value < before
         assert sorted(objective.permutation) == list(range(16))
         found.append(objective.permutation)
     assert np.array_equal(*found)
-    other = ChildObjective(columns_for(seed, area=area), 16, d)
+    other = single(columns_for(seed, area=area), 16, d)
     stochastic(other, 1, 300, stream(seed + 100))
     assert not np.array_equal(other.permutation, found[0])
 
 
 def test_every_search_stays_within_its_blocks() -> None:
     for name in SEARCHES:
-        result = search(ChildObjective(columns_for(0, 8), 16, 4, 2), 2, 50, stream(0), [name])
+        result = search(single(columns_for(0, 8), 16, 4, 2), 2, 50, stream(0), [name])
         assert (result.permutation // 8).tolist() == [0] * 8 + [1] * 8, name
 
 
@@ -153,7 +158,7 @@ def test_a_result_worse_than_the_identity_is_dropped(steps: list[str]) -> None:
     draw = np.random.default_rng(0)
     base = np.repeat(draw.normal(0, 1, (256, 8)), 4, axis=1)
     columns = base + 0.01 * draw.normal(0, 1, base.shape)
-    objective = ChildObjective(columns, 32, 4)
+    objective = single(columns, 32, 4)
     identity = objective.value
     result = search(objective, 1, 20, stream(0), steps)
     assert result.before == identity
@@ -210,13 +215,13 @@ def test_large_blocks_of_a_resnet18_get_a_lower_score_and_the_same_function() ->
     sizes = make_plan(model, spec(256, large=True, ignored=["conv1"])).sizes
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     before = outputs(model, x)
-    results = permute(model, groups, sizes, n_tries=20, show_progress=False)
+    results = permute(model, groups, sizes, how="published", n_tries=20, show_progress=False)
     assert relative(outputs(model, x), before) < 1e-9  # float64, only the order of additions changes
-    assert [r.child for r in results] == [g.children[0] for g in groups]
+    assert [r.children for r in results] == [g.children[:1] for g in groups]
     for result in results:
         assert result.after < result.before
         # the score that is reported is that of the weights that are there now
-        now = child_objective(model.get_submodule(result.child), sizes[result.child]).value
+        now = child_objective(model.get_submodule(result.children[0]), sizes[result.children[0]]).value
         assert now == pytest.approx(result.after, abs=1e-6)
 
 
@@ -229,24 +234,30 @@ def test_small_blocks_of_3x3_convolutions_are_left_alone() -> None:
     results = permute(model, groups, sizes, n_tries=5, show_progress=False)
     inner = [r for r, g in zip(results, groups, strict=True) if len(g.children) == 1]
     assert inner
-    assert all(r.permutation is None and r.child is None for r in inner)
+    assert all(r.permutation is None and not r.children for r in inner)
     for group in (g for g in groups if len(g.children) == 1):
         assert torch.equal(model.get_submodule(group.parents[1]).weight, weights[f"{group.parents[1]}.weight"])
     # the streams end in 1x1 convolutions or the linear layer, which decide
-    assert [r.child for r in results if r.child] == ["layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0", "fc"]
+    assert [r.children[0] for r in results if r.children] == [
+        "layer2.0.downsample.0",
+        "layer3.0.downsample.0",
+        "layer4.0.downsample.0",
+        "fc",
+    ]
 
 
 def test_the_first_optimisable_child_that_is_coded_decides() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6))
     group = Group(("0",), ("1", "2", "3"))
 
-    def decided(sizes: dict[str, int]) -> str | None:
-        return permute(copy.deepcopy(model), [group], sizes, n_tries=5, show_progress=False)[0].child
+    def decided(sizes: dict[str, int], how: str = "published") -> tuple[str, ...]:
+        return permute(copy.deepcopy(model), [group], sizes, how=how, n_tries=5, show_progress=False)[0].children
 
-    assert decided({"1": 4, "2": 4, "3": 4}) == "1"
-    assert decided({"2": 4, "3": 4}) == "2"  # 1 is not coded
-    assert decided({"1": 1, "2": 1, "3": 4}) == "3"  # a subvector of one value does not depend on the order
-    assert decided({}) is None
+    assert decided({"1": 4, "2": 4, "3": 4}) == ("1",)
+    assert decided({"2": 4, "3": 4}) == ("2",)  # 1 is not coded
+    assert decided({"1": 1, "2": 1, "3": 4}) == ("3",)  # a subvector of one value does not depend on the order
+    assert decided({}) == ()
+    assert decided({"1": 1, "2": 4, "3": 4}, "best") == ("2", "3")
     assert not is_optimisable(nn.ConvTranspose2d(8, 8, 3), 18)
 
 
@@ -260,7 +271,7 @@ def test_the_search_named_for_a_layer_is_the_one_that_runs() -> None:
         twin = copy.deepcopy(model)
         given = {"1": PermutationSpec(optimization=(name,))}
         (found[name],) = permute(twin, [Group(("0",), ("1",))], {"1": 4}, n_tries=30, specs=given, show_progress=False)
-        objective = child_objective(model[1], 4)
+        objective = GroupObjective([child_objective(model[1], 4)], [1.0])
         SEARCHES[name](objective, 1, 30, stream(0, "permutation", "1"))
         assert found[name].permutation.tolist() == objective.permutation.tolist()
     assert len({tuple(r.permutation.tolist()) for r in found.values()}) == 3
@@ -271,10 +282,10 @@ def test_the_result_depends_on_the_seed_alone_and_not_on_other_groups() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 8))
     groups = [Group(("0",), ("1",)), Group(("1",), ("2",))]
     sizes = {"1": 4, "2": 4}
-    both = permute(copy.deepcopy(model), groups, sizes, n_tries=50, seed=3, show_progress=False)
-    again = permute(copy.deepcopy(model), groups, sizes, n_tries=50, seed=3, show_progress=False)
-    alone = permute(copy.deepcopy(model), groups[1:], sizes, n_tries=50, seed=3, show_progress=False)
-    other = permute(copy.deepcopy(model), groups, sizes, n_tries=50, seed=4, show_progress=False)
+    both = permute(copy.deepcopy(model), groups, sizes, how="published", n_tries=50, seed=3, show_progress=False)
+    again = permute(copy.deepcopy(model), groups, sizes, how="published", n_tries=50, seed=3, show_progress=False)
+    alone = permute(copy.deepcopy(model), groups[1:], sizes, how="published", n_tries=50, seed=3, show_progress=False)
+    other = permute(copy.deepcopy(model), groups, sizes, how="published", n_tries=50, seed=4, show_progress=False)
     assert [r.permutation.tolist() for r in both] == [r.permutation.tolist() for r in again]
     assert alone[0].permutation.tolist() == both[1].permutation.tolist()
     assert [r.permutation.tolist() for r in both] != [r.permutation.tolist() for r in other]
@@ -288,7 +299,7 @@ def test_permuting_lowers_the_distortion_of_the_coded_weight() -> None:
         weight = torch.randn(64, 32) * torch.exp(torch.randn(32))
         linear = nn.Linear(32, 64)
         linear.weight.data.copy_(weight)
-        p = search(child_objective(linear, 4), 1, 500, stream(seed)).permutation
+        p = search(GroupObjective([child_objective(linear, 4)], [1.0]), 1, 500, stream(seed)).permutation
         plain, permuted = (cluster("kmeans", w.reshape(-1, 4), 32, 30, stream(seed)).distortion for w in (weight, weight[:, p]))
         ratios.append(permuted / plain)
     assert float(np.mean(ratios)) < 0.9

@@ -14,7 +14,6 @@ from ..architectures.architecture import Architecture
 from ..compression.finetune.task import Engine
 from ..compression.permute.groups import Group, check_function, resolve
 from ..compression.permute.permute import GroupResult, PermutationSpec, permute
-from ..compression.permute.search import PUBLISHED
 from ..compression.quantize.compress import LayerResult, compress
 from ..compression.quantize.plan import CodingSpec, LayerSpec, Plan, make_plan
 from ..compression.size import model_size
@@ -31,7 +30,9 @@ class Intent:
     plan: Plan
     groups: Sequence[Group]
     specs: dict[str, PermutationSpec]
+    search: str
     n_tries: int
+    seconds: float | None
     seed: int
 
 
@@ -69,11 +70,11 @@ def intend(settings: Settings, architecture: Architecture, model: nn.Module, exa
         groups = architecture.groups(model)
     else:
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
-    specs = {name: PermutationSpec(spec.reshape, spec.optimization or PUBLISHED) for name, spec in given.permutation_specs.items()}
+    specs = {name: PermutationSpec(spec.reshape, spec.optimization) for name, spec in given.permutation_specs.items()}
     reshapes = {name: spec.reshape for name, spec in specs.items() if spec.reshape}
     resolve(model, groups, reshapes)
     check_function(model, groups, example, reshapes, settings.seed)
-    return Intent(plan, groups, specs, given.sls_iterations, settings.seed)
+    return Intent(plan, groups, specs, given.search, given.sls_iterations, given.search_seconds, settings.seed)
 
 
 def carry_out(
@@ -83,7 +84,15 @@ def carry_out(
     for note in intent.plan.notes:
         say(f"note: {note}")
     permuted = permute(
-        model, intent.groups, intent.plan.sizes, n_tries=intent.n_tries, specs=intent.specs, seed=intent.seed, show_progress=engine.is_main
+        model,
+        intent.groups,
+        intent.plan.sizes,
+        how=intent.search,
+        n_tries=intent.n_tries,
+        seconds=intent.seconds,
+        specs=intent.specs,
+        seed=intent.seed,
+        show_progress=engine.is_main,
     )
     say(_permutation_summary(permuted))
     model, layers = compress(model, intent.plan, seed=intent.seed, device=engine.device, show_progress=engine.is_main)
@@ -102,8 +111,8 @@ def carry_out(
 def _permutation_summary(results: Sequence[GroupResult]) -> str:
     if not results:
         return "permute: no groups"
-    improved = [r for r in results if r.child is not None and r.after < r.before]
-    fixed = sum(r.child is None for r in results)
+    improved = [r for r in results if r.children and r.after < r.before]
+    fixed = sum(not r.children for r in results)
     mean = sum(r.after - r.before for r in improved) / len(improved) if improved else 0.0
     text = f"permute: {len(improved)} of {len(results)} groups reordered, log det(Cov) changed by {mean:.3f} on average"
     return text + (f"; {fixed} do not depend on the order of channels" if fixed else "")
@@ -123,7 +132,7 @@ def _write_table(path: Path, layers: Sequence[LayerResult], permuted: Sequence[G
     groups = [
         {
             "group": result.label,
-            "child": result.child,
+            "children": result.children,
             "before": result.before,
             "after": result.after,
             "permutation": None if result.permutation is None else result.permutation.tolist(),

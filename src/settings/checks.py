@@ -76,12 +76,16 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         yield f"{model.arch} is trained on COCO", ["dataloader.imagenet_path"]
     else:
         yield f"{model.arch} is trained on images in folders", ["dataloader.coco_path"]
-    search = ["model.sls_iterations", "model.permutations", "model.permutation_specs"]
+    search = ["model.search", "model.search_seconds", "model.sls_iterations", "model.permutations", "model.permutation_specs"]
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
         yield "model.use_compression is False", [*compression, *search]
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
+    elif model.search == "published":
+        yield "model.search is published", ["model.search_seconds"]
+    elif not any(spec.optimization for spec in model.permutation_specs.values()):
+        yield "model.search is best, which goes on until nothing is gained", ["model.sls_iterations"]
     if settings.expected.accuracy is None:
         yield "expected.accuracy is not set", ["expected.tolerance"]
 

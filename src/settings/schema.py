@@ -150,7 +150,13 @@ class ModelSettings(Section):
     state_dict_compressed: Text | None = Field(None, description="Compressed model to evaluate.")
     compression_parameters: CompressionSettings = Field(default_factory=CompressionSettings, description="How weights are compressed.")
     use_permutations: Flag = Field(True, description="Permute channels before compressing.")
-    sls_iterations: Natural = Field(10_000, description="Swaps tried per group by the stochastic local search.")
+    search: Literal["best", "published"] = Field(
+        "best", description="best: all children of a group, until nothing is gained; published: the paper's search, first child only."
+    )
+    search_seconds: RealAboveZero | None = Field(
+        None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."
+    )
+    sls_iterations: Natural = Field(10_000, description="Swaps tried per group (search: published, or an optimization of one's own).")
     permutations: tuple[GroupSettings, ...] | None = Field(None, description="Groups of layers; null: those of the architecture.")
     permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(_empty_map)] = Field(
         default_factory=dict, description="Search settings of single layers."

@@ -20,6 +20,8 @@ from .operations import Reshape, is_depthwise
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Proposal = tuple[int, int, Ints, Ints, Floats, Floats, float]
+"""Positions i and j, subvectors touched, their columns, second moment, mean and score after the swap."""
 
 RIDGE = 1e-10
 """Added to the diagonal, relative to the mean square of the weight: keeps dead or equal channels finite. Independent of p."""
@@ -31,6 +33,13 @@ class ChildObjective:
     Attributes:
         permutation: p (C,), channel p[i] stands at position i.
         value: log det of the covariance at `permutation`.
+        area, d, n_channels, n_subvectors: a, d, C and n.
+        width: W, columns of a row (of a convolution group).
+        gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n.
+        column_sum: (G*W,), sums of the columns, divided by n.
+        columns: (m*G, d), the column at each place of each subvector.
+        moment, mean: (d, d) and (d,), of the subvectors.
+        ridge: (d, d), added to the covariance.
     """
 
     def __init__(self, columns: Floats, n_channels: int, d: int, n_groups: int = 1) -> None:
@@ -51,33 +60,35 @@ class ChildObjective:
         self.n_channels = n_channels
         grouped = columns.reshape(n_groups, rows // n_groups, width)
         self.n_subvectors = rows * width // d
-        # one Gram per group, (G, W, W); columns of different groups never share a subvector
-        self._gram = np.matmul(grouped.transpose(0, 2, 1), grouped) / self.n_subvectors
-        self._column_sum = (grouped.sum(axis=1) / self.n_subvectors).reshape(-1)
-        self._width = width
-        power = float(np.trace(self._gram, axis1=1, axis2=2).sum()) / d
+        # one Gram per group, (G, W, W); columns of different groups never share a subvector. The product of a matrix with
+        # its own transpose takes half the arithmetic of another (BLAS syrk)
+        self.gram = np.stack([part.T @ part for part in grouped]) if n_groups > 1 else (columns.T @ columns)[None]
+        self.gram /= self.n_subvectors
+        self.column_sum = (grouped.sum(axis=1) / self.n_subvectors).reshape(-1)
+        self.width = width
+        power = float(np.trace(self.gram, axis1=1, axis2=2).sum()) / d
         if not np.isfinite(power) or power <= 0:
             raise GroupError("the weight is zero or not finite")
-        self._ridge = RIDGE * power * np.eye(d)
+        self.ridge = RIDGE * power * np.eye(d)
         self.reset(np.arange(n_channels))
 
     def reset(self, permutation: Ints) -> None:
         """Start again from `permutation` (C,)."""
         self.permutation = permutation.copy()
-        self._columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
-        self._moment = self._block(self._columns)
-        self._mean = self._column_sum[self._columns].sum(axis=0)
-        self.value = self._logdet(self._moment, self._mean)
+        self.columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
+        self.moment = self._block(self.columns)
+        self.mean = self.column_sum[self.columns].sum(axis=0)
+        self.value = self._logdet(self.moment, self.mean)
 
     def evaluate(self, permutation: Ints) -> float:
         """The score of another permutation; the state stays."""
         columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
-        return self._logdet(self._block(columns), self._column_sum[columns].sum(axis=0))
+        return self._logdet(self._block(columns), self.column_sum[columns].sum(axis=0))
 
-    def try_swap(self, i: int, j: int, threshold: float = 1e-12) -> bool:
-        """Swap the channels at positions i and j if the score falls by more than `threshold` (ties would cycle)."""
+    def propose(self, i: int, j: int) -> tuple[float, Proposal]:
+        """The score after swapping the channels at positions i and j, and what `commit` needs to keep the swap."""
         touched = self._subvectors_of(i, j)
-        old = self._columns[touched]
+        old = self.columns[touched]
         new = old.copy()
         flat = new.reshape(-1)
         where = (touched[:, None] * self.d + np.arange(self.d)).reshape(-1)
@@ -85,28 +96,38 @@ class ChildObjective:
         offset = where % self.area
         flat[at_i] = self.permutation[j] * self.area + offset[at_i]
         flat[at_j] = self.permutation[i] * self.area + offset[at_j]
-        moment = self._moment + self._block(new) - self._block(old)
-        mean = self._mean + (self._column_sum[new] - self._column_sum[old]).sum(axis=0)
+        moment = self.moment + self._block(new) - self._block(old)
+        mean = self.mean + (self.column_sum[new] - self.column_sum[old]).sum(axis=0)
         value = self._logdet(moment, mean)
+        return value, (i, j, touched, new, moment, mean, value)
+
+    def commit(self, proposal: Proposal) -> None:
+        """Keep a swap that `propose` has scored, before any other was kept."""
+        i, j, touched, new, moment, mean, value = proposal
+        self.columns[touched] = new
+        self.moment, self.mean, self.value = moment, mean, value
+        self.permutation[[i, j]] = self.permutation[[j, i]]
+
+    def try_swap(self, i: int, j: int, threshold: float = 1e-12) -> bool:
+        """Swap the channels at positions i and j if the score falls by more than `threshold` (ties would cycle)."""
+        value, proposal = self.propose(i, j)
         if value >= self.value - threshold:
             return False
-        self._columns[touched] = new
-        self._moment, self._mean, self.value = moment, mean, value
-        self.permutation[i], self.permutation[j] = self.permutation[j], self.permutation[i]
+        self.commit(proposal)
         return True
 
     def channel_scores(self) -> Floats:
         """(C,) log determinant of each channel's own a x a covariance (its log variance when a = 1)."""
         scores = np.empty(self.n_channels)
-        per_group = self._width // self.area
-        rows = self.n_subvectors * self.d // (self._width * self._gram.shape[0])
+        per_group = self.width // self.area
+        rows = self.n_subvectors * self.d // (self.width * self.gram.shape[0])
         for channel in range(self.n_channels):
             group, local = divmod(channel, per_group)
             at = slice(local * self.area, (local + 1) * self.area)
-            second = self._gram[group, at, at] * self.n_subvectors / rows
-            mean = self._column_sum[channel * self.area : (channel + 1) * self.area] * self.n_subvectors / rows
+            second = self.gram[group, at, at] * self.n_subvectors / rows
+            mean = self.column_sum[channel * self.area : (channel + 1) * self.area] * self.n_subvectors / rows
             covariance = second - np.outer(mean, mean)
-            ridge = np.eye(self.area) * max(self._ridge[0, 0], np.finfo(float).tiny)
+            ridge = np.eye(self.area) * max(self.ridge[0, 0], np.finfo(float).tiny)
             scores[channel] = np.linalg.slogdet(covariance + ridge)[1]
         return scores
 
@@ -117,11 +138,11 @@ class ChildObjective:
 
     def _block(self, columns: Ints) -> Floats:
         """Sum over the given subvectors (t, d) of their d x d part of the Gram matrix."""
-        group, local = columns // self._width, columns % self._width
-        return self._gram[group[:, :1, None], local[:, :, None], local[:, None, :]].sum(axis=0)
+        group, local = columns // self.width, columns % self.width
+        return self.gram[group[:, :1, None], local[:, :, None], local[:, None, :]].sum(axis=0)
 
     def _logdet(self, moment: Floats, mean: Floats) -> float:
-        sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self._ridge)
+        sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self.ridge)
         return float(value) if sign > 0 else float("inf")
 
 

@@ -1,26 +1,34 @@
-"""Permuting a whole network: search each group, then reorder its channels in place (paper section 3.2)."""
+"""Permuting a whole network: search all groups, then reorder their channels in place (paper section 3.2)."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from ...errors import GroupError
 from ...progress import bar
 from ...randomness import stream
+from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
-from .objective import child_objective, is_optimisable
-from .search import PUBLISHED, search
+from .objective import ChildObjective, child_objective, is_optimisable
+from .search import PUBLISHED, SearchResult, search, search_best
+
+MOST_WORKERS = 8
+"""Groups searched at a time: each holds the Gram matrices of its children."""
 
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """How the permutation of one child's input is searched (`permutation_specs.<layer>`)."""
+    """How the permutation of one child's input is searched (`permutation_specs.<layer>`); None: as for all."""
 
     reshape: tuple[int, ...] | None = None
-    optimization: tuple[str, ...] = PUBLISHED
+    optimization: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,14 @@ class GroupResult:
 
     Attributes:
         label: names the group.
-        child: the layer whose subvectors decided; None where no child depends on the order.
-        before: log det(Cov) of that layer's subvectors before.
+        children: the layers whose subvectors decided; empty where no child depends on the order.
+        before: log det(Cov) of their subvectors before, on average over all subvectors.
         after: the same afterwards.
         permutation: p (C,) as applied; None where the group was left as it was.
     """
 
     label: str
-    child: str | None
+    children: tuple[str, ...]
     before: float
     after: float
     permutation: Tensor | None
@@ -47,52 +55,84 @@ def permute(
     groups: Sequence[Group],
     sizes: Mapping[str, int],
     *,
+    how: str = "best",
     n_tries: int = 10_000,
+    seconds: float | None = None,
     specs: Mapping[str, PermutationSpec] | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> list[GroupResult]:
     """Choose and apply the permutation of every group, in place; the network's function stays the same.
 
-    The first optimisable child of a group decides (the published scheme). Groups are searched in order, each on the weights
-    that the previous ones left: reordering a layer's rows does not change its score.
+    The groups are searched in parallel threads: reordering a layer's rows, which is what the other groups do to it, does not
+    change its score.
 
     Args:
         model: the dense network.
         groups: which layers share a permutation.
         sizes: subvector length d of every layer that will be coded, by name.
-        n_tries: swaps tried per group.
+        how: `best` scores all children of a group together and searches until nothing is gained; `published` is the paper's
+            procedure: greedy start, then `n_tries` swaps, scored on the first child that depends on the order.
+        n_tries: swaps tried per group by `published`.
+        seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no limit.
         specs: `permutation_specs` by name of the child.
         seed: the run's seed; each group draws from its own stream.
         show_progress: show a progress bar.
 
     Raises:
         GroupError: a group does not fit the network.
+        ValueError: `how` is unknown.
     """
+    if how not in ("best", "published"):
+        raise ValueError(f"unknown search {how!r}; known: best, published")
     specs = specs or {}
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
-    return [_permute_group(group, sizes, n_tries, specs, seed) for group in bar(resolved, "permute", show=show_progress, unit="group")]
+    deadline = None if seconds is None else time.monotonic() + seconds
+    search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_WORKERS)) as workers:
+        results = list(bar(workers.map(search_one, resolved), "permute", len(resolved), show_progress, "group"))
+    for group, result in zip(resolved, results, strict=True):
+        if result.permutation is not None:
+            group.apply(result.permutation)
+    return results
 
 
-def _permute_group(
-    group: ResolvedGroup, sizes: Mapping[str, int], n_tries: int, specs: Mapping[str, PermutationSpec], seed: int
+def _search_group(
+    group: ResolvedGroup,
+    sizes: Mapping[str, int],
+    how: str,
+    n_tries: int,
+    deadline: float | None,
+    specs: Mapping[str, PermutationSpec],
+    seed: int,
 ) -> GroupResult:
-    child = _deciding_child(group, sizes)
-    if child is None:
-        return GroupResult(group.label, None, 0.0, 0.0, None)
-    try:
-        objective = child_objective(child.module, sizes[child.name], child.reshape)
-    except GroupError:  # a weight of zeros: every order is as good
-        return GroupResult(group.label, None, 0.0, 0.0, None)
-    steps = specs[child.name].optimization if child.name in specs else PUBLISHED
-    result = search(objective, group.n_blocks, n_tries, stream(seed, "permutation", child.name), steps)
-    group.apply(result.permutation)
-    return GroupResult(group.label, child.name, result.before, result.after, result.permutation)
+    children = _optimisable_children(group, sizes, most=1 if how == "published" else None)
+    if not children:
+        return GroupResult(group.label, (), 0.0, 0.0, None)
+    objectives = [objective for _, objective in children]
+    names = tuple(child.name for child, _ in children)
+    weights = [1.0] if len(children) == 1 else [float(objective.n_subvectors) for objective in objectives]
+    total = sum(weights)
+    together = GroupObjective(objectives, [weight / total for weight in weights])
+    restricted = next((specs[name].optimization for name in names if name in specs and specs[name].optimization), None)
+    generator = stream(seed, "permutation", names[0])
+    result: SearchResult
+    if how == "published" or restricted:
+        result = search(together, group.n_blocks, n_tries, generator, restricted or PUBLISHED)
+    else:
+        result = search_best(together, group.n_blocks, generator, deadline)
+    return GroupResult(group.label, names, result.before, result.after, result.permutation)
 
 
-def _deciding_child(group: ResolvedGroup, sizes: Mapping[str, int]) -> Member | None:
-    """The first child that will be coded and whose subvectors depend on the order of its input channels."""
+def _optimisable_children(group: ResolvedGroup, sizes: Mapping[str, int], most: int | None) -> list[tuple[Member, ChildObjective]]:
+    """The (first) children that will be coded and whose subvectors depend on the order of their input channels, with their scores."""
+    found: list[tuple[Member, ChildObjective]] = []
     for child in group.children:
+        if most is not None and len(found) == most:
+            break
         if child.name in sizes and is_optimisable(child.module, sizes[child.name], child.reshape):
-            return child
-    return None
+            try:
+                found.append((child, child_objective(child.module, sizes[child.name], child.reshape)))
+            except GroupError:  # a weight of zeros: every order is as good
+                continue
+    return found

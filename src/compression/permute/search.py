@@ -1,4 +1,4 @@
-"""Searching the permutation of one group (paper section 3.2.3): greedy start and stochastic local search.
+"""Searching the permutation of one group (paper section 3.2.3): greedy start, stochastic local search, and beyond.
 
 A search is a function (objective, n_blocks, n_tries, generator) -> None that leaves its result in the objective's
 permutation. To add one: write it and register it under the name that users write in `permutation_specs.<layer>.optimization`.
@@ -6,6 +6,7 @@ permutation. To add one: write it and register it under the name that users writ
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import ChildObjective, Ints
+from .assignment import assign_channels, positions
+from .group_objective import GroupObjective
+from .objective import Ints
 
-Search = Callable[[ChildObjective, int, int, torch.Generator], None]
+Search = Callable[[GroupObjective, int, int, torch.Generator], None]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class SearchResult:
 
     Attributes:
         permutation: p (C,); the identity where nothing better was found.
-        before: log det(Cov) of the deciding child at the identity.
+        before: the score at the identity.
         after: the same at `permutation`.
     """
 
@@ -33,42 +36,35 @@ class SearchResult:
     after: float
 
 
-def greedy(objective: ChildObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
+def greedy(objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
     """Very unequal variances per position: sort the channels by falling variance, cut into b runs, interleave them.
 
-    With b = d/a channels per subvector, run j supplies position j of every subvector. Where a subvector does not hold a
-    whole number of channels there are no positions to fill, and the order stays.
+    With b = d/a channels per subvector, run j supplies position j of every subvector. The first child decides. Where a
+    subvector does not hold a whole number of channels there are no positions to fill, and the order stays.
     """
-    if objective.d % objective.area:
+    child = objective.children[0]
+    if child.d % child.area:
         return
-    per_subvector = objective.d // objective.area
-    size = objective.n_channels // n_blocks
-    scores = objective.channel_scores()
+    per_subvector = child.d // child.area
+    size = child.n_channels // n_blocks
+    if size % per_subvector:
+        return
+    scores = child.channel_scores()
     order: list[Ints] = []
     for block in range(n_blocks):
         channels = np.arange(block * size, (block + 1) * size)
-        if size % per_subvector:
-            return
         falling = channels[np.argsort(-scores[channels], kind="stable")]
         order.append(falling.reshape(per_subvector, -1).T.reshape(-1))
     objective.reset(np.concatenate(order))
 
 
-def stochastic(objective: ChildObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
+def stochastic(objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
     """Stochastic local search: swap two random channels `n_tries` times, keeping a swap if the score falls."""
-    size = objective.n_channels // n_blocks
-    if size < 2:
-        return
-    first = torch.randint(objective.n_channels, (n_tries,), generator=generator)
-    shift = torch.randint(1, size, (n_tries,), generator=generator)
-    second = first // size * size + (first % size + shift) % size
-    for tried, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        objective.try_swap(i, j)
-        if tried % 4096 == 4095:
-            objective.reset(objective.permutation)  # rounding errors of the running sums must not add up
+    if objective.n_channels // n_blocks >= 2:
+        objective.run(*_pairs(objective, n_blocks, n_tries, generator))
 
 
-def random(objective: ChildObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
+def random(objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
     """The best of `n_tries` uniformly drawn permutations: the baseline that a search has to beat."""
     size = objective.n_channels // n_blocks
     best, best_value = objective.permutation, objective.value
@@ -85,7 +81,7 @@ PUBLISHED = ("GREEDY", "STOCHASTIC")
 
 
 def search(
-    objective: ChildObjective, n_blocks: int, n_tries: int, generator: torch.Generator, steps: Sequence[str] = PUBLISHED
+    objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator, steps: Sequence[str] = PUBLISHED
 ) -> SearchResult:
     """Run the searches named in `steps` one after the other; a result worse than the identity is dropped.
 
@@ -97,7 +93,96 @@ def search(
     before = objective.value
     for name in steps:
         SEARCHES[name](objective, n_blocks, n_tries, generator)
+    return _result(objective, before)
+
+
+CHUNK_PER_CHANNEL = 200
+MOST_TRIES = 1_000_000
+ANNEALED_CHANNELS = 512
+ANNEALING_TRIES = 400_000
+SMALL_GAIN = 1e-5
+"""Per subvector: a chunk of swaps that gains less ends a local search."""
+
+
+def search_best(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None = None) -> SearchResult:
+    """As good a permutation as swaps, assignments and annealing find; stops when they no longer gain.
+
+    From the identity and from the greedy start: linear assignments, then local search until a chunk of swaps gains next to
+    nothing. Up to 512 channels the better one is annealed and searched again. The best of all is kept. The amount of work depends on
+    the group alone, so that the same seed gives the same result, unless there is a `deadline` (of time.monotonic) to keep.
+    """
+    identity = np.arange(objective.n_channels)
+    objective.reset(identity)
+    before = objective.value
+    if objective.n_channels // n_blocks < 2:
+        return _result(objective, before)
+    found: list[tuple[float, Ints]] = []
+    for start in (None, greedy):
+        objective.reset(identity)
+        if start is not None:
+            start(objective, n_blocks, 0, generator)
+        _descend(objective, n_blocks, generator, deadline)
+        found.append((objective.value, objective.permutation.copy()))
+    objective.reset(min(found, key=lambda result: result[0])[1])
+    if objective.n_channels <= ANNEALED_CHANNELS and not _late(deadline):
+        _anneal(objective, n_blocks, generator)
+        _descend(objective, n_blocks, generator, deadline)
+        found.append((objective.value, objective.permutation.copy()))
+    objective.reset(min(found, key=lambda result: result[0])[1])
+    return _result(objective, before)
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
+
+
+def _descend(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
+    """Assignments and swaps in turn until neither gains."""
+    stride = positions(objective) if n_blocks == 1 else 0
+    order = torch.randperm(stride, generator=generator).numpy() if stride > 1 else np.empty(0, np.int64)
+    enough = SMALL_GAIN * float(objective.weights.sum())
+    chunk = CHUNK_PER_CHANNEL * objective.n_channels
+    assign_channels(objective, order, rounds=8)
+    for _ in range(max(1, MOST_TRIES // chunk)):
+        before = objective.value
+        objective.run(*_pairs(objective, n_blocks, chunk, generator))
+        if before - objective.value < enough or _late(deadline):
+            break
+    assign_channels(objective, order, rounds=2)
+
+
+def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator) -> None:
+    """Simulated annealing from 3 times the mean |change| of random swaps down to 0.03 times that, geometrically."""
+    typical = _typical_change(objective, n_blocks, generator)
+    if not np.isfinite(typical) or typical <= 0:
+        return
+    first, second = _pairs(objective, n_blocks, ANNEALING_TRIES, generator)
+    draws = torch.rand(ANNEALING_TRIES, generator=generator, dtype=torch.float64).numpy()
+    start = 0.3 * typical
+    objective.run(first, second, np.geomspace(start, 0.03 * start, ANNEALING_TRIES), draws)
+
+
+def _typical_change(objective: GroupObjective, n_blocks: int, generator: torch.Generator) -> float:
+    """Mean |change| of the score over some random swaps."""
+    first, second = _pairs(objective, n_blocks, 64, generator)
+    changes = []
+    for i, j in zip(first.tolist(), second.tolist(), strict=True):
+        moves = [child.propose(i, j)[0] - child.value for child in objective.children]
+        changes.append(abs(float(np.dot(objective.weights, moves))))
+    return float(np.mean(changes))
+
+
+def _pairs(objective: GroupObjective, n_blocks: int, n: int, generator: torch.Generator) -> tuple[Ints, Ints]:
+    """n pairs of different positions, both in the same block."""
+    size = objective.n_channels // n_blocks
+    first = torch.randint(objective.n_channels, (n,), generator=generator)
+    shift = torch.randint(1, size, (n,), generator=generator)
+    second = first // size * size + (first % size + shift) % size
+    return first.numpy(), second.numpy()
+
+
+def _result(objective: GroupObjective, before: float) -> SearchResult:
     objective.reset(objective.permutation)
     if not objective.value < before:
-        objective.reset(identity)
+        objective.reset(np.arange(objective.n_channels))
     return SearchResult(torch.from_numpy(objective.permutation.copy()), before, objective.value)

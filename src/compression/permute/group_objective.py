@@ -1,0 +1,142 @@
+"""The score of a permutation over several children: sum over children of weight * log det(Cov) (paper equation 6).
+
+With weight n_c, the number of subvectors of child c, this is what all children of a group cost together: at a given rate the
+distortion of a layer grows with n_c times its geometric mean variance. One child with weight 1 is the published score.
+The swaps are tried by the compiled kernel; without numba the same is done in NumPy, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .objective import ChildObjective, Floats, Ints
+
+kernel: Any
+try:
+    from . import kernel
+except ImportError:  # numba is not there for every platform and Python version
+    kernel = None
+
+REFRESH = 4096
+"""Swaps tried between exact recomputations: the rounding errors of the running sums must not add up."""
+
+NOTHING = np.empty(0)
+
+
+class GroupObjective:
+    """Weighted sum of the children's scores as a function of the permutation they share.
+
+    Attributes:
+        children: the objectives of the single children, at the same permutation.
+        weights: (number of children,).
+        compiled: whether the kernel is used.
+    """
+
+    def __init__(self, children: Sequence[ChildObjective], weights: Sequence[float], compiled: bool = True) -> None:
+        """Put `children` (of equal n_channels) together; raises ValueError if there are none."""
+        if not children:
+            raise ValueError("a group objective needs at least one child")
+        self.children = list(children)
+        self.weights = np.asarray(weights, dtype=np.float64)
+        self.n_channels = children[0].n_channels
+        self.compiled = compiled and kernel is not None
+        if self.compiled:
+            self._flatten()
+
+    @property
+    def permutation(self) -> Ints:
+        """p (C,), channel p[i] stands at position i."""
+        return self.children[0].permutation
+
+    @property
+    def value(self) -> float:
+        """The score at `permutation`."""
+        return float(sum(w * child.value for w, child in zip(self.weights, self.children, strict=True)))
+
+    def reset(self, permutation: Ints) -> None:
+        """Start again from `permutation` (C,), exactly computed."""
+        for child in self.children:
+            child.reset(permutation)
+
+    def evaluate(self, permutation: Ints) -> float:
+        """The score of another permutation; the state stays."""
+        return float(sum(w * child.evaluate(permutation) for w, child in zip(self.weights, self.children, strict=True)))
+
+    def run(self, first: Ints, second: Ints, temperatures: Floats = NOTHING, draws: Floats = NOTHING) -> int:
+        """Try to swap the channels at positions first[t] and second[t] (T,) one after the other; returns how many were kept.
+
+        A swap is kept if the score falls, or, where temperatures (T,) are given, with probability exp(-rise / temperature),
+        decided by draws (T,) from [0, 1). With temperatures the best permutation seen is the one that is left.
+        """
+        kept = 0
+        annealing = temperatures.size > 0
+        best, best_value = self.permutation.copy(), self.value
+        for start in range(0, first.size, REFRESH):
+            part = slice(start, start + REFRESH)
+            before = self.value
+            lowest, reached, accepted = self._run_part(first[part], second[part], temperatures[part], draws[part])
+            kept += accepted
+            if annealing and before + lowest < best_value:
+                best, best_value = reached, before + lowest
+        if annealing:
+            self.reset(best)
+        return kept
+
+    def _run_part(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
+        """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps kept."""
+        permutation = self.permutation.copy()
+        best = permutation.copy()
+        if not self.compiled:
+            return self._run_numpy(first, second, temperatures, draws)
+        state = {
+            name: np.concatenate([getattr(child, name).reshape(-1) for child in self.children]) for name in ("columns", "moment", "mean")
+        }
+        logdet = np.array([child.value for child in self.children])
+        shared = (self._shape, self.weights, self._ridge, self._gram, self._gram_at, self._column_sum, self._column_at)
+        _, lowest, kept = kernel.run_swaps(
+            first, second, temperatures, draws, permutation, *shared, state["columns"], self._columns_at,
+            state["moment"], self._moment_at, state["mean"], self._mean_at, logdet, best,
+        )  # fmt: skip
+        if kept:
+            self.reset(permutation)
+        return lowest, best, kept
+
+    def _run_numpy(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
+        change = lowest = 0.0
+        best, kept = self.permutation.copy(), 0
+        for t, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+            proposals = [child.propose(i, j) for child in self.children]
+            moves = [value - child.value for child, (value, _) in zip(self.children, proposals, strict=True)]
+            delta = float(np.dot(self.weights, moves))
+            if not (delta < -1e-12 or (temperatures.size and draws[t] < np.exp(-delta / temperatures[t]))):
+                continue
+            for child, (_, proposal) in zip(self.children, proposals, strict=True):
+                child.commit(proposal)
+            kept += 1
+            change += delta
+            if change < lowest:
+                lowest, best = change, self.permutation.copy()
+        if kept:
+            self.reset(self.permutation)
+        return lowest, best, kept
+
+    def _flatten(self) -> None:
+        """What the kernel reads and never changes, as flat arrays."""
+
+        def starts(lengths: list[int]) -> Ints:
+            return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+
+        children = self.children
+        self._shape = np.array([[child.area, child.d, child.width] for child in children], dtype=np.int64)
+        self._ridge = np.array([child.ridge[0, 0] for child in children])
+        # a view where there is one child: a Gram matrix can have hundreds of megabytes
+        self._gram = children[0].gram.reshape(-1) if len(children) == 1 else np.concatenate([child.gram.reshape(-1) for child in children])
+        self._gram_at = starts([child.gram.size for child in children])
+        self._column_sum = np.concatenate([child.column_sum for child in children])
+        self._column_at = starts([child.column_sum.size for child in children])
+        self._columns_at = starts([child.columns.size for child in children])
+        self._moment_at = starts([child.moment.size for child in children])
+        self._mean_at = starts([child.mean.size for child in children])
