@@ -37,6 +37,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "numba>=0.60",
+        "faiss-cpu>=1.8",
         "pillow>=10",
         "pyyaml>=6",
         "pydantic>=2.7",
@@ -50,7 +51,6 @@ setup(
         "horovod": ["horovod>=0.28.1"],
         "dev": [
             "scikit-learn>=1.3",
-            "faiss-cpu>=1.8",
             "matplotlib>=3.8",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -46,6 +46,7 @@ def coding_spec(settings: Settings) -> CodingSpec:
         BlockRule(given.fc_subvector_size, given.pw_subvector_size, given.large_subvectors),
         given.ignored_modules,
         {name: LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
+        given.k_means_tolerance,
     )
 
 

@@ -105,6 +105,9 @@ class CompressionSettings(Section):
     k: Centroids = Field(256, description="Centroids per layer; fewer where a layer has too few blocks.")
     k_means_type: KMeansType = Field("src", description="Clustering: plain k-means, or annealed k-means (src).")
     k_means_n_iters: Natural = Field(1000, description="Clustering iterations.")
+    k_means_tolerance: RealFromZero = Field(
+        0.0, description="Stop a clustering when 10 iterations lower the distortion by less than this share; 0: never."
+    )
     fc_subvector_size: Positive = Field(4, description="Block length in linear layers.")
     pw_subvector_size: Positive = Field(4, description="Block length in 1x1 convolutions.")
     large_subvectors: Flag = Field(False, description="Blocks of two kernels instead of one in other convolutions.")

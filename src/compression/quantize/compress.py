@@ -68,7 +68,9 @@ def compress(
         weight: Tensor = dense.weight.detach()
         vectors = to_subvectors(weight, plan.d).float().to(device or weight.device)
         try:
-            found = cluster(plan.k_means_type, vectors, plan.k, plan.k_means_n_iters, stream(seed, "codebook", plan.name))
+            found = cluster(
+                plan.k_means_type, vectors, plan.k, plan.k_means_n_iters, stream(seed, "codebook", plan.name), plan.k_means_tolerance
+            )
         except ValueError as error:
             raise PlanError(f"layer {plan.name!r}: {error}") from None
         layer.set_codes(found.codebook.to(weight.device, weight.dtype), found.codes.to(weight.device))

@@ -12,14 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-ASSIGN_CHUNK = 1 << 20
-"""Entries of the distance matrix that are held at a time."""
+from .assign import assign
+
+accumulate: Any
+try:
+    from .accumulate import accumulate
+except ImportError:  # numba is not there for every platform and Python version
+    accumulate = None
 
 START_NOISE = 1e-5
+
+PATIENCE = 10
+"""Iterations over which the distortion must fall by more than the tolerance."""
+
+LAST_UPDATES = 20
+"""Noise-free updates at most after an annealing that was stopped early."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +52,12 @@ class Clustering:
     iterations: int
 
 
-def assign(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest centroid of every vector and its squared distance.
-
-    Args:
-        vectors: (n, d) float.
-        codebook: (k, d) of the same dtype and device.
-
-    Returns:
-        codes (n,) int64 (the lowest index among equals) and squared distances (n,) >= 0.
-    """
-    half_norms = codebook.square().sum(1).mul_(0.5)
-    transposed = codebook.t().contiguous()
-    step = max(1, ASSIGN_CHUNK // codebook.shape[0])
-    codes = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
-    for start in range(0, vectors.shape[0], step):
-        # |x - c|^2 / 2 = |x|^2 / 2 + (|c|^2 / 2 - x.c); the first term does not change the order
-        scores = torch.addmm(half_norms, vectors[start : start + step], transposed, alpha=-1)
-        torch.argmin(scores, dim=1, out=codes[start : start + step])
-    return codes, (vectors - codebook[codes]).square_().sum(1)
-
-
 def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sum-of-members divided by count for every centroid, (k, d), and the counts (k,); empty ones come back as zeros."""
+    if vectors.device.type == "cpu" and vectors.dtype == torch.float32 and accumulate is not None:
+        total, members = np.zeros((k, vectors.shape[1])), np.zeros(k, dtype=np.int64)
+        accumulate(vectors.contiguous().numpy(), codes.numpy(), total, members)
+        return torch.from_numpy(total / np.maximum(members, 1)[:, None]).float(), torch.from_numpy(members).float()
     counts = torch.bincount(codes, minlength=k).to(vectors.dtype)
     sums = torch.zeros(k, vectors.shape[1], dtype=vectors.dtype, device=vectors.device).index_add_(0, codes, vectors)
     return sums / counts.clamp_min(1).unsqueeze(1), counts
@@ -107,9 +103,17 @@ def _start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return vectors[drawn.to(vectors.device)] + noise.to(vectors.device, vectors.dtype)
 
 
-def _iterate(vectors: Tensor, codebook: Tensor, iterations: int, noise: Callable[[int, Tensor], Tensor] | None) -> Tensor:
-    """`iterations` times: assign, revive, mean update (plus the noise of iteration t, given the counts)."""
-    for t in range(1, iterations + 1):
+def _iterate(
+    vectors: Tensor, codebook: Tensor, iterations: int, tolerance: float, noise: Callable[[int, Tensor], Tensor] | None
+) -> tuple[Tensor, int]:
+    """At most `iterations` times: assign, mean update (plus the noise of iteration t, given the counts), revive.
+
+    Returns the codebook and the mean updates made.
+    """
+    earlier = float("inf")
+    t = 0
+    while t < iterations:
+        t += 1
         codes, distances = assign(vectors, codebook)
         updated, counts = means(vectors, codes, codebook.shape[0])
         if noise is not None:
@@ -117,7 +121,16 @@ def _iterate(vectors: Tensor, codebook: Tensor, iterations: int, noise: Callable
         updated = torch.where(counts.unsqueeze(1) > 0, updated, codebook)
         revive(updated, vectors, distances, counts)
         codebook = updated
-    return codebook
+        if tolerance > 0 and t % PATIENCE == 0:
+            now = float(distances.mean())
+            if earlier - now <= tolerance * now:
+                if noise is None:
+                    break
+                # the annealing gains no more: end it as it would have ended, with noise-free updates
+                noise, earlier, iterations = None, float("inf"), min(iterations, t + LAST_UPDATES)
+            else:
+                earlier = now
+    return codebook, t
 
 
 def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
@@ -147,7 +160,7 @@ def _to_half(codebook: Tensor) -> Tensor:
     return codebook.to(torch.float16).to(codebook.dtype)
 
 
-def kmeans(vectors: Tensor, k: int, iterations: int, generator: torch.Generator) -> Clustering:
+def kmeans(vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0) -> Clustering:
     """Lloyd's k-means: `iterations` mean updates, then a last assignment.
 
     Args:
@@ -155,12 +168,13 @@ def kmeans(vectors: Tensor, k: int, iterations: int, generator: torch.Generator)
         k: centroids.
         iterations: mean updates; 0 codes with the start codebook.
         generator: draws the start.
+        tolerance: stop when 10 updates lower the distortion by less than this share of it; 0: make all updates.
     """
-    codebook = _iterate(vectors, _start(vectors, k, generator), iterations, None)
-    return _finish(vectors, codebook, iterations)
+    codebook, made = _iterate(vectors, _start(vectors, k, generator), iterations, tolerance, None)
+    return _finish(vectors, codebook, made)
 
 
-def src(vectors: Tensor, k: int, iterations: int, generator: torch.Generator) -> Clustering:
+def src(vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0) -> Clustering:
     """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`."""
     sigma = vectors.std(dim=0, correction=0)
 
@@ -169,15 +183,15 @@ def src(vectors: Tensor, k: int, iterations: int, generator: torch.Generator) ->
         drawn = torch.randn(k, vectors.shape[1], generator=generator, device=generator.device, dtype=torch.float32)
         return drawn.to(vectors.device, vectors.dtype) * sigma * (scale / counts.clamp_min(1).sqrt().unsqueeze(1))
 
-    codebook = _iterate(vectors, _start(vectors, k, generator), iterations, noise)
-    return _finish(vectors, codebook, iterations)
+    codebook, made = _iterate(vectors, _start(vectors, k, generator), iterations, tolerance, noise)
+    return _finish(vectors, codebook, made)
 
 
-QUANTIZERS: dict[str, Callable[[Tensor, int, int, torch.Generator], Clustering]] = {"kmeans": kmeans, "src": src}
+QUANTIZERS: dict[str, Callable[[Tensor, int, int, torch.Generator, float], Clustering]] = {"kmeans": kmeans, "src": src}
 """Names of `k_means_type`. To add one: a function with this signature, and its name here."""
 
 
-def cluster(kind: str, vectors: Tensor, k: int, iterations: int, generator: torch.Generator) -> Clustering:
+def cluster(kind: str, vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0) -> Clustering:
     """Cluster with the method called `kind`.
 
     Raises:
@@ -189,4 +203,4 @@ def cluster(kind: str, vectors: Tensor, k: int, iterations: int, generator: torc
         raise ValueError("the weight holds values that are not finite (NaN or infinity)")
     if float(vectors.abs().max()) > torch.finfo(torch.float16).max:
         raise ValueError(f"the weight holds values beyond {torch.finfo(torch.float16).max:.0f}, which 16-bit codebooks cannot hold")
-    return QUANTIZERS[kind](vectors, k, iterations, generator)
+    return QUANTIZERS[kind](vectors, k, iterations, generator, tolerance)

@@ -36,6 +36,7 @@ class CodingSpec:
     rule: BlockRule = field(default_factory=BlockRule)
     ignored_modules: Sequence[str] = ()
     layer_specs: Mapping[str, LayerSpec] = field(default_factory=dict)
+    k_means_tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class LayerPlan:
     k: int
     k_means_type: str
     k_means_n_iters: int
+    k_means_tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _plan_layer(name: str, module: nn.Module, spec: CodingSpec, own: LayerSpec) 
         return None, "too small for two centroids, left uncompressed"
     kind = own.k_means_type or spec.k_means_type
     iterations = spec.k_means_n_iters if own.k_means_n_iters is None else own.k_means_n_iters
-    return LayerPlan(name, d, clamped, kind, iterations), note
+    return LayerPlan(name, d, clamped, kind, iterations, spec.k_means_tolerance), note
 
 
 def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Mapping[str, nn.Module]) -> str | None:
