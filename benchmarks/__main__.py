@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import clustering, cost, permutation
+from . import clustering, cost, search
 
 MEASUREMENTS = {
     "cost": (cost.main, ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"]),
-    "permutation": (permutation.main, ["--small"]),
+    "search": (search.main, ["--small"]),
     "clustering": (clustering.main, ["--small"]),
 }
 """Name -> (entry, arguments of a smoke run)."""

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from src.compression.quantize import kmeans as kmeans_module
+from src.compression.quantize.assign import assign, assign_in_chunks
 from src.compression.quantize.kmeans import Clustering, cluster
 from src.randomness import stream
 
@@ -264,3 +266,38 @@ def test_the_largest_16_bit_value_is_coded(kind: str) -> None:
 def test_fewer_vectors_than_centroids_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=r"8 centroids .* 7 subvectors"):
         run(kind, torch.randn(7, 4), 8)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(5000, 4, 256), (3000, 9, 64), (2000, 18, 2), (70_000, 2, 1)])
+def test_the_fast_assignment_equals_chunks_and_brute_force(n: int, d: int, k: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    vectors, codebook = torch.randn(n, d, generator=draw), torch.randn(k, d, generator=draw)
+    exact = torch.cdist(vectors.double(), codebook.double()).square()
+    for codes, distances in (assign(vectors, codebook), assign_in_chunks(vectors, codebook)):
+        assert codes.dtype == torch.int64
+        # ties aside, the nearest; float32 keeps seven digits of |x|^2, about 20 here
+        assert torch.allclose(exact.gather(1, codes[:, None])[:, 0], exact.min(1).values, atol=1e-4)
+        assert torch.allclose(distances.double(), exact.min(1).values, atol=1e-4)
+        assert float(distances.min()) >= 0
+
+
+def test_compiled_means_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    vectors, codes = torch.randn(4000, 9, generator=draw), torch.randint(40, (4000,), generator=draw)
+    found, counts = kmeans_module.means(vectors, codes, 64)
+    monkeypatch.setattr(kmeans_module, "accumulate", None)
+    plain, plain_counts = kmeans_module.means(vectors, codes, 64)
+    assert torch.allclose(found, plain, atol=1e-6)  # float32 sums of 100 members
+    assert torch.equal(counts, plain_counts)
+    assert not found[40:].any()
+
+
+@both
+def test_a_tolerance_stops_early_and_costs_little(kind: str) -> None:
+    vectors = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
+    whole = cluster(kind, vectors, 64, 300, torch.Generator().manual_seed(1))
+    early = cluster(kind, vectors, 64, 300, torch.Generator().manual_seed(1), 1e-3)
+    assert whole.iterations == 300
+    assert early.iterations < 300
+    assert early.distortion < 1.05 * whole.distortion
+    assert int(torch.bincount(early.codes, minlength=64).min()) > 0
