@@ -89,8 +89,11 @@ def permute(
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
     deadline = None if seconds is None else time.monotonic() + seconds
     search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_WORKERS)) as workers:
+    workers = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_WORKERS))
+    try:
         results = list(bar(workers.map(search_one, resolved), "permute", len(resolved), show_progress, "group"))
+    finally:
+        workers.shutdown(cancel_futures=True)  # after Ctrl-C only the groups under way are finished
     for group, result in zip(resolved, results, strict=True):
         if result.permutation is not None:
             group.apply(result.permutation)
