@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .assign import assign
+from .members import Members
 
 accumulate: Any
 try:
@@ -59,7 +60,10 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
         accumulate(vectors.contiguous().numpy(), codes.numpy(), total, members)
         return torch.from_numpy(total / np.maximum(members, 1)[:, None]).float(), torch.from_numpy(members).float()
     counts = torch.bincount(codes, minlength=k).to(vectors.dtype)
-    sums = torch.zeros(k, vectors.shape[1], dtype=vectors.dtype, device=vectors.device).index_add_(0, codes, vectors)
+    if vectors.device.type == "cuda":  # index_add_ there adds in another order at every call
+        sums = Members.of(codes, k).sums(vectors)
+    else:
+        sums = torch.zeros(k, vectors.shape[1], dtype=vectors.dtype, device=vectors.device).index_add_(0, codes, vectors)
     return sums / counts.clamp_min(1).unsqueeze(1), counts
 
 

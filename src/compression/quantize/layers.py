@@ -10,7 +10,6 @@ Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_mat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,35 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..subvectors import Layer, bits_per_code, from_subvectors
+from .members import Members
 
 CODES_DTYPE = torch.int32
 
 
-@dataclass(frozen=True)
-class Members:
-    """The subvectors of each centroid: codes never change in training, so they are sorted once.
-
-    Attributes:
-        order: (R*m,) int32, indices of the subvectors, those of centroid 0 first.
-        starts: (k,) int32, where in `order` the members of each centroid begin.
-    """
-
-    order: Tensor
-    starts: Tensor
-
-    @staticmethod
-    def of(codes: Tensor, k: int) -> Members:
-        """Sort codes (R*m,) with values below k."""
-        counts = torch.bincount(codes, minlength=k)
-        return Members(torch.argsort(codes, stable=True).int(), (counts.cumsum(0) - counts).int())
-
-
 class _Decode(torch.autograd.Function):
-    """codebook[codes]; the gradient of a centroid is the sum over its members.
-
-    With the members sorted, the sum is a segmented one: on the CPU 4 to 30 times faster than index_add_, to which it is
-    equal to the bit, and on CUDA free of atomic additions, so that the same seed gives the same result there too.
-    """
+    """codebook[codes]; the gradient of a centroid is the sum over its members, which are sorted once: codes do not change."""
 
     @staticmethod
     def forward(ctx: Any, codebook: Tensor, codes: Tensor, members: Members | None) -> Tensor:
@@ -57,9 +34,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         # half-precision sums over thousands of members would lose their small terms
         wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
-        if wide.device.type in ("cpu", "cuda"):
-            total = F.embedding_bag(ctx.members.order, wide.contiguous(), ctx.members.starts, mode="sum")
-        else:  # not every device has embedding_bag
+        if Members.serve(wide.device):
+            total = ctx.members.sums(wide)
+        else:
             total = torch.zeros(ctx.k, wide.shape[1], dtype=wide.dtype, device=wide.device).index_add_(0, ctx.codes.long(), wide)
         return total.to(gradient.dtype), None, None
 
