@@ -23,6 +23,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.objective import child_objective
 from src.compression.permute.search import search
 from src.compression.quantize.kmeans import cluster
@@ -81,7 +82,7 @@ def compute() -> tuple[Tensor, Side, Side]:
     weight = example_weight()
     layer = nn.Linear(CHANNELS, ROWS, bias=False)
     layer.weight.data.copy_(weight)
-    found = search(child_objective(layer, D), 1, 2000, torch.Generator().manual_seed(0))
+    found = search(GroupObjective([child_objective(layer, D)], [1.0]), 1, 2000, torch.Generator().manual_seed(0))
     return weight, measure(weight, torch.arange(CHANNELS)), measure(weight, found.permutation)
 
 
