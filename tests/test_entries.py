@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 SMALL = [
     "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.sls_iterations", "50",
+    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "50",
     "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu",
 ]  # fmt: skip
 EVALUATE_SMALL = [
@@ -142,6 +142,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run: Path, sm
         ["--amp", "bf16"],
         ["--channels_last", "True"],
         ["--optimizer", "sgd", "--lr_scheduler.type", "plateau", "--weight_decay", "1e-4"],
+        ["--model.search", "best", "--model.search_seconds", "1"],
         ["--lr_scheduler.type", "multistep", "--lr_scheduler.milestones", "[1]"],
         ["--model.use_permutations", "False", "--lr_scheduler.type", "none", "--skip_initial_validation", "True"],
         ["--model.compression_parameters.k_means_type", "kmeans", "--model.compression_parameters.large_subvectors", "True"],
@@ -234,7 +235,7 @@ def test_training_prints_the_golden_sizes(
 ) -> None:
     arguments = [
         "--config", f"../config/train_{arch}.yaml", "--model.weights", "none", *paths(thousand_classes, tmp_path), "--epochs", "0",
-        "--skip_initial_validation", "True", "--model.sls_iterations", "1", "--model.compression_parameters.k_means_n_iters", "0",
+        "--skip_initial_validation", "True", "--model.search", "published", "--model.sls_iterations", "1", "--model.compression_parameters.k_means_n_iters", "0",
         "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.num_workers", "0", "--device", "cpu",
     ]  # fmt: skip
     if flags:
