@@ -23,7 +23,7 @@ from .compression.finetune.loop import Outcome
 from .errors import SettingsError
 from .paths import write_text
 
-VALIDATION_TAGS = {"loss": "loss", "accuracy": "accuracy", "accuracy_top5": "accuracy_top5"}
+VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5")
 LEAVINGS = ("tensorboard", "trained_models", "results.txt", "results.json", "config.yaml", "compression.json")
 
 
@@ -102,9 +102,9 @@ class RunRecorder:
 
     def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a validation, under `Validation/`, at the step count of the epoch's end."""
-        for name, tag in VALIDATION_TAGS.items():
+        for name in VALIDATION_TAGS:
             if name in metrics:
-                self._writer.add_scalar(f"Validation/{tag}", metrics[name], step)
+                self._writer.add_scalar(f"Validation/{name}", metrics[name], step)
         self._writer.flush()
         when = "before training" if epoch == 0 else f"epoch {epoch}"
         shown = ", ".join(

@@ -87,10 +87,10 @@ class GroupObjective:
 
     def _run_part(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
         """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps kept."""
-        permutation = self.permutation.copy()
-        best = permutation.copy()
         if not self.compiled:
             return self._run_numpy(first, second, temperatures, draws)
+        permutation = self.permutation.copy()
+        best = permutation.copy()
         state = {
             name: np.concatenate([getattr(child, name).reshape(-1) for child in self.children]) for name in ("columns", "moment", "mean")
         }
