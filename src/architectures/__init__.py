@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from ..errors import SettingsError
 from .architecture import Architecture
+from .maskrcnn import MASKRCNN
 from .resnet import RESNETS
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in RESNETS}
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (*RESNETS, MASKRCNN)}
 
 
 def get(name: str, task: str) -> Architecture:
-    """The architecture called `name`, for `task` ("classification").
+    """The architecture called `name`, for `task` ("classification" or "detection").
 
     Raises:
         SettingsError: unknown, or for another task; lists what exists.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
-from ..compression.permute.groups import Group
+from ..compression.permute.groups import Group, Outputs, call_network
 from ..errors import SettingsError
 
 
@@ -20,13 +20,17 @@ class Architecture:
 
     Attributes:
         name: as in `model.arch`.
-        task: "classification".
+        task: "classification" or "detection".
         build: number of classes -> network with freshly initialised weights.
         weights_url: the published dense weights; the file name ends in the first hex digits of their SHA-256.
         n_classes: classes of the published weights.
         head: name of the layer whose rows are the classes.
         groups: network -> its permutation groups (spec: `model.permutations` left out).
         licence: of the published weights, where it restricts their use.
+        build_frozen: the same network with frozen batch norms, for state dicts that come from such a one.
+        outputs: network, images (B, 3, H, W) -> everything that a permutation must leave as it is.
+        reshapes: `permutation_specs.<layer>.reshape` of layers that read a flattened map.
+        old_names: layers' names in earlier versions of torchvision -> their names now.
     """
 
     name: str
@@ -37,6 +41,10 @@ class Architecture:
     head: str
     groups: Callable[[nn.Module], list[Group]]
     licence: str = ""
+    build_frozen: Callable[[int], nn.Module] | None = None
+    outputs: Outputs = call_network
+    reshapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    old_names: Mapping[str, str] = field(default_factory=dict)
 
     def published_weights(self, progress: bool = True) -> dict[str, Tensor]:
         """Download (once; kept in torch's cache folder) the published dense weights and verify their checksum.
@@ -70,3 +78,23 @@ class Architecture:
             if tensor is not None and tensor.dim() > 0:
                 return int(tensor.shape[0])
         return None
+
+    def build_for(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """A network with the classes of `state`, and with frozen norms where `state` has norms that never counted a batch."""
+        leaves = {name.rpartition(".")[2] for name in state}
+        frozen = "running_var" in leaves and "num_batches_tracked" not in leaves
+        make = self.build_frozen if frozen and self.build_frozen else self.build
+        return make(self.classes_of(state) or self.n_classes)
+
+    def current_name(self, layer: str) -> str:
+        """The name of a layer in this version of torchvision; names without an old form stay."""
+        return self.old_names.get(layer, layer)
+
+    def current_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` with old layer names replaced, unless the file holds the layer under its present name too."""
+        renamed = {}
+        for key, tensor in state.items():
+            layer, dot, entry = key.rpartition(".")
+            now = self.current_name(layer) + dot + entry
+            renamed[key if now in state else now] = tensor
+        return renamed

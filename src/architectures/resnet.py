@@ -6,7 +6,7 @@ of a stage has several of each, since additions join them: they share one permut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from torch import nn
@@ -23,29 +23,35 @@ from .architecture import Architecture
 SEMI_SUPERVISED_URL = "https://dl.fbaipublicfiles.com/semiweaksupervision/model_files/semi_supervised_resnet50-08389792.pth"
 
 
-def resnet_groups(model: nn.Module, prefix: str = "", final_readers: tuple[str, ...] = ("fc",)) -> list[Group]:
+CLASSIFIER = ((), (), (), ("fc",))
+
+
+def resnet_groups(model: nn.Module, prefix: str = "", readers_outside: Sequence[tuple[str, ...]] = CLASSIFIER) -> list[Group]:
     """Permutation groups of a torchvision ResNet, stem first, in the order of the network.
 
     Args:
         model: the ResNet.
         prefix: of the layer names, for a ResNet inside another network.
-        final_readers: what reads the last stage.
+        readers_outside: full names of the layers after or outside the stages that read stage 1, 2, 3, 4.
     """
     net = cast(ResNet, model)
     stages: list[list[BasicBlock | Bottleneck]] = [list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     groups: list[Group] = []
     writers = ["conv1", "bn1"]  # of the stream that is being followed
+    outside: tuple[str, ...] = ()
     for s, blocks in enumerate(stages, start=1):
         if blocks[0].downsample is not None:
             readers = [f"layer{s}.0.conv1", f"layer{s}.0.downsample.0"]
-            groups.append(_group(prefix, writers, [*_other_readers(stages, s - 1), *readers]))
+            groups.append(_group(prefix, writers, [*_other_readers(stages, s - 1), *readers], outside))
             writers = [f"layer{s}.0.downsample.0", f"layer{s}.0.downsample.1"]
+            outside = ()
         for b, block in enumerate(blocks):
             name = f"layer{s}.{b}"
             n_convs = 3 if isinstance(block, Bottleneck) else 2
             groups += [_group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]) for c in range(1, n_convs)]
             writers += [f"{name}.conv{n_convs}", f"{name}.bn{n_convs}"]
-    groups.append(Group(tuple(prefix + w for w in writers), (*(prefix + r for r in _other_readers(stages, len(stages))), *final_readers)))
+        outside += readers_outside[s - 1]
+    groups.append(_group(prefix, writers, _other_readers(stages, len(stages)), outside))
     return groups
 
 
@@ -57,8 +63,8 @@ def _other_readers(stages: list, stage: int) -> list[str]:
     return [f"layer{stage}.{b}.conv1" for b in range(first, len(stages[stage - 1]))]
 
 
-def _group(prefix: str, parents: list[str], children: list[str]) -> Group:
-    return Group(tuple(prefix + p for p in parents), tuple(prefix + c for c in children))
+def _group(prefix: str, parents: list[str], children: list[str], children_outside: tuple[str, ...] = ()) -> Group:
+    return Group(tuple(prefix + p for p in parents), (*(prefix + c for c in children), *children_outside))
 
 
 def _resnet(name: str, constructor: Callable[..., nn.Module], url: str, licence: str = "") -> Architecture:

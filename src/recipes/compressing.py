@@ -50,6 +50,14 @@ def coding_spec(settings: Settings) -> CodingSpec:
     )
 
 
+def permutation_specs(settings: Settings, architecture: Architecture) -> dict[str, PermutationSpec]:
+    """`model.permutation_specs`, with the architecture's reshapes where they give none."""
+    specs = {name: PermutationSpec(reshape) for name, reshape in architecture.reshapes.items()}
+    for name, spec in settings.model.permutation_specs.items():
+        specs[name] = PermutationSpec(spec.reshape or architecture.reshapes.get(name), spec.optimization)
+    return specs
+
+
 def intend(settings: Settings, architecture: Architecture, model: nn.Module, example: Tensor) -> Intent:
     """Resolve plan and groups and check both on the network, random permutations included.
 
@@ -71,10 +79,10 @@ def intend(settings: Settings, architecture: Architecture, model: nn.Module, exa
         groups = architecture.groups(model)
     else:
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
-    specs = {name: PermutationSpec(spec.reshape, spec.optimization) for name, spec in given.permutation_specs.items()}
+    specs = permutation_specs(settings, architecture)
     reshapes = {name: spec.reshape for name, spec in specs.items() if spec.reshape}
     resolve(model, groups, reshapes)
-    check_function(model, groups, example, reshapes, settings.seed)
+    check_function(model, groups, example, reshapes, settings.seed, architecture.outputs)
     return Intent(plan, groups, specs, given.search, given.sls_iterations, given.search_seconds, settings.seed)
 
 

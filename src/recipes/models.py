@@ -30,10 +30,9 @@ def load_compressed(path: Path, architecture: Architecture, spec: CodingSpec) ->
         CheckpointError: the file cannot be read or does not fit.
         PlanError: the coding settings do not fit the architecture.
     """
-    state = read_tensors(path)
-    n_classes = architecture.classes_of(state) or architecture.n_classes
+    state = architecture.current_state(read_tensors(path))
     with torch.device("meta"):
-        model = architecture.build(n_classes)
+        model = architecture.build_for(state)
     if is_compressed(state):
         check_codes(state, str(path))
         model = build_coded(model, make_plan(model, spec))
@@ -75,7 +74,8 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
         if architecture.licence and is_main:
             print(f"note: licence of the weights of {architecture.name}: {architecture.licence}", file=sys.stderr)
         state, source = architecture.published_weights(is_main), architecture.weights_url
-    model = architecture.build(architecture.classes_of(state) or architecture.n_classes)
+    state = architecture.current_state(state)
+    model = architecture.build_for(state)
     load_state(model, state, source)
     return model
 
