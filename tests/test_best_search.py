@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ from src.randomness import stream
 from tests.helpers import lively, outputs, relative, spec
 
 CHANNELS = 24
-# (values per channel, subvector length, convolution groups): 1x1, large 3x3, straddling, grouped
-KINDS = [(1, 4, 1), (9, 18, 1), (9, 6, 1), (1, 2, 2), (9, 27, 1), (4, 8, 2)]
+# (values per channel, subvector length, convolution groups): 1x1, large 3x3, straddling, grouped, straddling within two channels and more
+KINDS = [(1, 4, 1), (9, 18, 1), (9, 6, 1), (1, 2, 2), (9, 27, 1), (4, 8, 2), (10, 4, 1), (7, 6, 1), (10, 12, 1)]
 
 
 def child(kind: tuple[int, int, int], seed: int, rows: int = 40) -> ChildObjective:
@@ -126,7 +127,7 @@ def test_the_best_search_finds_pairs_that_were_torn_apart() -> None:
     draw = np.random.default_rng(0)
     weight = np.concatenate([base := draw.normal(0, 1, (200, 12)), base + 0.01 * draw.normal(0, 1, base.shape)], axis=1)
     objective = GroupObjective([ChildObjective(weight, 24, 2)], [1.0])
-    found = search_best(objective, 1, stream(0)).permutation.reshape(-1, 2)
+    found = search_best(objective, 1, 1000, stream(0)).permutation.reshape(-1, 2)
     assert all(abs(int(a) - int(b)) == 12 for a, b in found.tolist())
 
 
@@ -134,21 +135,21 @@ def test_the_best_search_finds_pairs_that_were_torn_apart() -> None:
 def test_best_is_at_least_as_good_as_published_for_the_group(seed: int) -> None:
     kinds = [(1, 4, 1), (9, 18, 1), (1, 8, 1)]
     objective = together(kinds, seed)
-    best = search_best(objective, 1, stream(seed))
+    best = search_best(objective, 1, 10_000, stream(seed))
     first_child = GroupObjective([child(kinds[0], seed)], [1.0])
     published = search(first_child, 1, 10_000, stream(seed))
     assert best.after < objective.evaluate(published.permutation.numpy())
     assert best.after < best.before
-    again = search_best(together(kinds, seed), 1, stream(seed))
+    again = search_best(together(kinds, seed), 1, 10_000, stream(seed))
     assert torch.equal(best.permutation, again.permutation)
 
 
 def test_the_best_search_stays_within_blocks_and_keeps_to_its_time() -> None:
     objective = together([(4, 8, 2)], 0)
-    found = search_best(objective, 2, stream(0)).permutation
+    found = search_best(objective, 2, 1000, stream(0)).permutation
     assert (found // 12).tolist() == [0] * 12 + [1] * 12
     started = time.monotonic()
-    search_best(objective, 2, stream(0), deadline=started)
+    search_best(objective, 2, 1000, stream(0), deadline=started)
     assert time.monotonic() - started < 5  # one chunk of swaps at most
 
 
@@ -179,3 +180,36 @@ def test_a_child_of_zeros_does_not_decide_for_the_others() -> None:
 def test_an_unknown_search_is_refused() -> None:
     with pytest.raises(ValueError, match="best, published"):
         permute(nn.Sequential(), [], {}, how="fast")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_kind_scores_what_the_covariance_of_the_permuted_weight_says(kind: tuple[int, int, int]) -> None:
+    """Also where only the inner products of columns that can meet are kept."""
+    area, d, groups = kind
+    draw = np.random.default_rng(5)
+    weight = draw.normal(0.1, 1, (60, CHANNELS // groups, area))
+    objective = ChildObjective(weight.reshape(60, -1), CHANNELS, d, groups)
+    assert (objective.tail > 0) == (groups == 1 and d <= area)
+    size = CHANNELS // groups
+    local = [draw.permutation(size) for _ in range(groups)]
+    rows = 60 // groups
+    permuted = np.concatenate([weight[g * rows : (g + 1) * rows][:, local[g]] for g in range(groups)])
+    vectors = permuted.reshape(-1, d)
+    expected = np.linalg.slogdet(np.cov(vectors.T, bias=True).reshape(d, d) + objective.ridge)[1]
+    permutation = np.concatenate([local[g] + g * size for g in range(groups)])
+    assert objective.evaluate(permutation) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_judge_overrules_the_score_only_clearly() -> None:
+    """One that prefers the identity by a hair changes nothing; one that prefers it by far decides."""
+    identity = np.arange(CHANNELS)
+
+    def worth(gain: float) -> Callable[[np.ndarray], float]:
+        return lambda p: 1.0 - gain if np.array_equal(p, identity) else 1.0
+
+    free = search_best(together(KINDS[:2], 0), 1, 1000, stream(0)).permutation
+    hair = search_best(together(KINDS[:2], 0), 1, 1000, stream(0), judge=worth(0.001)).permutation
+    far = search_best(together(KINDS[:2], 0), 1, 1000, stream(0), judge=worth(0.1)).permutation
+    assert torch.equal(free, hair)
+    assert not torch.equal(free, torch.from_numpy(identity))
+    assert torch.equal(far, torch.from_numpy(identity))

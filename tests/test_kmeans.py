@@ -295,9 +295,10 @@ def test_compiled_means_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> Non
 @both
 def test_a_tolerance_stops_early_and_costs_little(kind: str) -> None:
     vectors = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
-    whole = cluster(kind, vectors, 64, 300, torch.Generator().manual_seed(1))
-    early = cluster(kind, vectors, 64, 300, torch.Generator().manual_seed(1), 1e-3)
-    assert whole.iterations == 300
-    assert early.iterations < 300
-    assert early.distortion < 1.05 * whole.distortion
+    whole = cluster(kind, vectors, 64, 1000, torch.Generator().manual_seed(1))
+    early = cluster(kind, vectors, 64, 1000, torch.Generator().manual_seed(1), 5e-3)
+    assert whole.iterations == 1000
+    assert early.iterations < 1000
+    # Lloyd's stops in a slow stretch; the annealings are asked to be as good as the tolerance says, and a tenth more for chance
+    assert early.distortion < (1.03 if kind == "kmeans" else 1.0055) * whole.distortion
     assert int(torch.bincount(early.codes, minlength=64).min()) > 0

@@ -14,7 +14,7 @@ from ..architectures.architecture import Architecture
 from ..compression.finetune.task import Engine
 from ..compression.permute.groups import Group, check_function, resolve
 from ..compression.permute.permute import GroupResult, PermutationSpec, permute
-from ..compression.quantize.compress import LayerResult, compress
+from ..compression.quantize.compress import LayerResult, compress, quick_distortion
 from ..compression.quantize.plan import CodingSpec, LayerSpec, Plan, make_plan
 from ..compression.size import model_size
 from ..compression.subvectors import BlockRule
@@ -101,6 +101,7 @@ def carry_out(
         seconds=intent.seconds,
         specs=intent.specs,
         seed=intent.seed,
+        measure=quick_distortion(intent.plan, intent.seed),
         show_progress=engine.is_main,
     )
     say(_permutation_summary(permuted))

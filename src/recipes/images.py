@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from ..compression.finetune.task import Engine
 from ..errors import SettingsError
+from ..machine import available_processors
 from ..paths import candidates, find
 from ..settings import Settings, require
 from ..tasks.classification import Classification
@@ -75,7 +75,7 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
 
 def _workers(wanted: int, is_main: bool) -> int:
     """`num_workers`, or the number of processors where there are fewer; results do not depend on it."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = available_processors()
     if wanted > processors and is_main:
         print(
             f"note: dataloader.num_workers: {processors} instead of {wanted}, as this machine has {processors} processors", file=sys.stderr

@@ -130,11 +130,11 @@ class GroupObjective:
             return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
 
         children = self.children
-        self._shape = np.array([[child.area, child.d, child.width] for child in children], dtype=np.int64)
+        self._shape = np.array([[child.area, child.d, child.width, child.tail] for child in children], dtype=np.int64)
         self._ridge = np.array([child.ridge[0, 0] for child in children])
         # a view where there is one child: a Gram matrix can have hundreds of megabytes
-        self._gram = children[0].gram.reshape(-1) if len(children) == 1 else np.concatenate([child.gram.reshape(-1) for child in children])
-        self._gram_at = starts([child.gram.size for child in children])
+        self._gram = children[0].table if len(children) == 1 else np.concatenate([child.table for child in children])
+        self._gram_at = starts([child.table.size for child in children])
         self._column_sum = np.concatenate([child.column_sum for child in children])
         self._column_at = starts([child.column_sum.size for child in children])
         self._columns_at = starts([child.columns.size for child in children])

@@ -6,7 +6,7 @@ keeps the d x d second moment and the mean of the subvectors and updates them by
 
 Arrays (c: child): gram (flat, at gram_at[c], G_c blocks of W_c x W_c), column_sum (flat, at column_at[c]), columns (flat, at
 columns_at[c]: for each value of each subvector the column it holds), moment (flat, at moment_at[c], d_c x d_c), mean (flat, at
-mean_at[c]), logdet (c). shape[c] = (area, d, W).
+mean_at[c]), logdet (c). shape[c] = (area, d, W, tail); with a tail the entries of gram are those of `ChildObjective.table`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,19 @@ def logdet_of(moment: Floats, mean: Floats, ridge: float, d: int, work: Floats) 
             else:
                 work[p * d + q] = value / work[q * d + q]
     return total
+
+
+@njit(cache=True, nogil=True, inline="always")
+def inner_product(gram: Floats, start: int, area: int, width: int, tail: int, first_column: int, later: int, earlier: int) -> float:
+    """Of two columns of one subvector, `later` not before `earlier` in it; `first_column` is that of the convolution group."""
+    if tail == 0:
+        return gram[start + first_column * width + (later - first_column) * width + earlier - first_column]
+    later_channel, earlier_channel = later // area, earlier // area
+    if later_channel == earlier_channel:
+        return gram[start + later * area + earlier - earlier_channel * area]
+    n_channels = width // area
+    row = earlier_channel * tail + earlier - earlier_channel * area - (area - tail)
+    return gram[start + width * area + row * n_channels * tail + later_channel * tail + later - later_channel * area]
 
 
 @njit(cache=True, nogil=True)
@@ -85,7 +98,7 @@ def run_swaps(
         channel_i, channel_j = permutation[i], permutation[j]
         delta = 0.0
         for c in range(n_children):
-            area, d, width = shape[c, 0], shape[c, 1], shape[c, 2]
+            area, d, width, tail = shape[c, 0], shape[c, 1], shape[c, 2], shape[c, 3]
             m0, a0, g0, s0, c0 = moment_at[c], mean_at[c], gram_at[c], column_at[c], columns_at[c]
             for p in range(d):
                 new_mean[a0 + p] = mean[a0 + p]
@@ -108,17 +121,18 @@ def run_swaps(
                         new_columns[p] = channel_i * area + u - position * area
                     else:
                         new_columns[p] = old_columns[p]
-                base = g0 + (old_columns[0] // width) * width * width
-                shift = (old_columns[0] // width) * width
+                group_start = (old_columns[0] // width) * width
                 for p in range(d):
                     old_p, new_p = old_columns[p], new_columns[p]
                     touched = old_p != new_p
                     if touched:
                         new_mean[a0 + p] += column_sum[s0 + new_p] - column_sum[s0 + old_p]
-                    row_old, row_new = base + (old_p - shift) * width - shift, base + (new_p - shift) * width - shift
                     for q in range(p + 1):
-                        if touched or old_columns[q] != new_columns[q]:
-                            new_moment[m0 + p * d + q] += gram[row_new + new_columns[q]] - gram[row_old + old_columns[q]]
+                        old_q, new_q = old_columns[q], new_columns[q]
+                        if touched or old_q != new_q:
+                            added = inner_product(gram, g0, area, width, tail, group_start, new_p, new_q)
+                            removed = inner_product(gram, g0, area, width, tail, group_start, old_p, old_q)
+                            new_moment[m0 + p * d + q] += added - removed
             value = logdet_of(new_moment[m0 : m0 + d * d], new_mean[a0 : a0 + d], ridge[c], d, work)
             new_logdet[c] = value
             delta += weight[c] * (value - logdet[c])

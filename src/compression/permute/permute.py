@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import os
+import copy
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import GroupError
+from ...machine import available_processors
 from ...progress import bar
 from ...randomness import stream
+from ..subvectors import to_subvectors
 from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
-from .objective import ChildObjective, child_objective, is_optimisable
+from .objective import ChildObjective, Ints, child_objective, is_optimisable
 from .search import PUBLISHED, SearchResult, search, search_best
+
+Measure = Callable[[str, Tensor], float]
 
 MOST_WORKERS = 8
 """Groups searched at a time: each holds the Gram matrices of its children."""
@@ -60,6 +66,7 @@ def permute(
     seconds: float | None = None,
     specs: Mapping[str, PermutationSpec] | None = None,
     seed: int = 0,
+    measure: Measure | None = None,
     show_progress: bool = True,
 ) -> list[GroupResult]:
     """Choose and apply the permutation of every group, in place; the network's function stays the same.
@@ -73,10 +80,12 @@ def permute(
         sizes: subvector length d of every layer that will be coded, by name.
         how: `best` scores all children of a group together and searches until nothing is gained; `published` is the paper's
             procedure: greedy start, then `n_tries` swaps, scored on the first child that depends on the order.
-        n_tries: swaps tried per group by `published`.
+        n_tries: swaps tried per group by `published`; `best` takes them too as one of its candidates.
         seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no limit.
         specs: `permutation_specs` by name of the child.
         seed: the run's seed; each group draws from its own stream.
+        measure: (name of a child, its subvectors (n, d)) -> distortion; where the sum over the children says so clearly, `best`
+            takes another of its candidates than the one of the lowest score. None: the score alone.
         show_progress: show a progress bar.
 
     Raises:
@@ -88,8 +97,8 @@ def permute(
     specs = specs or {}
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
     deadline = None if seconds is None else time.monotonic() + seconds
-    search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed)
-    workers = ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_WORKERS))
+    search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
+    workers = ThreadPoolExecutor(min(available_processors(), MOST_WORKERS))
     try:
         results = list(bar(workers.map(search_one, resolved), "permute", len(resolved), show_progress, "group"))
     finally:
@@ -108,13 +117,15 @@ def _search_group(
     deadline: float | None,
     specs: Mapping[str, PermutationSpec],
     seed: int,
+    measure: Measure | None,
 ) -> GroupResult:
     children = _optimisable_children(group, sizes, most=1 if how == "published" else None)
     if not children:
         return GroupResult(group.label, (), 0.0, 0.0, None)
     objectives = [objective for _, objective in children]
     names = tuple(child.name for child, _ in children)
-    weights = [1.0] if len(children) == 1 else [float(objective.n_subvectors) for objective in objectives]
+    # the distortion of a child is about n d exp(logdet / d): these weights make the score follow its change
+    weights = [objective.n_subvectors * math.exp(objective.value / objective.d) for objective in objectives]
     total = sum(weights)
     together = GroupObjective(objectives, [weight / total for weight in weights])
     restricted = next((specs[name].optimization for name in names if name in specs and specs[name].optimization), None)
@@ -123,8 +134,19 @@ def _search_group(
     if how == "published" or restricted:
         result = search(together, group.n_blocks, n_tries, generator, restricted or PUBLISHED)
     else:
-        result = search_best(together, group.n_blocks, generator, deadline)
+        judge = partial(_distortion, [child for child, _ in children], sizes, measure) if measure is not None else None
+        result = search_best(together, group.n_blocks, n_tries, generator, deadline, judge)
     return GroupResult(group.label, names, result.before, result.after, result.permutation)
+
+
+def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints) -> float:
+    """What `measure` finds for the children, their inputs reordered, together."""
+    total = 0.0
+    for child in children:
+        layer = copy.deepcopy(child.module)
+        child.side.permute(layer, torch.from_numpy(permutation), child.reshape)
+        total += measure(child.name, to_subvectors(layer.weight.detach(), sizes[child.name]))
+    return total
 
 
 def _optimisable_children(group: ResolvedGroup, sizes: Mapping[str, int], most: int | None) -> list[tuple[Member, ChildObjective]]:

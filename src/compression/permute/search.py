@@ -98,38 +98,74 @@ def search(
 
 CHUNK_PER_CHANNEL = 200
 MOST_TRIES = 1_000_000
-ANNEALED_CHANNELS = 512
-ANNEALING_TRIES = 400_000
 SMALL_GAIN = 1e-5
 """Per subvector: a chunk of swaps that gains less ends a local search."""
 
+ANNEALING_TRIES = 1_600_000
+ANNEALING_WORK = 150_000_000
+"""Swaps of an annealing, fewer where one costs more: tries * (sum over children of d^2) stays below the second."""
 
-def search_best(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None = None) -> SearchResult:
+HOTTEST, COLDEST = 3.0, 0.1
+"""Temperatures of an annealing, in units of the mean |change| that random swaps make."""
+
+MARGIN = 0.01
+"""Share by which a candidate has to be better than the one of the lowest score to replace it."""
+
+Judge = Callable[[Ints], float]
+"""A permutation -> what it is worth; lower is better."""
+
+
+def search_best(
+    objective: GroupObjective,
+    n_blocks: int,
+    n_tries: int,
+    generator: torch.Generator,
+    deadline: float | None = None,
+    judge: Judge | None = None,
+) -> SearchResult:
     """As good a permutation as swaps, assignments and annealing find; stops when they no longer gain.
 
-    From the identity and from the greedy start: linear assignments, then local search until a chunk of swaps gains next to
-    nothing. Up to 512 channels the better one is annealed and searched again. The best of all is kept. The amount of work depends on
-    the group alone, so that the same seed gives the same result, unless there is a `deadline` (of time.monotonic) to keep.
+    Candidates are the greedy start with `n_tries` swaps, as published but scored on all children; linear assignments and local search
+    until a chunk of swaps gains next to nothing; and simulated annealing of the better of the two, then local search again. The
+    amount of work depends on the group alone, so that the same seed gives the same result, unless there is a `deadline` (of
+    time.monotonic) to keep.
+
+    The score is that of Gaussian subvectors, which small layers with few vectors per centroid are far from. Where `judge` is given, a
+    candidate (the identity is one) that it finds better by more than `MARGIN` replaces the one of the lowest score.
     """
     identity = np.arange(objective.n_channels)
     objective.reset(identity)
     before = objective.value
     if objective.n_channels // n_blocks < 2:
         return _result(objective, before)
-    found: list[tuple[float, Ints]] = []
-    for start in (None, greedy):
+    found: list[tuple[float, Ints]] = [(before, identity)]
+
+    def keep() -> None:
+        found.append((objective.value, objective.permutation.copy()))
+
+    greedy(objective, n_blocks, n_tries, generator)
+    stochastic(objective, n_blocks, n_tries, generator)
+    keep()
+    if not _late(deadline):
         objective.reset(identity)
-        if start is not None:
-            start(objective, n_blocks, 0, generator)
         _descend(objective, n_blocks, generator, deadline)
-        found.append((objective.value, objective.permutation.copy()))
-    objective.reset(min(found, key=lambda result: result[0])[1])
-    if objective.n_channels <= ANNEALED_CHANNELS and not _late(deadline):
-        _anneal(objective, n_blocks, generator)
+        keep()
+    if not _late(deadline):
+        objective.reset(min(found, key=lambda candidate: candidate[0])[1])
+        _anneal(objective, n_blocks, generator, deadline)
         _descend(objective, n_blocks, generator, deadline)
-        found.append((objective.value, objective.permutation.copy()))
-    objective.reset(min(found, key=lambda result: result[0])[1])
-    return _result(objective, before)
+        keep()
+    chosen = min(found, key=lambda candidate: candidate[0])[1]
+    if judge is not None and not _late(deadline):
+        chosen = _judged(chosen, [permutation for _, permutation in found], judge)
+    objective.reset(chosen)
+    return SearchResult(torch.from_numpy(objective.permutation.copy()), before, objective.value)
+
+
+def _judged(chosen: Ints, candidates: Sequence[Ints], judge: Judge) -> Ints:
+    """`chosen`, unless another candidate is worth more by a margin that chance does not explain."""
+    worth = [judge(candidate) for candidate in candidates]
+    return candidates[int(np.argmin(worth))] if min(worth) < (1 - MARGIN) * judge(chosen) else chosen
 
 
 def _late(deadline: float | None) -> bool:
@@ -137,29 +173,38 @@ def _late(deadline: float | None) -> bool:
 
 
 def _descend(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
-    """Assignments and swaps in turn until neither gains."""
+    """Assignments, then swaps until they no longer gain."""
     stride = positions(objective) if n_blocks == 1 else 0
     order = torch.randperm(stride, generator=generator).numpy() if stride > 1 else np.empty(0, np.int64)
     enough = SMALL_GAIN * float(objective.weights.sum())
     chunk = CHUNK_PER_CHANNEL * objective.n_channels
-    assign_channels(objective, order, rounds=8)
+    assign_channels(objective, order, rounds=4)
     for _ in range(max(1, MOST_TRIES // chunk)):
         before = objective.value
         objective.run(*_pairs(objective, n_blocks, chunk, generator))
         if before - objective.value < enough or _late(deadline):
             break
-    assign_channels(objective, order, rounds=2)
 
 
-def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator) -> None:
-    """Simulated annealing from 3 times the mean |change| of random swaps down to 0.03 times that, geometrically."""
+def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
+    """Simulated annealing, the temperature falling geometrically."""
     typical = _typical_change(objective, n_blocks, generator)
     if not np.isfinite(typical) or typical <= 0:
         return
-    first, second = _pairs(objective, n_blocks, ANNEALING_TRIES, generator)
-    draws = torch.rand(ANNEALING_TRIES, generator=generator, dtype=torch.float64).numpy()
-    start = 0.3 * typical
-    objective.run(first, second, np.geomspace(start, 0.03 * start, ANNEALING_TRIES), draws)
+    tries = min(ANNEALING_TRIES, ANNEALING_WORK // sum(child.d**2 for child in objective.children))
+    if deadline is not None:
+        tries = min(tries, _tries_until(deadline, objective, n_blocks, generator))
+    first, second = _pairs(objective, n_blocks, tries, generator)
+    draws = torch.rand(tries, generator=generator, dtype=torch.float64).numpy()
+    objective.run(first, second, np.geomspace(HOTTEST * typical, COLDEST * typical, tries), draws)
+
+
+def _tries_until(deadline: float, objective: GroupObjective, n_blocks: int, generator: torch.Generator) -> int:
+    """Swaps that can be tried before `deadline`, from the time that 1,000 of them take."""
+    started = time.monotonic()
+    stochastic(objective, n_blocks, 1000, generator)
+    now = time.monotonic()
+    return int(max(0.0, deadline - now) / max(now - started, 1e-6) * 1000)
 
 
 def _typical_change(objective: GroupObjective, n_blocks: int, generator: torch.Generator) -> float:

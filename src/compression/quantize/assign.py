@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,14 @@ def _assign_faiss(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     index = _faiss().IndexFlatL2(codebook.shape[1])
     index.add(codebook.contiguous().numpy())
     distances, codes = index.search(vectors.contiguous().numpy(), 1)
-    return torch.from_numpy(codes).view(-1), torch.from_numpy(distances).view(-1).clamp_min_(0)
+    np.maximum(distances, 0, out=distances)  # by NumPy: no team of threads of its own in a layer clustered beside others
+    return torch.from_numpy(codes).view(-1), torch.from_numpy(distances).view(-1)
+
+
+def one_thread() -> None:
+    """From now on the calling thread assigns by itself, without a team of faiss's own."""
+    if _faiss() is not None:
+        _faiss().omp_set_num_threads(1)
 
 
 @cache

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PlanError
+from ...machine import available_processors
 from ...progress import bar
 from ...randomness import stream
 from ..subvectors import Layer, to_subvectors
-from .kmeans import cluster
-from .layers import CODED_LAYERS, CodedLayer
+from .assign import one_thread
+from .kmeans import LONGEST, Clustering, cluster
+from .layers import CODED_LAYERS, CODES_DTYPE, CodedLayer
 from .plan import LayerPlan, Plan
 
 
@@ -28,6 +32,7 @@ class LayerResult:
         n_subvectors: subvectors coded.
         distortion: squared error summed over the weight.
         power: sum of squares of the weight; distortion / power is the relative error.
+        iterations: mean updates that the clustering made.
     """
 
     name: str
@@ -36,6 +41,7 @@ class LayerResult:
     n_subvectors: int
     distortion: float
     power: float
+    iterations: int
 
     @property
     def relative_error(self) -> float:
@@ -61,24 +67,83 @@ def compress(
     Raises:
         PlanError: a weight that cannot be clustered (not finite).
     """
+    found = _cluster_layers(model, plan, seed, device, show_progress)
     results = []
 
     def code(plan: LayerPlan, dense: Layer) -> CodedLayer:
         layer: CodedLayer = CODED_LAYERS[type(dense)](dense, plan.d, plan.k)
         weight: Tensor = dense.weight.detach()
-        vectors = to_subvectors(weight, plan.d).float().to(device or weight.device)
-        try:
-            found = cluster(
-                plan.k_means_type, vectors, plan.k, plan.k_means_n_iters, stream(seed, "codebook", plan.name), plan.k_means_tolerance
-            )
-        except ValueError as error:
-            raise PlanError(f"layer {plan.name!r}: {error}") from None
-        layer.set_codes(found.codebook.to(weight.device, weight.dtype), found.codes.to(weight.device))
+        clustering = found.pop(plan.name)
+        n = clustering.codes.shape[0]
+        layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
         power = float(weight.cpu().double().square().sum())
-        results.append(LayerResult(plan.name, plan.d, plan.k, vectors.shape[0], found.distortion * vectors.shape[0], power))
+        results.append(LayerResult(plan.name, plan.d, plan.k, n, clustering.distortion * n, power, clustering.iterations))
         return layer
 
-    return _replace(model, plan, code, lambda items: bar(items, "quantize", show=show_progress, unit="layer")), results
+    return _replace(model, plan, code), results
+
+
+QUICK_VECTORS = 96
+"""Per centroid, in a quick look at a layer's distortion."""
+
+
+def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float]:
+    """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion.
+
+    A short annealing of some of the vectors, always those at the same places and from the same start, so that two orders of the
+    channels are compared on equal terms.
+    """
+
+    def measure(name: str, vectors: Tensor) -> float:
+        one_thread()  # groups are searched side by side
+        layer = plan.layers[name]
+        generator = stream(seed, "quick look", name)
+        n = vectors.shape[0]
+        most = QUICK_VECTORS * layer.k
+        if n > most:
+            vectors = vectors[torch.randperm(n, generator=generator)[:most].sort().values]
+        found = cluster("src", vectors.float().cpu(), layer.k, LONGEST, generator, 1.0)  # one short annealing
+        return found.distortion * n
+
+    return measure
+
+
+def _cluster_layers(
+    model: nn.Module, plan: Plan, seed: int, device: torch.device | str | None, show_progress: bool
+) -> dict[str, Clustering]:
+    """The clustering of every planned layer, of tied ones the first, by name.
+
+    On the CPU as many layers at a time as there are processors, each on one of them, the longest first: small layers would not keep
+    more than one busy. The result of a layer depends on its weight and the seed alone. Elsewhere one after the other.
+    """
+    modules = dict(model.named_modules())
+    jobs = list({id(modules[name].weight): plan.layers[name] for name in reversed(list(plan.layers))}.values())
+    jobs.sort(key=lambda job: -modules[job.name].weight.numel() * job.k * job.k_means_n_iters)
+    on_cpu = all(torch.device(device or modules[job.name].weight.device).type == "cpu" for job in jobs)
+    workers = min(available_processors(), len(jobs)) if on_cpu else 1
+    stop = threading.Event()
+
+    def run(job: LayerPlan) -> tuple[str, Clustering]:
+        weight: Tensor = modules[job.name].weight.detach()
+        vectors = to_subvectors(weight, job.d).float().to(device or weight.device)
+        generator = stream(seed, "codebook", job.name)
+        try:
+            found = cluster(job.k_means_type, vectors, job.k, job.k_means_n_iters, generator, job.k_means_tolerance, stop.is_set)
+        except ValueError as error:
+            raise PlanError(f"layer {job.name!r}: {error}") from None
+        return job.name, replace(found, codes=found.codes.to(CODES_DTYPE))
+
+    if workers <= 1:
+        return dict(map(run, bar(jobs, "quantize", show=show_progress, unit="layer")))
+    with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
+        futures = [pool.submit(run, job) for job in jobs]
+        try:
+            finished = bar(as_completed(futures), "quantize", len(futures), show_progress, "layer")
+            return dict(future.result() for future in finished)
+        except BaseException:  # Ctrl-C and a layer that cannot be clustered end the others too
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def build_coded(model: nn.Module, plan: Plan) -> nn.Module:
@@ -86,15 +151,15 @@ def build_coded(model: nn.Module, plan: Plan) -> nn.Module:
 
     The values come from a file. Works on the meta device.
     """
-    return _replace(model, plan, lambda layer, dense: CODED_LAYERS[type(dense)](dense, layer.d, layer.k), iter)
+    return _replace(model, plan, lambda layer, dense: CODED_LAYERS[type(dense)](dense, layer.d, layer.k))
 
 
-def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module], CodedLayer], progress: Callable) -> nn.Module:
+def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module], CodedLayer]) -> nn.Module:
     modules = dict(model.named_modules())
     made: dict[int, CodedLayer] = {}
     by_weight: dict[int, CodedLayer] = {}
-    for name in progress(list(plan.layers)):
-        layer, dense = plan.layers[name], modules[name]
+    for name, layer in plan.layers.items():
+        dense = modules[name]
         twin = by_weight.get(id(dense.weight))
         if twin is not None:
             coded = CODED_LAYERS[type(dense)](dense, layer.d, layer.k)

@@ -10,8 +10,10 @@ scale * sigma_j / sqrt(n_c), independent between centroids: exactly the same law
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,24 @@ except ImportError:  # numba is not there for every platform and Python version
 START_NOISE = 1e-5
 
 PATIENCE = 10
-"""Iterations over which the distortion must fall by more than the tolerance."""
+"""Updates of Lloyd's k-means over which the distortion must fall by more than the tolerance."""
 
-LAST_UPDATES = 20
-"""Noise-free updates at most after an annealing that was stopped early."""
+RELAXATION = 1.8
+"""How far an update of `src` with a tolerance goes, in units of the way to the mean: two iterations' worth of progress in one."""
+
+QUIET = 3
+"""Plain updates without noise at the end of each annealing of `src` with a tolerance."""
+
+VISITS = 12_800
+"""Vectors per centroid that one annealing of `src` with a tolerance looks at: small layers need more iterations, and can afford them."""
+
+SHORTEST, LONGEST = 50, 400
+"""Iterations of one annealing, whatever `VISITS` asks for."""
+
+
+def never() -> bool:
+    """A run that nobody stops."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -77,16 +93,23 @@ def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor,
     empty = torch.nonzero(counts == 0).flatten()
     if empty.numel() == 0:
         return 0
-    order = torch.sort(distances, descending=True, stable=True).indices
-    order = order[distances[order] > 0]
     looked_at = 64 * empty.numel()
-    candidates = _distinct(vectors[order[:looked_at]])
-    while thorough and candidates.shape[0] < empty.numel() and looked_at < order.numel():
+    candidates = _worst(vectors, distances, looked_at)
+    while thorough and candidates.shape[0] < empty.numel() and looked_at < distances.numel():
         looked_at *= 8
-        candidates = _distinct(vectors[order[:looked_at]])
+        candidates = _worst(vectors, distances, looked_at)
     moved = min(empty.numel(), candidates.shape[0])
     codebook[empty[:moved]] = candidates[:moved]
     return moved
+
+
+def _worst(vectors: Tensor, distances: Tensor, most: int) -> Tensor:
+    """The distinct ones among the `most` worst coded vectors, worst first; those at distance 0 are not among them."""
+    found = torch.topk(distances, min(most, distances.numel()))
+    # equal distances in the order of the vectors, which topk does not promise
+    order = found.indices.sort().values
+    order = order[distances[order].sort(descending=True, stable=True).indices]
+    return _distinct(vectors[order[distances[order] > 0]])
 
 
 def _distinct(vectors: Tensor) -> Tensor:
@@ -108,33 +131,33 @@ def _start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def _iterate(
-    vectors: Tensor, codebook: Tensor, iterations: int, tolerance: float, noise: Callable[[int, Tensor], Tensor] | None
-) -> tuple[Tensor, int]:
-    """At most `iterations` times: assign, mean update (plus the noise of iteration t, given the counts), revive.
+    vectors: Tensor,
+    codebook: Tensor,
+    iterations: int,
+    noise: Callable[[int, Tensor], Tensor] | None = None,
+    relaxed: int = 0,
+    stopped: Callable[[], bool] = never,
+) -> tuple[Tensor, float]:
+    """`iterations` times: assign, mean update (plus the noise of iteration t, given the counts), revive.
 
-    Returns the codebook and the mean updates made.
+    The first `relaxed` updates go `RELAXATION` times the way to the mean.
+
+    Returns the codebook, and the distortion at the last assignment (that of the codebook before the last update).
     """
-    earlier = float("inf")
-    t = 0
-    while t < iterations:
-        t += 1
+    distances = torch.zeros(1)
+    for t in range(1, iterations + 1):
+        if stopped():
+            raise InterruptedError
         codes, distances = assign(vectors, codebook)
         updated, counts = means(vectors, codes, codebook.shape[0])
+        if t <= relaxed:
+            updated = codebook + RELAXATION * (updated - codebook)
         if noise is not None:
             updated = updated + noise(t, counts)
         updated = torch.where(counts.unsqueeze(1) > 0, updated, codebook)
         revive(updated, vectors, distances, counts)
         codebook = updated
-        if tolerance > 0 and t % PATIENCE == 0:
-            now = float(distances.mean())
-            if earlier - now <= tolerance * now:
-                if noise is None:
-                    break
-                # the annealing gains no more: end it as it would have ended, with noise-free updates
-                noise, earlier, iterations = None, float("inf"), min(iterations, t + LAST_UPDATES)
-            else:
-                earlier = now
-    return codebook, t
+    return codebook, float(distances.mean())
 
 
 def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
@@ -164,7 +187,9 @@ def _to_half(codebook: Tensor) -> Tensor:
     return codebook.to(torch.float16).to(codebook.dtype)
 
 
-def kmeans(vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0) -> Clustering:
+def kmeans(
+    vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0, stopped: Callable[[], bool] = never
+) -> Clustering:
     """Lloyd's k-means: `iterations` mean updates, then a last assignment.
 
     Args:
@@ -173,33 +198,79 @@ def kmeans(vectors: Tensor, k: int, iterations: int, generator: torch.Generator,
         iterations: mean updates; 0 codes with the start codebook.
         generator: draws the start.
         tolerance: stop when 10 updates lower the distortion by less than this share of it; 0: make all updates.
+        stopped: asked before every update whether to give up.
+
+    Raises:
+        InterruptedError: `stopped` said so.
     """
-    codebook, made = _iterate(vectors, _start(vectors, k, generator), iterations, tolerance, None)
+    codebook, made, earlier = _start(vectors, k, generator), 0, math.inf
+    while made < iterations:
+        some = min(PATIENCE, iterations - made) if tolerance else iterations
+        codebook, now = _iterate(vectors, codebook, some, stopped=stopped)
+        made += some
+        if earlier - now <= tolerance * now:
+            break
+        earlier = now
     return _finish(vectors, codebook, made)
 
 
-def src(vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0) -> Clustering:
-    """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`."""
-    sigma = vectors.std(dim=0, correction=0)
+def src(
+    vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0, stopped: Callable[[], bool] = never
+) -> Clustering:
+    """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`.
 
-    def noise(t: int, counts: Tensor) -> Tensor:
-        scale = max(0.0, 1 - t / iterations) ** 0.5
-        drawn = torch.randn(k, vectors.shape[1], generator=generator, device=generator.device, dtype=torch.float32)
-        return drawn.to(vectors.device, vectors.dtype) * sigma * (scale / counts.clamp_min(1).sqrt().unsqueeze(1))
+    With a tolerance, shorter annealings follow each other, each from the codebook that the one before reached, until one gains
+    less than `tolerance` or T iterations are spent; their updates are over-relaxed, which finds in one iteration about what
+    takes two otherwise. The length depends on n/k: with many vectors per centroid the noise of a mean is small, and little is
+    left for a long annealing to find.
+    """
+    noise = partial(_noise, vectors.std(dim=0, correction=0), generator)
+    codebook = _start(vectors, k, generator)
+    if not tolerance:
+        codebook, _ = _iterate(vectors, codebook, iterations, partial(noise, iterations), stopped=stopped)
+        return _finish(vectors, codebook, iterations)
+    length = min(max(SHORTEST, VISITS * k // vectors.shape[0]), LONGEST)
+    best, lowest, made = codebook, math.inf, 0
+    while made < iterations:
+        some = min(length, iterations - made)
+        relaxed = max(0, some - QUIET)
+        codebook, now = _iterate(vectors, codebook, some, partial(noise, relaxed), relaxed, stopped)
+        made += some
+        gained = lowest - now
+        if gained > 0:
+            best, lowest = codebook, now
+        if gained < tolerance * now:
+            break
+    return _finish(vectors, best, made)
 
-    codebook, made = _iterate(vectors, _start(vectors, k, generator), iterations, tolerance, noise)
-    return _finish(vectors, codebook, made)
+
+def _noise(sigma: Tensor, generator: torch.Generator, total: int, t: int, counts: Tensor) -> Tensor:
+    """(k, d) noise of the means of counts (k,) vectors in iteration t of an annealing over `total` iterations."""
+    scale = max(0.0, 1 - t / total) ** 0.5 if total else 0.0
+    drawn = torch.randn(counts.shape[0], sigma.shape[0], generator=generator, device=generator.device, dtype=torch.float32)
+    return drawn.to(sigma.device, sigma.dtype) * sigma * (scale / counts.clamp_min(1).sqrt().unsqueeze(1))
 
 
-QUANTIZERS: dict[str, Callable[[Tensor, int, int, torch.Generator, float], Clustering]] = {"kmeans": kmeans, "src": src}
+Quantizer = Callable[[Tensor, int, int, torch.Generator, float, Callable[[], bool]], Clustering]
+
+QUANTIZERS: dict[str, Quantizer] = {"kmeans": kmeans, "src": src}
 """Names of `k_means_type`. To add one: a function with this signature, and its name here."""
 
 
-def cluster(kind: str, vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0) -> Clustering:
+def cluster(
+    kind: str,
+    vectors: Tensor,
+    k: int,
+    iterations: int,
+    generator: torch.Generator,
+    tolerance: float = 0.0,
+    stopped: Callable[[], bool] = never,
+) -> Clustering:
     """Cluster with the method called `kind`.
 
     Raises:
         ValueError: fewer vectors than centroids, or values that are not finite.
+        InterruptedError: `stopped` said so.
     """
     if vectors.shape[0] < k:
         raise ValueError(f"{k} centroids were asked for, but there are only {vectors.shape[0]} subvectors")
@@ -207,4 +278,4 @@ def cluster(kind: str, vectors: Tensor, k: int, iterations: int, generator: torc
         raise ValueError("the weight holds values that are not finite (NaN or infinity)")
     if float(vectors.abs().max()) > torch.finfo(torch.float16).max:
         raise ValueError(f"the weight holds values beyond {torch.finfo(torch.float16).max:.0f}, which 16-bit codebooks cannot hold")
-    return QUANTIZERS[kind](vectors, k, iterations, generator, tolerance)
+    return QUANTIZERS[kind](vectors, k, iterations, generator, tolerance, stopped)
