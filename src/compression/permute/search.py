@@ -101,9 +101,10 @@ MOST_TRIES = 1_000_000
 SMALL_GAIN = 1e-5
 """Per subvector: a chunk of swaps that gains less ends a local search."""
 
+ANNEALING_PER_CHANNEL = 4000
 ANNEALING_TRIES = 1_600_000
 ANNEALING_WORK = 150_000_000
-"""Swaps of an annealing, fewer where one costs more: tries * (sum over children of d^2) stays below the second."""
+"""Swaps of an annealing: so many per channel and in all, fewer where one costs more: tries * (sum over children of d^2) stays below the last."""
 
 HOTTEST, COLDEST = 3.0, 0.1
 """Temperatures of an annealing, in units of the mean |change| that random swaps make."""
@@ -191,7 +192,9 @@ def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator
     typical = _typical_change(objective, n_blocks, generator)
     if not np.isfinite(typical) or typical <= 0:
         return
-    tries = min(ANNEALING_TRIES, ANNEALING_WORK // sum(child.d**2 for child in objective.children))
+    tries = min(
+        ANNEALING_TRIES, ANNEALING_PER_CHANNEL * objective.n_channels, ANNEALING_WORK // sum(child.d**2 for child in objective.children)
+    )
     if deadline is not None:
         tries = min(tries, _tries_until(deadline, objective, n_blocks, generator))
     first, second = _pairs(objective, n_blocks, tries, generator)
