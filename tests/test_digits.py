@@ -51,7 +51,7 @@ def test_is_deterministic(written, tmp_path):
 
 
 def test_a_complete_folder_is_left_alone(written, monkeypatch):
-    monkeypatch.setattr(digits, "_load", lambda: pytest.fail("written again"))
+    monkeypatch.setattr(digits, "load_digit_images", lambda: pytest.fail("written again"))
     prepare("digits", written)
 
 
