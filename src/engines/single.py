@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,10 @@ class SingleProcess:
     def sum(self, values: Tensor) -> Tensor:
         """`values` itself: there is nobody to add."""
         return values
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` alone."""
+        return [item]
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -43,6 +43,9 @@ class Engine(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum of `values` over all processes."""
 
+    def gather(self, item: Any) -> list[Any]:
+        """The `item` of every process, by rank, on every process; any object that can be pickled."""
+
     def barrier(self) -> None:
         """Wait for all processes."""
 
