@@ -111,7 +111,9 @@ class ExpectedSettings(Section):
 class EvaluationSettings(Section):
     """How detections are scored and kept."""
 
-    backend: Text = Field("pycocotools", description="What computes COCO's figures: pycocotools or faster-coco-eval (same figures).")
+    backend: Text = Field(
+        "pycocotools", description="What computes COCO's figures: pycocotools, or faster (faster-coco-eval, the same figures)."
+    )
     per_category: Flag = Field(False, description="Box AP and mask AP of every category too.")
     detections: Text | None = Field(None, description="COCO result JSON to evaluate instead of running a network.")
     visualized_images: Natural = Field(16, description="Most images that --visualize draws; 0: all.")
@@ -180,6 +182,8 @@ class ModelSettings(Section):
     use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
     state_dict_compressed: Text | None = Field(None, description="Compressed model to evaluate.")
     compression_parameters: CompressionSettings = Field(default_factory=CompressionSettings, description="How weights are compressed.")
+    boxes_per_image: Positive = Field(512, description="Detection: proposed boxes of an image that a training step learns from, at most.")
+    proposals: Positive = Field(1000, description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.")
     use_permutations: Flag = Field(True, description="Permute channels before compressing.")
     search: Literal["best", "published"] = Field(
         "best", description="best: all children of a group, until nothing is gained; published: the paper's search, first child only."
