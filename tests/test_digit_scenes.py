@@ -17,13 +17,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from src.errors import DataError
-from src.tasks import digit_scenes
+from src.tasks import digit_crops, digit_scenes
 from src.tasks.coco_data import read_coco, require_images
 from src.tasks.digits import load_digit_images
+from src.tasks.images import read_folder, require_readable
 from src.tasks.sources import SCENES, prepare
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-FEW = {"train": 12, "val": 5}
+FEW = {"train": 30, "val": 20}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_is_deterministic(written, tmp_path, monkeypatch):
 
 def test_a_complete_folder_is_left_alone(written, monkeypatch):
     monkeypatch.setattr(digit_scenes, "N_SCENES", FEW)
-    monkeypatch.setattr(digit_scenes, "load_digit_images", lambda: pytest.fail("written again"))
+    monkeypatch.setattr(digit_scenes, "scenes", lambda _: pytest.fail("written again"))
     digit_scenes.write_digit_scenes(written)
 
 
@@ -144,6 +145,31 @@ def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="No space left"):
         digit_scenes.write_digit_scenes(tmp_path / "scenes")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_crops_are_an_image_folder_of_every_digit(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(digit_scenes, "N_SCENES", FEW)
+    prepare("digit_crops", tmp_path / "crops")
+    for split in FEW:
+        index = read_folder(tmp_path / "crops", split, False)
+        assert index.classes == tuple("0123456789")[: len(index.classes)]
+        kept, _ = require_readable(index, "full", show=False)
+        wanted = Counter(annotation["category_id"] - 1 for annotation in api_of(written, split).anns.values())
+        assert Counter(kept.labels) == wanted
+        assert Image.open(index.paths[0]).size == (digit_crops.SIDE, digit_crops.SIDE)
+
+
+@given(st.integers(0, 2**63 - 1))
+@settings(max_examples=10, deadline=None)
+def test_a_crop_holds_its_digit(digits, seed):
+    scene = digit_scenes.compose(*digits, seed)
+    for mask in scene.masks:
+        white = Image.fromarray(np.where(mask[:, :, None], 255, 0).astype(np.uint8).repeat(3, axis=2))
+        found = np.asarray(digit_crops.crop(white, mask))[:, :, 0]
+        longer = max(np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1))
+        share = mask.sum() / (digit_crops.MARGIN * longer) ** 2  # of the square that is digit
+        assert (found / 255).mean() == pytest.approx(share, rel=0.1)
+        assert found[0].max() == found[-1].max() == found[:, 0].max() == found[:, -1].max() == 0
 
 
 def test_annotations_are_plain_json(written):

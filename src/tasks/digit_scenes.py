@@ -8,6 +8,7 @@ training scenes and of the validation scenes are disjoint.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from pycocotools import mask as mask_codec
 from ..randomness import derived_seed
 from .digits import VALIDATION_EVERY, load_digit_images, write_folder_at_once
 
-SIDE = 128
-N_SCENES = {"train": 600, "val": 100}
-DIGITS_PER_SCENE = (3, 6)
+SIDE = 96
+N_SCENES = {"train": 1500, "val": 100}
+DIGITS_PER_SCENE = (2, 4)
 """Fewest and most digits that are placed in a scene."""
-HEIGHTS = (32, 64)
+HEIGHTS = (28, 56)
 """Smallest and largest height of a digit in pixels, before it is cut to its strokes."""
 SLIMNESS = (0.85, 1.25)
 """Width of a digit as a share of its height."""
@@ -67,6 +68,14 @@ def write_digit_scenes(root: Path) -> None:
     """
     description = f"the digit scenes folder ({N_SCENES['train']:,} PNG files in train2017, {N_SCENES['val']:,} in val2017, and annotations)"
     write_folder_at_once(root, "digit_scenes", description, _is_complete, _write)
+
+
+def scenes(split: str) -> Iterator[Scene]:
+    """The scenes of a split, in order; the same every time."""
+    images, labels = load_digit_images()
+    mine = _digits_of(split, labels)
+    for number in range(1, N_SCENES[split] + 1):
+        yield compose(images[mine], labels[mine], derived_seed(SEED, "digit scene", split, number))
 
 
 def compose(images: np.ndarray, labels: np.ndarray, seed: int) -> Scene:
@@ -139,26 +148,23 @@ def _colour(canvas: float, others: list[np.ndarray], draw: np.random.Generator) 
 
 
 def _write(folder: Path) -> None:
-    images, labels = load_digit_images()
     (folder / "annotations").mkdir()
-    for split, count in N_SCENES.items():
-        mine = _digits_of(split, labels)
+    for split in N_SCENES:
         place = folder / f"{split}2017"
         place.mkdir()
-        scenes: list[dict[str, Any]] = []
+        pictures: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for number in range(1, count + 1):
-            scene = compose(images[mine], labels[mine], derived_seed(SEED, "digit scene", split, number))
+        for number, scene in enumerate(scenes(split), start=1):
             name = f"{number:012d}.png"
             Image.fromarray(scene.image).save(place / name)
-            scenes.append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
+            pictures.append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
             for digit, mask in zip(scene.digits, scene.masks, strict=True):
                 annotations.append(annotation(len(annotations) + 1, number, digit + 1, mask))
         categories = [{"id": digit + 1, "name": str(digit), "supercategory": "digit"} for digit in range(10)]
         table = {
             "info": {"description": "scenes of scikit-learn's handwritten digits"},
             "licenses": [],
-            "images": scenes,
+            "images": pictures,
             "annotations": annotations,
             "categories": categories,
         }
