@@ -10,7 +10,7 @@ import contextlib
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,55 +89,83 @@ def coco_figures(
     """
     if backend not in BACKENDS:
         raise SettingsError(f"the evaluator {backend!r} is not known; there are {', '.join(BACKENDS)}")
+    evaluator = BACKENDS[backend]()
+    looked_at = set(image_ids)
+    objects = _by_category(annotation for image_id in sorted(looked_at) for annotation in api.imgToAnns.get(image_id, []))
+    found = _by_category(row for row in rows if row["image_id"] in looked_at)
+    categories = sorted(api.cats)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table
-        evaluation = BACKENDS[backend]()(_truth(api, image_ids), _detected(api, rows, kind, image_ids), kind)
-        evaluation.params.imgIds = sorted(set(image_ids))
-        evaluation.evaluate()
-        evaluation.accumulate()
+        parts = [_one_category(evaluator, api, number, objects.get(number, []), found.get(number, []), kind) for number in categories]
+        evaluation = evaluator(iouType=kind)
+        evaluation.eval = {
+            "precision": np.concatenate(
+                [precision for precision, _ in parts], axis=2
+            ),  # (thresholds, recalls, categories, sizes, detections)
+            "recall": np.concatenate([recall for _, recall in parts], axis=1),  # (thresholds, categories, sizes, detections)
+        }
         evaluation.summarize()
     stats = {name: _value(figure) for name, figure in zip(STATS, evaluation.stats[: len(STATS)], strict=True)}
-    return CocoFigures(kind, stats, _per_category(api, evaluation) if per_category else {})
+    return CocoFigures(kind, stats, _per_category(api, categories, evaluation.eval["precision"]) if per_category else {})
 
 
-def _truth(api: COCO, image_ids: Sequence[int]) -> COCO:
-    """The annotations of these images in copies, which an evaluator may write into."""
-    return _make_api(api, image_ids, [dict(annotation) for image_id in image_ids for annotation in api.imgToAnns.get(image_id, [])])
+def _by_category(entries: Iterable[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    for entry in entries:
+        found.setdefault(entry["category_id"], []).append(entry)
+    return found
 
 
-def _detected(api: COCO, rows: Sequence[Row], kind: Kind, image_ids: Sequence[int]) -> COCO:
+def _one_category(
+    evaluator: Any, api: COCO, category_id: int, objects: Sequence[Row], rows: Sequence[Row], kind: Kind
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (thresholds, recalls, 1, sizes, detections) and recall (thresholds, 1, sizes, detections) of a category.
+
+    pycocotools keeps several arrays for every image, category and size at once: gigabytes for COCO's 5,000 images. Categories do not
+    depend on each other, so one at a time gives the same figures; an image without the category adds nothing to them.
+    """
+    image_ids = sorted({entry["image_id"] for entry in (*objects, *rows)}) or sorted(api.imgs)[:1]
+    truth = [dict(annotation) for annotation in objects]  # copies, which an evaluator may write into
+    evaluation = evaluator(
+        _make_api(api, category_id, image_ids, truth), _make_api(api, category_id, image_ids, _detected(rows, kind)), kind
+    )
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval["precision"], evaluation.eval["recall"]
+
+
+def _detected(rows: Sequence[Row], kind: Kind) -> list[Row]:
     """What pycocotools' loadRes makes of `rows`, also where there are none, and without copying the masks.
 
     loadRes takes the area of the box for that of a mask wherever there is a box; COCO's definition, and other evaluators, take the mask's.
     """
-    wanted = set(image_ids)
-    annotations: list[dict[str, Any]] = []
-    for number, row in enumerate((row for row in rows if row["image_id"] in wanted), start=1):
+    found = []
+    for number, row in enumerate(rows, start=1):
         annotation = {"id": number, "iscrowd": 0, **{key: row[key] for key in ("image_id", "category_id", "score")}}
         if kind == "bbox":
             annotation |= {"bbox": row["bbox"], "area": row["bbox"][2] * row["bbox"][3]}
         else:
             annotation |= {"segmentation": row["segmentation"], "area": int(mask_codec.area(row["segmentation"]))}
-        annotations.append(annotation)
-    return _make_api(api, image_ids, annotations)
+        found.append(annotation)
+    return found
 
 
-def _make_api(api: COCO, image_ids: Sequence[int], annotations: list[dict[str, Any]]) -> COCO:
+def _make_api(api: COCO, category_id: int, image_ids: Sequence[int], annotations: list[Row]) -> COCO:
     made = COCO()
     images = [api.imgs[image_id] for image_id in image_ids]
-    made.dataset = {"images": images, "categories": api.dataset["categories"], "annotations": annotations}
+    made.dataset = {"images": images, "categories": [api.cats[category_id]], "annotations": annotations}
     made.createIndex()
     return made
 
 
-def _per_category(api: COCO, evaluation: Any) -> dict[str, float]:
-    precision = evaluation.eval["precision"]  # (thresholds, recalls, categories, sizes, numbers of detections)
-    names = Counter(str(api.cats[number]["name"]) for number in evaluation.params.catIds)
+def _per_category(api: COCO, categories: Sequence[int], precision: np.ndarray) -> dict[str, float]:
+    names = {number: str(api.cats[number]["name"]) for number in categories}
+    times = Counter(names.values())
     found = {}
-    for place, number in enumerate(evaluation.params.catIds):
-        name = str(api.cats[number]["name"])
-        values = precision[:, :, place, 0, -1]
+    for place, number in enumerate(categories):
+        values = precision[:, :, place, 0, -1]  # all sizes, up to 100 detections
         values = values[values > -1]
-        found[name if names[name] == 1 else f"{name} ({number})"] = 100 * float(np.mean(values)) if len(values) else math.nan
+        name = names[number] if times[names[number]] == 1 else f"{names[number]} ({number})"
+        found[name] = 100 * float(np.mean(values)) if len(values) else math.nan
     return found
 
 
