@@ -87,6 +87,6 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
 def test_sources(tmp_path):
     prepare("folder", tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(SettingsError, match=r"dataloader\.source: 'mnist' is not known; there are folder, digits"):
+    with pytest.raises(SettingsError, match=r"dataloader\.source: 'mnist' is not known; there are folder, digits, digit_crops"):
         prepare("mnist", tmp_path)
-    assert set(SOURCES) == {"folder", "digits"}
+    assert set(SOURCES) == {"folder", "digits", "digit_crops"}

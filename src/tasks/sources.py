@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import SettingsError
+from .digit_crops import write_digit_crops
 from .digit_scenes import write_digit_scenes
 from .digits import write_digits
 
@@ -16,7 +17,7 @@ def use_folder(root: Path) -> None:
 
 Sources = Mapping[str, Callable[[Path], None]]
 
-SOURCES: Sources = {"folder": use_folder, "digits": write_digits}
+SOURCES: Sources = {"folder": use_folder, "digits": write_digits, "digit_crops": write_digit_crops}
 """One folder per class."""
 SCENES: Sources = {"folder": use_folder, "digits": write_digit_scenes}
 """COCO's layout."""
