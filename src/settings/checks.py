@@ -80,7 +80,15 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         scoring = [f"evaluation.{key}" for key in EvaluationSettings.model_fields]
         yield (
             f"{model.arch} is trained on images in folders",
-            [*(f"dataloader.{key}" for key in data), *scoring, "visualize", "expected.box_ap", "expected.mask_ap"],
+            [
+                *(f"dataloader.{key}" for key in data),
+                *scoring,
+                "visualize",
+                "expected.box_ap",
+                "expected.mask_ap",
+                "model.boxes_per_image",
+                "model.proposals",
+            ],
         )
     search = ["model.search", "model.search_seconds", "model.sls_iterations", "model.permutations", "model.permutation_specs"]
     if not model.use_compression:

@@ -183,7 +183,9 @@ class ModelSettings(Section):
     state_dict_compressed: Text | None = Field(None, description="Compressed model to evaluate.")
     compression_parameters: CompressionSettings = Field(default_factory=CompressionSettings, description="How weights are compressed.")
     boxes_per_image: Positive = Field(512, description="Detection: proposed boxes of an image that a training step learns from, at most.")
-    proposals: Positive = Field(1000, description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.")
+    proposals: Positive = Field(
+        1000, description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training."
+    )
     use_permutations: Flag = Field(True, description="Permute channels before compressing.")
     search: Literal["best", "published"] = Field(
         "best", description="best: all children of a group, until nothing is gained; published: the paper's search, first child only."
