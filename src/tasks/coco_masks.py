@@ -22,7 +22,7 @@ def encode_masks(masks: Tensor) -> list[str]:
     """
     height, width = masks.shape[-2:]
     found = masks.cpu().numpy()
-    columns = found.any(1)  # (N, w)
+    columns = np.asarray(found.any(1))  # (N, w)
     return [_encode(mask, np.flatnonzero(used), height, width) for mask, used in zip(found, columns, strict=True)]
 
 
