@@ -194,6 +194,13 @@ def test_detections_in_a_crowd_are_not_false(kind, backend):
     assert coco_figures(ordinary, rows, kind, [7], backend=backend).stats["AP"] < 40
 
 
+def test_detections_without_masks_have_no_mask_precision():
+    api = scene([{"bbox": [10, 10, 20, 20]}])
+    rows = [box(7, 1, [10, 10, 20, 20], 0.5)]
+    assert all(math.isnan(figure) for figure in coco_figures(api, rows, "segm", [7]).stats.values())
+    assert coco_figures(api, rows, "bbox", [7]).stats["AP"] == pytest.approx(100, abs=1e-6)
+
+
 def test_only_the_images_that_were_looked_at_count():
     api = scene([{"bbox": [10, 10, 20, 20]}, {"bbox": [10, 10, 20, 20], "image_id": 9}])
     rows = [box(7, 1, [10, 10, 20, 20], 0.5), box(9, 1, [70, 70, 20, 20], 0.9)]
@@ -296,6 +303,7 @@ def test_a_mask_in_run_lengths_is_accepted():
     row = {"image_id": 7, "category_id": 1, "score": 1, "segmentation": {"size": [100, 100], "counts": [5000, 5000]}}
     found = read_back(api, [row])
     assert mask_codec.decode(found[0]["segmentation"]).sum() == 5000
+    assert found[0]["bbox"] == [50, 0, 50, 100]
 
 
 def read_back(api: COCO, contents: object) -> list[dict]:

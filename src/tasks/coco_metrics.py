@@ -41,7 +41,7 @@ class CocoFigures:
 
     Attributes:
         kind: `bbox` or `segm`.
-        stats: COCO's twelve figures by name, in percent; nan where there is no such object.
+        stats: COCO's twelve figures by name, in percent; nan where there is no such object, or for masks of detections that have none.
         per_category: AP in percent by the category's name; empty if not asked for.
     """
 
@@ -89,6 +89,8 @@ def coco_figures(
     """
     if backend not in BACKENDS:
         raise SettingsError(f"the evaluator {backend!r} is not known; there are {', '.join(BACKENDS)}")
+    if kind == "segm" and not all("segmentation" in row for row in rows):
+        return CocoFigures(kind, dict.fromkeys(STATS, math.nan))
     evaluator = BACKENDS[backend]()
     looked_at = set(image_ids)
     objects = _by_category(annotation for image_id in sorted(looked_at) for annotation in api.imgToAnns.get(image_id, []))

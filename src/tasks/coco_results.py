@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 
@@ -82,7 +83,7 @@ def write_results(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_results(path: str | Path, api: COCO) -> list[Row]:
-    """The detections of a result file, as `Detections.rows` gives them.
+    """The detections of a result file, as `Detections.rows` gives them: all with boxes, all or none with masks.
 
     Args:
         path: of the JSON file.
@@ -121,7 +122,7 @@ def _strangers(contents: Sequence[object], api: COCO) -> Iterator[object]:
 
 
 def _take(row: object, api: COCO) -> str | None:
-    """What is wrong with a row whose image is known; a good one's mask is brought to the compressed form."""
+    """What is wrong with a row whose image is known; a good one's mask is brought to the compressed form, and gives the box if there is none."""
     if not isinstance(row, dict):
         return "not a map"
     missing = [key for key in ("image_id", "category_id", "score") if key not in row]
@@ -143,15 +144,15 @@ def _take(row: object, api: COCO) -> str | None:
         except ValueError as error:
             return str(error)
         row["segmentation"] = {"size": [image["height"], image["width"]], "counts": counts}
+        row.setdefault("bbox", mask_codec.toBbox(row["segmentation"]).tolist())
     return None
 
 
 def _require_alike(path: str | Path, rows: Sequence[Row]) -> None:
-    """Average precision over boxes (or masks) of which some detections have none would mean nothing."""
-    for key in ("bbox", "segmentation"):
-        having = sum(key in row for row in rows)
-        if 0 < having < len(rows):
-            raise DataError(f"{path}: {having:,} of its {len(rows):,} detections have a {key} and the others have none. {FORM}")
+    """Average precision of masks that some detections have and others do not would mean nothing."""
+    having = sum("segmentation" in row for row in rows)
+    if 0 < having < len(rows):
+        raise DataError(f"{path}: {having:,} of its {len(rows):,} detections have a segmentation and the others have none. {FORM}")
 
 
 def _is_id(value: object) -> bool:
