@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from src import demo_maskrcnn
+from src import demo_maskrcnn, evaluate_maskrcnn
 from src.demo_steps import data_flags, folder_and_flags, table
 from src.errors import RunError
 from src.tasks import digit_scenes
+from tests.conftest import ROOT
 
 
 def test_flags_are_told_apart():
@@ -65,3 +66,22 @@ def test_the_demo_runs(tmp_path, capsys, monkeypatch):
     assert "after fine-tuning" in printed
     assert "box AP" in printed
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 16
+
+
+@pytest.mark.slow
+def test_the_committed_model_has_the_expected_precision(tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    flags = ["--config", str(ROOT / "config" / "digits" / "evaluate_maskrcnn.yaml"), "--dataloader.coco_path", str(tmp_path / "scenes")]
+    flags += ["--dataloader.num_workers", "0", "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    assert evaluate_maskrcnn.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("as expected: ") == 2
+    assert "NOT AS EXPECTED" not in printed
+    # the same detections, from their file
+    again = [*flags, "--overwrite", "True", "--evaluation.detections", str(tmp_path / "out" / "detections.json")]
+    again[again.index("--output_path") + 1] = str(tmp_path / "again")
+    assert evaluate_maskrcnn.main(again) == 0
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "again"))
+    assert one["BoxAP"] == pytest.approx(other["BoxAP"], abs=1e-6)
+    assert one["MaskAP"] == pytest.approx(other["MaskAP"], abs=1e-6)
+    assert evaluate_maskrcnn.main([*again, "--expected.box_ap", "10"]) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ class SingleProcess:
         """`values` itself: there is nobody to add."""
         return values
 
-    def gather(self, item: Any) -> list[Any]:
-        """`item` alone."""
-        return [item]
+    def gather(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows themselves."""
+        return list(rows)
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -165,7 +165,7 @@ class Detection:
         """
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module  # its forward pass waits for all processes, which may have different numbers of batches
-        found, image_ids = Detections(), []
+        found, image_ids = Detections(), list[int]()
         self._validation_order.set_epoch(0)
         with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)
@@ -176,14 +176,10 @@ class Detection:
                 for image_id, output in zip(batch.image_ids, model(self._images(batch)), strict=True):
                     found.add(image_id, output)
                     image_ids.append(image_id)
-        of_all = self.engine.gather((self.engine.rank, found.rows(), image_ids))
-        for rank, rows, ids in of_all:
-            if rank != self.engine.rank:
-                found.merge(rows)
-                image_ids += ids
+        rows, image_ids = self.engine.gather(found.rows()), self.engine.gather(image_ids)
         if not image_ids:
             raise DataError(f"{KEY}: not one validation image could be read")
-        return found.rows(), image_ids
+        return rows, image_ids
 
     def _images(self, batch: DetectionBatch) -> list[Tensor]:
         return [image.to(self.engine.device, non_blocking=True) for image in batch.images]
