@@ -105,17 +105,12 @@ def set_image_size(model: nn.Module, min_size: int, max_size: int) -> None:
     transform.min_size, transform.max_size = (min_size,), max_size
 
 
-def set_box_numbers(model: nn.Module, boxes_per_image: int | None, proposals: int | None) -> None:
-    """Have a training step learn from `boxes_per_image` boxes of each image, out of at most `proposals` (in training twice as many).
-
-    None leaves a number as torchvision has it: 512, and 1000.
-    """
+def set_box_numbers(model: nn.Module, boxes_per_image: int, proposals: int) -> None:
+    """Have a training step learn from `boxes_per_image` boxes of each image, out of at most `proposals` (in training twice as many)."""
     net = cast(MaskRCNN, model)
-    if boxes_per_image is not None:
-        net.roi_heads.fg_bg_sampler.batch_size_per_image = boxes_per_image
-    if proposals is not None:
-        most = {"training": 2 * proposals, "testing": proposals}
-        net.rpn._pre_nms_top_n, net.rpn._post_nms_top_n = dict(most), dict(most)
+    net.roi_heads.fg_bg_sampler.batch_size_per_image = boxes_per_image
+    most = {"training": 2 * proposals, "testing": proposals}
+    net.rpn._pre_nms_top_n, net.rpn._post_nms_top_n = dict(most), dict(most)
 
 
 MASKRCNN = Architecture(
