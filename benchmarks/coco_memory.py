@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from src.tasks.coco_masks import encode_masks
 from src.tasks.coco_metrics import BACKENDS, Detections, coco_figures, read_results, write_results
 
 from .report import machine, print_machine, print_table, verdict, write_json
@@ -56,25 +56,17 @@ def head_masks(count: int, draw: np.random.Generator) -> Tensor:
 
 def ground_truth(n_images: int, draw: np.random.Generator) -> tuple[COCO, dict[int, Tensor]]:
     """Annotations, and the boxes of each image."""
-    annotations: list[dict[str, Any]] = []
-    found = {}
+    found, objects = {}, Detections()
     for image_id in range(1, n_images + 1):
         if (image_id - 1) % SHARED == 0:
-            drawn, labels = boxes(OBJECTS, draw), draw.integers(1, N_CATEGORIES + 1, OBJECTS).tolist()
-            masks = paste_masks_in_image(head_masks(OBJECTS, draw), drawn, (HEIGHT, WIDTH))[:, 0] > 0.5
+            drawn = boxes(OBJECTS, draw)
+            masks = paste_masks_in_image(head_masks(OBJECTS, draw), drawn, (HEIGHT, WIDTH))
+            labels = torch.from_numpy(draw.integers(1, N_CATEGORIES + 1, OBJECTS))
         found[image_id] = drawn
-        for box, label, counts, area in zip(drawn.tolist(), labels, encode_masks(masks), masks.sum((1, 2)).tolist(), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": label,
-                    "iscrowd": 0,
-                    "area": area,
-                    "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-                    "segmentation": {"size": [HEIGHT, WIDTH], "counts": counts},
-                }
-            )
+        objects.add(image_id, {"boxes": drawn, "labels": labels, "scores": torch.ones(OBJECTS), "masks": masks})
+    annotations = objects.rows()
+    for number, annotation in enumerate(annotations, start=1):
+        annotation |= {"id": number, "iscrowd": 0, "area": int(mask_codec.area(annotation["segmentation"]))}
     api = COCO()
     api.dataset = {
         "images": [{"id": image_id, "height": HEIGHT, "width": WIDTH} for image_id in found],
