@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench figures paper-models install clean
+.PHONY: demo demo-maskrcnn test test-slow lint bench figures paper-models install clean
 
 install: $(READY)
 
@@ -18,6 +18,10 @@ $(READY): requirements.txt requirements-dev.txt
 # trains, compresses, fine-tunes and evaluates a ResNet-18 on scikit-learn's digits; offline
 demo: $(READY)
 	$(PY) -m src.demo
+
+# the same for Mask R-CNN on scenes composed of the digits; offline
+demo-maskrcnn: $(READY)
+	$(PY) -m src.demo_maskrcnn
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow"

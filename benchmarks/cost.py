@@ -34,7 +34,7 @@ from src.compression.files import save_compressed
 from src.compression.quantize.compress import build_coded
 from src.compression.quantize.kmeans import cluster
 from src.compression.quantize.layers import CodedLayer
-from src.compression.quantize.plan import CodingSpec, LayerPlan, LayerSpec, make_plan
+from src.compression.quantize.plan import CodingSpec, LayerPlan, LayerSpec, Plan, make_plan
 from src.compression.subvectors import to_subvectors
 from src.recipes import load_compressed
 
@@ -62,7 +62,11 @@ def dense_model(arch: str) -> nn.Module:
 def coded_model(arch: str) -> nn.Module:
     """The same network with random codes into codebooks drawn from its own subvectors."""
     model = dense_model(arch)
-    plan = make_plan(model, published_spec(arch))
+    return set_random_codes(model, make_plan(model, published_spec(arch)))
+
+
+def set_random_codes(model: nn.Module, plan: Plan) -> nn.Module:
+    """`model` with its planned layers coded: random codes into codebooks drawn from the layer's own subvectors."""
     modules = dict(model.named_modules())
     vectors = {name: to_subvectors(modules[name].weight.detach(), layer.d) for name, layer in plan.layers.items()}
     model = build_coded(model, plan)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,24 @@ from .compression.finetune.loop import Outcome
 from .errors import SettingsError
 from .paths import write_text
 
-VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5")
+VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5", "BoxAP", "MaskAP")
+"""Metrics that go to TensorBoard and to the screen; all of them are kept in results.json."""
 LEAVINGS = ("tensorboard", "trained_models", "results.txt", "results.json", "config.yaml", "compression.json")
+EVALUATION_LEAVINGS = ("results.json", "detections.json")
 
 
 class OutputFolder:
     """The folder of a run: checked before any work, cleared only when the work begins."""
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
-        """Check that the run can be written to `path`.
+    def __init__(self, path: Path, overwrite: bool, leavings: Sequence[str] = LEAVINGS) -> None:
+        """Check that the run can be written to `path`, where it will leave `leavings`.
 
         Raises:
             SettingsError: it cannot be written, or already holds a run and `overwrite` is False.
         """
         self.path = path.expanduser().absolute()
-        held = [name for name in LEAVINGS if (self.path / name).exists()]
+        self.leavings = leavings
+        held = [name for name in leavings if (self.path / name).exists()]
         if held and not overwrite:
             raise SettingsError(
                 f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or replace that run with --overwrite True"
@@ -53,14 +56,15 @@ class OutputFolder:
             ) from error
 
     def begin(self) -> None:
-        """Remove what an earlier run left (only the files and folders of a run), and make the folders of this one."""
-        for name in LEAVINGS:
+        """Remove what an earlier run left (only the files and folders of a run), and make the folder of this one."""
+        for name in self.leavings:
             place = self.path / name
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             elif place.exists():
                 place.unlink()
-        self.models.mkdir(parents=True)
+        if "trained_models" in self.leavings:
+            self.models.mkdir(parents=True)
 
     @property
     def models(self) -> Path:

@@ -40,8 +40,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compression.files": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
 }
 ENTRY_MAY = (*EVERYONE, "command", "recipes", "settings")
-DEMO_MAY = (*ENTRY_MAY, "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn")
-"""The demonstration runs the commands as a user would."""
+DEMO_MAY = (*ENTRY_MAY, "demo_steps", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn")
+"""The demonstrations run the commands as a user would."""
 
 
 def below(name: str, part: str) -> bool:
@@ -82,7 +82,7 @@ def imports(name: str, path: Path, root: Path, known: set[str]) -> set[str]:
 def allowed(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The part a module belongs to, and what that part may import; None: it has no place on the map."""
     if name.startswith(ENTRIES) and "." not in name:
-        return name, DEMO_MAY if name == "demo" else ENTRY_MAY
+        return name, DEMO_MAY if name.startswith("demo") else ENTRY_MAY
     rows = [part for part in ALLOWED if below(name, part)]
     if rows:
         part = max(rows, key=len)

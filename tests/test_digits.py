@@ -51,7 +51,7 @@ def test_is_deterministic(written, tmp_path):
 
 
 def test_a_complete_folder_is_left_alone(written, monkeypatch):
-    monkeypatch.setattr(digits, "_load", lambda: pytest.fail("written again"))
+    monkeypatch.setattr(digits, "load_digit_images", lambda: pytest.fail("written again"))
     prepare("digits", written)
 
 
@@ -87,6 +87,6 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
 def test_sources(tmp_path):
     prepare("folder", tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(SettingsError, match=r"dataloader\.source: 'mnist' is not known; there are folder, digits"):
+    with pytest.raises(SettingsError, match=r"dataloader\.source: 'mnist' is not known; there are folder, digits, digit_crops"):
         prepare("mnist", tmp_path)
-    assert set(SOURCES) == {"folder", "digits"}
+    assert set(SOURCES) == {"folder", "digits", "digit_crops"}

@@ -112,6 +112,17 @@ def test_the_heads_outputs_depend_on_every_weight(network: nn.Module) -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
 
 
+def test_frozen_norms_are_not_trained_and_everything_else_is() -> None:
+    assert MASKRCNN.build_frozen is not None
+    with torch.device("meta"):
+        frozen, learned = MASKRCNN.build_frozen(5), MASKRCNN.build(5)
+    assert all(p.requires_grad for p in frozen.parameters())
+    extra = {name for name, _ in learned.named_parameters()} - {name for name, _ in frozen.named_parameters()}
+    norms = {name for name, module in learned.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert {name.rpartition(".")[0] for name in extra} == norms
+    assert all(module.eps == 0 for module in frozen.modules() if isinstance(module, FrozenBatchNorm2d))
+
+
 # --- size ---
 
 

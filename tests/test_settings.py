@@ -17,7 +17,7 @@ from src.settings import GroupSettings, Settings, explicit_keys, help_text, inef
 from src.settings.keys import leaves
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path for path in (ROOT / "config").rglob("*.yaml") if "maskrcnn" not in path.name and "detection" not in path.parts)
+CONFIGS = sorted((ROOT / "config").rglob("*.yaml"))
 LAYER_SPECS = "model.compression_parameters.layer_specs"
 
 OLD_STYLE = """
@@ -470,3 +470,22 @@ def test_no_command_line_raises_anything_else(tmp_path: Path, arguments: list[st
     path.write_text("epochs: 3")
     message = complaint(path, *arguments)
     assert message == "" or "command line" in message or "default value" in message
+
+
+def test_keys_of_detection_are_checked_and_warned_of_where_they_mean_nothing(file: Path) -> None:
+    settings = load(str(file), ["--dataloader.min_size=64", "--dataloader.max_size=96", "--expected.box_ap=36.3", "--visualize=out"])
+    assert (settings.dataloader.min_size, settings.dataloader.max_size, settings.visualize) == (64, 96, "out")
+    assert len(ineffective(settings)) == 4  # the network of this file is a ResNet
+    assert ineffective(load(str(file), ["--model.arch=maskrcnn", "--expected.mask_ap=3", "--expected.tolerance=1"])) == [
+        "dataloader.imagenet_path has no effect: maskrcnn is trained on COCO"
+    ]
+    assert "at least dataloader.min_size (64)" in refusal(file, "--dataloader.min_size=64", "--dataloader.max_size=63")
+
+
+def test_the_published_settings_of_mask_rcnn() -> None:
+    settings = load("../config/train_maskrcnn.yaml")
+    assert (settings.epochs, settings.learning_rate, settings.optimizer, settings.dataloader.batch_size) == (4, 5e-5, "adam", 2)
+    assert (settings.lr_scheduler.type, settings.lr_scheduler.min_lr) == ("cosine", 1e-6)
+    assert (settings.model.sls_iterations, settings.model.compression_parameters.k_means_n_iters) == (1000, 1000)
+    assert settings.model.compression_parameters == load("../config/evaluate_maskrcnn.yaml").model.compression_parameters
+    assert (settings.dataloader.min_size, settings.dataloader.max_size, settings.dataloader.group_by_aspect_ratio) == (800, 1333, True)

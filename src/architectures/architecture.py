@@ -31,6 +31,7 @@ class Architecture:
         outputs: network, images (B, 3, H, W) -> everything that a permutation must leave as it is.
         reshapes: `permutation_specs.<layer>.reshape` of layers that read a flattened map.
         old_names: layers' names in earlier versions of torchvision -> their names now.
+        backbone: name of the module that is a ResNet without its classifier, if there is one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Architecture:
     outputs: Outputs = call_network
     reshapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     old_names: Mapping[str, str] = field(default_factory=dict)
+    backbone: str = ""
 
     def published_weights(self, progress: bool = True) -> dict[str, Tensor]:
         """Download (once; kept in torch's cache folder) the published dense weights and verify their checksum.
@@ -85,6 +87,12 @@ class Architecture:
         frozen = "running_var" in leaves and "num_batches_tracked" not in leaves
         make = self.build_frozen if frozen and self.build_frozen else self.build
         return make(self.classes_of(state) or self.n_classes)
+
+    def backbone_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The tensors of `backbone` where `state` is that of a classifier, from which this network can start; else None."""
+        if not self.backbone or "conv1.weight" not in state or "fc.weight" not in state:
+            return None
+        return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
 
     def current_name(self, layer: str) -> str:
         """The name of a layer in this version of torchvision; names without an old form stay."""

@@ -105,6 +105,14 @@ def set_image_size(model: nn.Module, min_size: int, max_size: int) -> None:
     transform.min_size, transform.max_size = (min_size,), max_size
 
 
+def set_box_numbers(model: nn.Module, boxes_per_image: int, proposals: int) -> None:
+    """Have a training step learn from `boxes_per_image` boxes of each image, out of at most `proposals` (in training twice as many)."""
+    net = cast(MaskRCNN, model)
+    net.roi_heads.fg_bg_sampler.batch_size_per_image = boxes_per_image
+    most = {"training": 2 * proposals, "testing": proposals}
+    net.rpn._pre_nms_top_n, net.rpn._post_nms_top_n = dict(most), dict(most)
+
+
 MASKRCNN = Architecture(
     name="maskrcnn",
     task="detection",
@@ -117,4 +125,5 @@ MASKRCNN = Architecture(
     outputs=head_outputs,
     reshapes=RESHAPES,
     old_names=OLD_NAMES,
+    backbone=BODY.removesuffix("."),
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +22,10 @@ class SingleProcess:
     def sum(self, values: Tensor) -> Tensor:
         """`values` itself: there is nobody to add."""
         return values
+
+    def gather(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows themselves."""
+        return list(rows)
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..compression.finetune.task import Engine
 from ..errors import SettingsError
@@ -11,8 +12,8 @@ from ..machine import available_processors
 from ..paths import candidates, find
 from ..settings import Settings, require
 from ..tasks.classification import Classification
-from ..tasks.images import ImageFolderIndex, check_same_classes, read_folder, require_readable, some
-from ..tasks.sources import prepare
+from ..tasks.images import BadFiles, ImageFolderIndex, check_same_classes, read_folder, require_readable, some
+from ..tasks.sources import SOURCES, Sources, prepare
 
 
 def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> list[ImageFolderIndex]:
@@ -23,13 +24,7 @@ def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> lis
         DataError: the folders do not hold what they should.
     """
     data = settings.dataloader
-    require(settings, "dataloader.imagenet_path")
-    if data.source == "folder":
-        root = find(data.imagenet_path, "dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.")
-    else:
-        places = candidates(data.imagenet_path)
-        root = next((place for place in places if place.exists()), places[0])
-        prepare(data.source, root)
+    root = data_root(settings, "dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES)
     indices = [read_folder(root, split, is_main) for split in splits]
     for index in indices:
         if data.num_classes is not None and len(index.classes) != data.num_classes:
@@ -41,11 +36,32 @@ def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> lis
     readable = []
     for index in indices:
         kept, bad = require_readable(index, data.verify_images, data.skip_unreadable, is_main)
-        if bad and is_main:
-            names = some(path for path, _ in bad)
-            print(f"warning: skipped {len(bad):,} unreadable images of {index.root}: {names}", file=sys.stderr)
+        warn_of_skipped(bad, index.root, is_main)
         readable.append(kept)
     return readable
+
+
+def data_root(settings: Settings, key: str, advice: str, sources: Sources) -> Path:
+    """The folder that the setting `key` names, filled by `dataloader.source` if that is not a folder of the user's own.
+
+    Raises:
+        SettingsError: the path is not set or not there.
+        DataError: the source cannot write it.
+    """
+    path, source = require(settings, key), settings.dataloader.source
+    if source == "folder":
+        return find(path, key, advice)
+    places = candidates(path)
+    root = next((place for place in places if place.exists()), places[0])
+    prepare(source, root, sources=sources)
+    return root
+
+
+def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
+    """One line on standard error about the files that are left out."""
+    if bad and is_main:
+        names = some(path for path, _ in bad)
+        print(f"warning: skipped {len(bad):,} unreadable images of {folder}: {names}", file=sys.stderr)
 
 
 def classification_task(settings: Settings, engine: Engine, train: ImageFolderIndex | None, validation: ImageFolderIndex) -> Classification:
@@ -56,7 +72,7 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
         train,
         validation,
         batch_size=data.batch_size,
-        num_workers=_workers(data.num_workers, engine.is_main),
+        num_workers=workers(data.num_workers, engine.is_main),
         train_shuffle=data.train_shuffle,
         validation_shuffle=data.validation_shuffle,
         resize=data.resize,
@@ -73,7 +89,7 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
     )
 
 
-def _workers(wanted: int, is_main: bool) -> int:
+def workers(wanted: int, is_main: bool) -> int:
     """`num_workers`, or the number of processors where there are fewer; results do not depend on it."""
     processors = available_processors()
     if wanted > processors and is_main:

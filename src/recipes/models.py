@@ -58,7 +58,9 @@ def weights_source(settings: Settings) -> str | Path:
 
 
 def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, is_main: bool) -> nn.Module:
-    """The dense network to start from; `n_classes` counts only for random weights.
+    """The dense network to start from; `n_classes` counts only where the head has random weights.
+
+    The state dict of a classifier gives the backbone of a network that has such a one; its other layers are random.
 
     Raises:
         SettingsError: the published weights cannot be downloaded.
@@ -75,6 +77,13 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
             print(f"note: licence of the weights of {architecture.name}: {architecture.licence}", file=sys.stderr)
         state, source = architecture.published_weights(is_main), architecture.weights_url
     state = architecture.current_state(state)
+    backbone = architecture.backbone_of(state)
+    if backbone is not None:
+        if is_main:
+            print(f"note: {source} holds a classifier: the backbone starts from it, the other layers from random weights", file=sys.stderr)
+        model = architecture.build(n_classes)
+        load_state(model.get_submodule(architecture.backbone), backbone, source)
+        return model
     model = architecture.build_for(state)
     load_state(model, state, source)
     return model

@@ -6,6 +6,7 @@ from .load import load
 from .schema import (
     CompressionSettings,
     DataSettings,
+    EvaluationSettings,
     ExpectedSettings,
     GroupSettings,
     LayerSpec,
@@ -18,6 +19,7 @@ from .schema import (
 __all__ = [
     "CompressionSettings",
     "DataSettings",
+    "EvaluationSettings",
     "ExpectedSettings",
     "GroupSettings",
     "LayerSpec",

@@ -11,7 +11,7 @@ import yaml
 from ..errors import SettingsError
 from .keys import Path, walk
 from .overrides import locate
-from .schema import CompressionSettings, Settings
+from .schema import CompressionSettings, EvaluationSettings, Settings
 
 _PLACEHOLDER = re.compile(r"<your_\w+_here>")
 
@@ -73,9 +73,23 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
     }
     yield f"lr_scheduler.type {schedule} does not use it", [f"lr_scheduler.{key}" for key in idle[schedule]]
     if model.arch.startswith("maskrcnn"):
-        yield f"{model.arch} is trained on COCO", ["dataloader.imagenet_path"]
+        crops = ["imagenet_path", "resize", "image_size", "crop_padding", "mean", "std"]
+        yield f"{model.arch} is trained on COCO", [*(f"dataloader.{key}" for key in crops), "expected.accuracy"]
     else:
-        yield f"{model.arch} is trained on images in folders", ["dataloader.coco_path"]
+        data = ["coco_path", "min_size", "max_size", "group_by_aspect_ratio"]
+        scoring = [f"evaluation.{key}" for key in EvaluationSettings.model_fields]
+        yield (
+            f"{model.arch} is trained on images in folders",
+            [
+                *(f"dataloader.{key}" for key in data),
+                *scoring,
+                "visualize",
+                "expected.box_ap",
+                "expected.mask_ap",
+                "model.boxes_per_image",
+                "model.proposals",
+            ],
+        )
     search = ["model.search", "model.search_seconds", "model.sls_iterations", "model.permutations", "model.permutation_specs"]
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
@@ -86,8 +100,8 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         yield "model.search is published", ["model.search_seconds"]
     elif not any(spec.optimization for spec in model.permutation_specs.values()):
         yield "model.search is best, which goes on until nothing is gained", ["model.sls_iterations"]
-    if settings.expected.accuracy is None:
-        yield "expected.accuracy is not set", ["expected.tolerance"]
+    if settings.expected.accuracy is None and settings.expected.box_ap is None and settings.expected.mask_ap is None:
+        yield "no expected value is set", ["expected.tolerance"]
 
 
 def to_yaml(settings: Settings) -> str:

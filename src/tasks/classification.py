@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,10 +13,19 @@ from torch.utils.data import DataLoader
 from .. import progress
 from ..compression.finetune.task import Engine, StepLoss, evaluating
 from ..errors import DataError, SettingsError
-from .images import KEY, ImageFolderIndex, check_same_classes, unreadable_error
-from .loading import Batch, EpochOrder, ImageDataset, Transform, batches, make_loader, training_transform, validation_transform
-
-AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .images import KEY, ImageFolderIndex, check_same_classes
+from .loading import (
+    Batch,
+    EpochOrder,
+    ImageDataset,
+    Transform,
+    UnreadableFiles,
+    amp_type,
+    batches,
+    make_loader,
+    training_transform,
+    validation_transform,
+)
 
 
 def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
@@ -86,14 +94,13 @@ class Classification:
     ) -> None:
         if image_size > resize:
             raise SettingsError(f"image_size {image_size} is larger than resize {resize}: the crop would not fit into the image")
-        if amp not in AMP_TYPES:
-            raise SettingsError(f"amp: {amp!r} is not known; there are {', '.join(AMP_TYPES)}")
         self.engine, self.seed = engine, seed
-        self.skip_unreadable, self.show_progress = skip_unreadable, show_progress
-        self.amp_type = AMP_TYPES[amp]
+        self.show_progress = show_progress
+        self.amp_type = amp_type(amp)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.n_classes = len(validation_index.classes)
-        self.unreadable: dict[str, str] = {}
+        self._files = UnreadableFiles(skip_unreadable, KEY)
+        self.unreadable = self._files.reasons
         self._loading = (batch_size, num_workers, engine.device.type == "cuda")
 
         to_validate = validation_transform(resize, image_size, mean, std)
@@ -122,11 +129,11 @@ class Classification:
             raise DataError(f"{KEY}: this task was made without training images; give it the index of a training split")
         self._train_order.set_epoch(epoch)
         for batch in batches(self._train_loader):
-            self._report(batch)
+            self._files.report(batch)
             if len(batch) > 1 or (len(batch) == 1 and not batch.unreadable):
                 yield batch
             elif self.engine.world_size > 1:  # the other processes would wait for this one's step for ever
-                raise unreadable_error([(item.path, item.reason) for item in batch.unreadable])
+                raise self._files.error(batch)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> StepLoss:
         """Mean cross entropy of `model` on `batch`, and the percentage of the batch that it gets right."""
@@ -156,7 +163,7 @@ class Classification:
         with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)
             for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
-                self._report(batch)
+                self._files.report(batch)
                 totals[4] += len(batch.unreadable)
                 if len(batch):
                     totals[:4] += self._figures(model, batch, exact)
@@ -184,14 +191,6 @@ class Classification:
     def _check_outputs(self, logits: Tensor) -> None:
         if logits.shape[1] < self.n_classes:  # on CUDA such a label would end in an assertion of the device
             check_classes(self.n_classes, logits.shape[1])
-
-    def _report(self, batch: Batch) -> None:
-        if batch.unreadable and not self.skip_unreadable:
-            raise unreadable_error([(item.path, item.reason) for item in batch.unreadable])
-        for item in batch.unreadable:
-            if item.path not in self.unreadable:
-                self.unreadable[item.path] = item.reason
-                warnings.warn(f"skipped unreadable image {item.path}: {item.reason}", stacklevel=3)
 
 
 def images_per_process(n_images: int, batch_size: int, world_size: int) -> int:

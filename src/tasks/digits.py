@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +27,51 @@ def write_digits(root: Path) -> None:
         DataError: `root` holds something else, or cannot be written.
         SettingsError: scikit-learn is not installed.
     """
+    description = f"the digits folder ({N_IMAGES:,} PNG files in train/0..9 and val/0..9)"
+    write_folder_at_once(root, "digits", description, _is_complete, _write)
+
+
+def write_folder_at_once(
+    root: Path, name: str, description: str, is_complete: Callable[[Path], bool], write: Callable[[Path], None]
+) -> None:
+    """Have `write` fill a temporary folder beside `root`, then rename it to `root`; nothing happens if `root` is already complete.
+
+    Args:
+        root: the folder wanted; missing, empty or complete.
+        name: what error messages begin with.
+        description: what a complete folder is, for error messages.
+        is_complete: whether a folder is one.
+        write: fills an empty folder.
+
+    Raises:
+        DataError: `root` holds something else, or cannot be written.
+    """
     root = Path(os.path.abspath(root.expanduser()))
-    if _is_complete(root):
+    if is_complete(root):
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise DataError(
-            f"digits: {root} exists but is not the digits folder ({N_IMAGES:,} PNG files in train/0..9 and val/0..9). "
-            "Remove it to have it written again, or choose another folder."
-        )
-    images, labels = _load()
+        raise DataError(f"{name}: {root} exists but is not {description}. Remove it to have it written again, or choose another folder.")
     temporary: Path | None = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-        _write(images, labels, temporary)
+        write(temporary)
         temporary.chmod(0o755)
         os.replace(temporary, root)
     except OSError as error:
-        if not _is_complete(root):  # another process may have been faster, which is as good
-            raise DataError(f"digits: cannot write {root}: {error.strerror or error}. Choose another folder or free some space.") from error
+        if not is_complete(root):  # another process may have been faster, which is as good
+            raise DataError(f"{name}: cannot write {root}: {error.strerror or error}. Choose another folder or free some space.") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 8, 8) with values 0 to 16, and labels (n,)."""
+def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 8, 8) with values 0 to 16, and labels (n,).
+
+    Raises:
+        SettingsError: scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -60,7 +80,8 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     return digits.images, digits.target
 
 
-def _write(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
+def _write(folder: Path) -> None:
+    images, labels = load_digit_images()
     seen = [0] * 10
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         split = "val" if seen[label] % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"

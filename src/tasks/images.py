@@ -160,10 +160,12 @@ def check_images(index: ImageFolderIndex, how: str = "quick", show: bool = True)
     check = CHECKS[how]
     if check is None:
         return []
-    return [(path, why) for path, why in _in_threads(check, index.paths, f"checking images ({how})", show) if why is not None]
+    return [(path, why) for path, why in in_threads(check, index.paths, f"checking images ({how})", show) if why is not None]
 
 
-def _in_threads(check: Callable[[str], str | None], paths: list[str], label: str, show: bool) -> Iterator[tuple[str, str | None]]:
+def in_threads(check: Callable[[str], str | None], paths: list[str], label: str, show: bool) -> Iterator[tuple[str, str | None]]:
+    """(path, what `check` says of it) for all paths, in their order."""
+
     def check_some(start: int) -> list[tuple[str, str | None]]:
         return [(path, check(path)) for path in paths[start : start + FILES_PER_JOB]]
 
@@ -175,11 +177,11 @@ def _in_threads(check: Callable[[str], str | None], paths: list[str], label: str
         pool.shutdown(cancel_futures=True)
 
 
-def unreadable_error(bad: BadFiles) -> DataError:
+def unreadable_error(bad: BadFiles, key: str = KEY) -> DataError:
     """The error that names unreadable files and says how to go on without them."""
     listing = some([f"{path} ({why})" for path, why in bad], "\n  ")
     return DataError(
-        f"{KEY}: {len(bad):,} unreadable image{'s' if len(bad) > 1 else ''}:\n  {listing}\n"
+        f"{key}: {len(bad):,} unreadable image{'s' if len(bad) > 1 else ''}:\n  {listing}\n"
         "Replace or remove them, or go on without them: --dataloader.skip_unreadable True"
     )
 

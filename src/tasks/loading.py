@@ -6,10 +6,11 @@ An unreadable file travels to the main process as an `Unreadable`, which decides
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -17,14 +18,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import functional
 
-from ..errors import RunError
+from ..errors import DataError, RunError, SettingsError
 from ..randomness import stream
-from .images import ImageFolderIndex, load_rgb, reason
+from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 
 Transform = Callable[[Image.Image, torch.Generator], Tensor]
 """An RGB image and a source of randomness -> normalised float32 tensor (3, H, W)."""
 
 PREFETCHED_PER_WORKER = 2
+AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def amp_type(name: str) -> torch.dtype | None:
+    """The type of the forward pass in training; None: float32. Raises SettingsError for an unknown name."""
+    if name not in AMP_TYPES:
+        raise SettingsError(f"amp: {name!r} is not known; there are {', '.join(AMP_TYPES)}")
+    return AMP_TYPES[name]
 
 
 def training_transform(
@@ -115,6 +124,45 @@ def collate(items: list[tuple[Tensor, int] | Unreadable]) -> Batch:
     return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), bad)
 
 
+class HasUnreadable(Protocol):
+    """A batch that keeps beside its items the files that could not be read."""
+
+    @property
+    def unreadable(self) -> tuple[Unreadable, ...]:
+        """The files that could not be read."""
+
+    def __len__(self) -> int: ...
+
+
+class UnreadableFiles:
+    """Files that turn out to be unreadable while loading: they end the run, or are left out with one warning each.
+
+    Args:
+        skip: leave them out (`dataloader.skip_unreadable`).
+        key: the setting that leads to the files, for messages.
+
+    Attributes:
+        reasons: reason by path of those met so far.
+    """
+
+    def __init__(self, skip: bool, key: str) -> None:
+        self.skip, self.key = skip, key
+        self.reasons: dict[str, str] = {}
+
+    def report(self, batch: HasUnreadable) -> None:
+        """Look at what `batch` could not read. Raises DataError if there is any and `skip` is False."""
+        if batch.unreadable and not self.skip:
+            raise self.error(batch)
+        for item in batch.unreadable:
+            if item.path not in self.reasons:
+                self.reasons[item.path] = item.reason
+                warnings.warn(f"skipped unreadable image {item.path}: {item.reason}", stacklevel=3)
+
+    def error(self, batch: HasUnreadable) -> DataError:
+        """The error that names the unreadable files of `batch`."""
+        return unreadable_error([(item.path, item.reason) for item in batch.unreadable], self.key)
+
+
 class EpochOrder(Sampler[tuple[int, int]]):
     """The images that this process reads in an epoch, as (epoch, number): every `world_size`-th of a common order, from `rank`.
 
@@ -145,14 +193,40 @@ class EpochOrder(Sampler[tuple[int, int]]):
             yield self.epoch, i
 
 
-def make_loader(dataset: ImageDataset, order: EpochOrder, batch_size: int, num_workers: int, pin_memory: bool) -> DataLoader:
-    """One loader for all epochs: its workers stay alive between them, and `order.set_epoch` says what comes next."""
+class Seeded(Protocol):
+    """A dataset that knows the run's seed."""
+
+    seed: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Any: ...
+
+
+def make_loader(
+    dataset: Seeded,
+    order: Sampler,
+    batch_size: int | None,
+    num_workers: int,
+    pin_memory: bool,
+    collate_items: Callable[[list[Any]], Any] = collate,
+) -> DataLoader:
+    """One loader for all epochs: its workers stay alive between them, and `EpochOrder.set_epoch` says what comes next.
+
+    Args:
+        dataset: gives items by (epoch, number).
+        order: of single items, or of whole batches with `batch_size` None.
+        batch_size: items per batch.
+        num_workers: processes that load; 0: the main process does.
+        pin_memory: whether batches come in page-locked memory.
+        collate_items: makes a batch of items.
+    """
+    batching: dict[str, Any] = {"batch_sampler": order} if batch_size is None else {"batch_size": batch_size, "sampler": order}
     return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=order,
+        cast(Dataset, dataset),
+        **batching,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=collate_items,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCHED_PER_WORKER if num_workers > 0 else None,
@@ -160,7 +234,7 @@ def make_loader(dataset: ImageDataset, order: EpochOrder, batch_size: int, num_w
     )
 
 
-def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
+def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's batches.
 
     Raises:

@@ -1,11 +1,13 @@
-"""Where an image folder comes from. To add a dataset: one function that writes it as an image folder, and its name here."""
+"""Where images come from. To add a dataset: one function that writes it as a folder, and its name here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import SettingsError
+from .digit_crops import write_digit_crops
+from .digit_scenes import write_digit_scenes
 from .digits import write_digits
 
 
@@ -13,15 +15,20 @@ def use_folder(root: Path) -> None:
     """The user's own folder: there is nothing to prepare."""
 
 
-SOURCES: dict[str, Callable[[Path], None]] = {"folder": use_folder, "digits": write_digits}
+Sources = Mapping[str, Callable[[Path], None]]
+
+SOURCES: Sources = {"folder": use_folder, "digits": write_digits, "digit_crops": write_digit_crops}
+"""One folder per class."""
+SCENES: Sources = {"folder": use_folder, "digits": write_digit_scenes}
+"""COCO's layout."""
 
 
-def prepare(source: str, root: str | Path, key: str = "dataloader.source") -> None:
+def prepare(source: str, root: str | Path, key: str = "dataloader.source", sources: Sources = SOURCES) -> None:
     """Have the folder `root` filled by the source of that name, where it is not yet there.
 
     Raises:
         SettingsError: there is no such source.
     """
-    if source not in SOURCES:
-        raise SettingsError(f"{key}: {source!r} is not known; there are {', '.join(SOURCES)}")
-    SOURCES[source](Path(root))
+    if source not in sources:
+        raise SettingsError(f"{key}: {source!r} is not known; there are {', '.join(sources)}")
+    sources[source](Path(root))

@@ -5,7 +5,7 @@ A task owns its data, its loss and its metric. `Engine` is what both ask of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -42,6 +42,9 @@ class Engine(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum of `values` over all processes."""
+
+    def gather(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows of all processes, in the order of their ranks, on every process: objects that JSON can hold."""
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -1,0 +1,100 @@
+"""Pictures of what networks detect: the dense one's beside the compressed one's."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from ..architectures.architecture import Architecture
+from ..compression.finetune.task import Engine, evaluating
+from ..errors import SettingsError
+from ..paths import write_atomically
+from ..progress import bar
+from ..settings import Settings
+from ..tasks.coco_data import CocoSplit
+from ..tasks.drawing import draw_side_by_side
+from ..tasks.images import load_rgb
+from .models import dense_model, n_outputs, weights_source
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is to be drawn.
+
+    Attributes:
+        folder: receives one PNG per image.
+        most: images to draw.
+        dense: the network to draw beside, on the CPU; None where there is none.
+    """
+
+    folder: Path
+    most: int
+    dense: nn.Module | None
+
+    @staticmethod
+    def of(settings: Settings, architecture: Architecture, n_classes: int, engine: Engine) -> Pictures | None:
+        """What the settings ask for; None: nothing.
+
+        The dense network is that of `model.weights`. Where it cannot be had, or tells other classes apart, a note says so.
+
+        Raises:
+            CheckpointError: `model.weights` is a file that does not fit.
+        """
+        if settings.visualize is None:
+            return None
+        dense = None
+        if settings.model.use_compression and settings.model.weights != "none":
+            dense = _dense(settings, architecture, n_classes, engine)
+        most = settings.evaluation.visualized_images or sys.maxsize
+        return Pictures(Path(settings.visualize).expanduser().absolute(), most, dense)
+
+    def draw(self, split: CocoSplit, model: nn.Module, dense: nn.Module | None, engine: Engine) -> int:
+        """Draw the first images of `split`; returns how many.
+
+        Args:
+            split: the images.
+            model: the network that is evaluated, on the engine's device.
+            dense: the one beside it, there too; None: no picture beside.
+            engine: gives the device.
+        """
+        image_ids = split.image_ids[: self.most]
+        for image_id in bar(image_ids, "draw", unit="image"):
+            image = pil_to_tensor(load_rgb(split.path(image_id)))
+            beside = None if dense is None else detected(dense, image, engine.device)
+            picture = draw_side_by_side(image, beside, detected(model, image, engine.device), split.names)
+            target = self.folder / f"{Path(split.path(image_id)).stem}.png"
+            write_atomically(target, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))  # type: ignore[misc]
+        return len(image_ids)
+
+
+def detected(model: nn.Module, image: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What `model` finds in an image (3, H, W) uint8, on the CPU."""
+    with evaluating(model), torch.no_grad():
+        (output,) = model([image.to(device).float() / 255])
+    return {name: value.cpu() for name, value in output.items()}
+
+
+def _dense(settings: Settings, architecture: Architecture, n_classes: int, engine: Engine) -> nn.Module | None:
+    try:
+        dense = dense_model(architecture, weights_source(settings), n_classes, engine.is_main)
+    except SettingsError as error:
+        if settings.model.weights != "pretrained":
+            raise
+        _note(f"no dense network to draw beside: {error}", engine)
+        return None
+    if n_outputs(architecture, dense) != n_classes:
+        _note(
+            f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}", engine
+        )
+        return None
+    return dense
+
+
+def _note(text: str, engine: Engine) -> None:
+    if engine.is_main:
+        print(f"note: {text}", file=sys.stderr)

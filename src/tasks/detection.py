@@ -1,0 +1,188 @@
+"""Detection and segmentation: the losses of Mask R-CNN on images with boxes and masks, COCO's average precisions.
+
+The training loss is the sum of the losses that the network returns (paper section 4.2), each of which is logged by its name.
+The metric is box AP plus mask AP, in percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import progress
+from ..compression.finetune.task import Engine, StepLoss, evaluating
+from ..errors import DataError
+from ..randomness import derived_seed
+from .coco_data import KEY, CocoSplit, check_same_categories
+from .coco_loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
+from .coco_metrics import CocoFigures, Detections, coco_figures
+from .loading import EpochOrder, UnreadableFiles, amp_type, batches, make_loader
+
+KINDS = {"Box": "bbox", "Mask": "segm"}
+"""How figures are called in metrics -> how COCO calls what is compared."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """COCO's figures, in percent, of boxes and of masks."""
+
+    boxes: CocoFigures
+    masks: CocoFigures
+
+    def metrics(self) -> dict[str, float]:
+        """All figures that are defined, by name (`BoxAP`, `BoxAP50`, ..., `MaskARl`), and the metric that counts."""
+        both = {"Box": self.boxes, "Mask": self.masks}
+        found = {f"{kind}{name}": value for kind, figures in both.items() for name, value in figures.stats.items() if math.isfinite(value)}
+        return {**found, Detection.metric_name: found.get("BoxAP", 0.0) + found.get("MaskAP", 0.0)}
+
+
+def score(
+    split: CocoSplit, rows: Sequence[dict], image_ids: Sequence[int], backend: str = "pycocotools", per_category: bool = False
+) -> Scores:
+    """COCO's figures of the detections `rows` in the images `image_ids` of `split`."""
+    boxes, masks = (
+        coco_figures(split.api, rows, kind, image_ids, backend=backend, per_category=per_category)  # type: ignore[arg-type]
+        for kind in KINDS.values()
+    )
+    return Scores(boxes, masks)
+
+
+class Detection:
+    """The task of finding objects: what the training loop and an evaluation ask for.
+
+    Args:
+        engine: the processes that share the work.
+        train: training images; None where the task is only used to validate.
+        validation: validation images.
+        batch_size: images per batch and process.
+        num_workers: processes that load images (0: the main process does).
+        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each epoch).
+        group_by_aspect_ratio: make training batches of images of like shape.
+        horizontal_flip: mirror half of the training images, with their boxes and masks.
+        skip_unreadable: go on without files that turn out to be unreadable; otherwise they end the run.
+        seed: the run's seed.
+        amp: `none`, `bf16` or `fp16`: the type of the forward pass in training. Validation always computes in float32.
+        backend: what computes COCO's figures.
+        show_progress: False on processes other than the first.
+
+    Attributes:
+        unreadable: reason by path of the files that turned out to be unreadable while loading.
+    """
+
+    metric_name = "BoxAP+MaskAP"
+
+    def __init__(
+        self,
+        engine: Engine,
+        train: CocoSplit | None,
+        validation: CocoSplit,
+        *,
+        batch_size: int,
+        num_workers: int,
+        train_shuffle: bool,
+        validation_shuffle: bool,
+        group_by_aspect_ratio: bool,
+        horizontal_flip: bool,
+        skip_unreadable: bool,
+        seed: int,
+        amp: str,
+        backend: str,
+        show_progress: bool,
+    ) -> None:
+        self.engine, self.seed, self.show_progress = engine, seed, show_progress
+        self.validation, self.backend = validation, backend
+        self.amp_type = amp_type(amp)
+        self._files = UnreadableFiles(skip_unreadable, KEY)
+        self.unreadable = self._files.reasons
+        loading = (num_workers, engine.device.type == "cuda", collate_detection)
+        self._validation_order = EpochOrder(len(validation), validation_shuffle, seed, engine.rank, engine.world_size)
+        dataset = CocoDataset(validation, seed, flip=False)
+        self._validation_loader = make_loader(dataset, self._validation_order, batch_size, *loading)
+        self._train_loader: DataLoader | None = None
+        self.steps_per_epoch = 0
+        self._epoch = 0
+        if train is not None:
+            check_same_categories(train, validation)
+            per_process = len(train) // engine.world_size
+            if not per_process:
+                raise DataError(f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start fewer")
+            self._train_order = EpochOrder(len(train), train_shuffle, seed, engine.rank, engine.world_size, per_process)
+            grouped = EpochBatches(self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, batch_size)
+            self._train_loader = make_loader(CocoDataset(train, seed, horizontal_flip), grouped, None, *loading)
+            self.steps_per_epoch = len(grouped)
+
+    def training_batches(self, epoch: int) -> Iterator[DetectionBatch]:
+        """The batches of epoch `epoch`, still on the CPU; `steps_per_epoch` of them, less those without a readable image.
+
+        Raises:
+            DataError: a file is unreadable (unless `skip_unreadable`), or there are no training images.
+        """
+        if self._train_loader is None:
+            raise DataError(f"{KEY}: this task was made without training images; give it a training split")
+        self._train_order.set_epoch(epoch)
+        self._epoch = epoch
+        for batch in batches(self._train_loader):
+            self._files.report(batch)
+            if len(batch):
+                yield batch
+            elif self.engine.world_size > 1:  # the other processes would wait for this one's step for ever
+                raise self._files.error(batch)
+
+    def training_loss(self, model: nn.Module, batch: DetectionBatch) -> StepLoss:
+        """The sum of the network's losses on `batch`, and each by its name with `loss_total`."""
+        images, targets = self._images(batch), [self._to_device(target) for target in batch.targets]
+        # torchvision draws the boxes to learn from out of torch's global generator: seeded, so that a step depends on nothing before it
+        torch.manual_seed(derived_seed(self.seed, "boxes to learn from", self._epoch, *batch.image_ids))
+        with torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None):
+            losses = model(images, targets)
+        losses = {name: value.float() for name, value in losses.items()}
+        if not any(len(target["boxes"]) for target in targets):
+            # means over no box at all are not numbers
+            losses = {name: value if torch.isfinite(value) else torch.zeros_like(value) for name, value in losses.items()}
+        total = torch.stack(list(losses.values())).sum()
+        scalars = {name: value.detach() for name, value in losses.items()}
+        return StepLoss(total, len(batch), {**scalars, "loss_total": total.detach()})
+
+    def validate(self, model: nn.Module, label: str) -> dict[str, float]:
+        """COCO's figures in percent over the whole validation set: `BoxAP`, `BoxAP50`, ..., `MaskAP`, ..., their sum, `images`."""
+        rows, image_ids = self.detect(model, label)
+        return {**score(self.validation, rows, image_ids, self.backend).metrics(), "images": len(image_ids)}
+
+    def detect(self, model: nn.Module, label: str) -> tuple[list[dict], list[int]]:
+        """What `model` finds in every validation image, in float32, over all processes.
+
+        Returns:
+            Rows as in a COCO result file, and the ids of the images that were looked at.
+
+        Raises:
+            DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
+        """
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # its forward pass waits for all processes, which may have different numbers of batches
+        found, image_ids = Detections(), list[int]()
+        self._validation_order.set_epoch(0)
+        with evaluating(model), torch.no_grad():
+            n_batches = len(self._validation_loader)
+            for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
+                self._files.report(batch)
+                if not len(batch):
+                    continue
+                for image_id, output in zip(batch.image_ids, model(self._images(batch)), strict=True):
+                    found.add(image_id, output)
+                    image_ids.append(image_id)
+        rows, image_ids = self.engine.gather(found.rows()), self.engine.gather(image_ids)
+        if not image_ids:
+            raise DataError(f"{KEY}: not one validation image could be read")
+        return rows, image_ids
+
+    def _images(self, batch: DetectionBatch) -> list[Tensor]:
+        return [image.to(self.engine.device, non_blocking=True) for image in batch.images]
+
+    def _to_device(self, target: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: value.to(self.engine.device, non_blocking=True) for name, value in target.items()}
