@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 
 SRC = ROOT / "src"
 
-EVERYONE = ("errors", "paths", "progress", "randomness")
-"""Small things without arrows of their own (but for paths, which raises errors)."""
+EVERYONE = ("errors", "launch", "paths", "progress", "randomness")
+"""Small things without arrows of their own (but for launch and paths, which raise errors)."""
 
 ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "__main__")
 
@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "progress": (),
     "randomness": (),
     "paths": ("errors",),
+    "launch": ("errors",),
     "settings": EVERYONE,
     "command": (*EVERYONE, "settings"),
     "recorder": (*EVERYONE, "compression.finetune.loop"),

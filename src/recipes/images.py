@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..compression.finetune.task import Engine
 from ..errors import SettingsError
 from ..paths import candidates, find
 from ..settings import Settings, require
 from ..tasks.classification import Classification
-from ..tasks.images import ImageFolderIndex, check_same_classes, read_folder, require_readable, some
+from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
 from ..tasks.sources import prepare
+from .running import check_same, first_here
 
 
-def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> list[ImageFolderIndex]:
+def read_images(settings: Settings, splits: Sequence[str], engine: Engine) -> list[ImageFolderIndex]:
     """The wanted splits of `dataloader.imagenet_path`, checked: folders, classes, readable files.
 
     Raises:
-        SettingsError: the path is not set or not there, or there are not `num_classes` classes.
+        SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other images.
         DataError: the folders do not hold what they should.
     """
     data = settings.dataloader
@@ -29,9 +31,12 @@ def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> lis
     else:
         places = candidates(data.imagenet_path)
         root = next((place for place in places if place.exists()), places[0])
-        prepare(data.source, root)
-    indices = [read_folder(root, split, is_main) for split in splits]
+        with first_here(engine):
+            prepare(data.source, root)
+    indices = [read_folder(root, split, engine.is_main) for split in splits]
     for index in indices:
+        listed = (os.path.relpath(path, index.root) for path in index.paths)
+        check_same(engine, f"the list of images in {index.root}", listed, "Give every machine the same images, under the same path.")
         if data.num_classes is not None and len(index.classes) != data.num_classes:
             raise SettingsError(
                 f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} class folders"
@@ -40,12 +45,19 @@ def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> lis
         check_same_classes(*indices)
     readable = []
     for index in indices:
-        kept, bad = require_readable(index, data.verify_images, data.skip_unreadable, is_main)
-        if bad and is_main:
+        kept, bad = leave_out(index, _check_together(index, data.verify_images, engine), data.skip_unreadable)
+        if bad and engine.is_main:
             names = some(path for path, _ in bad)
             print(f"warning: skipped {len(bad):,} unreadable images of {index.root}: {names}", file=sys.stderr)
         readable.append(kept)
     return readable
+
+
+def _check_together(index: ImageFolderIndex, how: str, engine: Engine) -> BadFiles:
+    """`check_images`, each process looking at its share of the files; the unreadable ones of all, in the order of the index."""
+    share = replace(index, paths=index.paths[engine.rank :: engine.world_size], labels=index.labels[engine.rank :: engine.world_size])
+    bad = dict(engine.gather(check_images(share, how, engine.is_main)))
+    return [(path, bad[path]) for path in index.paths if path in bad] if bad else []
 
 
 def classification_task(settings: Settings, engine: Engine, train: ImageFolderIndex | None, validation: ImageFolderIndex) -> Classification:
@@ -56,7 +68,7 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
         train,
         validation,
         batch_size=data.batch_size,
-        num_workers=_workers(data.num_workers, engine.is_main),
+        num_workers=_workers(data.num_workers, engine),
         train_shuffle=data.train_shuffle,
         validation_shuffle=data.validation_shuffle,
         resize=data.resize,
@@ -73,11 +85,13 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
     )
 
 
-def _workers(wanted: int, is_main: bool) -> int:
-    """`num_workers`, or the number of processors where there are fewer; results do not depend on it."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted > processors and is_main:
+def _workers(wanted: int, engine: Engine) -> int:
+    """`num_workers`, or this process's share of the processors where that is less; results do not depend on it."""
+    share = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // engine.local_size)
+    if wanted > share and engine.is_main:
+        among = f", shared by {engine.local_size} processes" if engine.local_size > 1 else ""
         print(
-            f"note: dataloader.num_workers: {processors} instead of {wanted}, as this machine has {processors} processors", file=sys.stderr
+            f"note: dataloader.num_workers: {share} instead of {wanted}, as this machine has {share * engine.local_size} processors{among}",
+            file=sys.stderr,
         )
-    return min(wanted, processors)
+    return min(wanted, share)

@@ -1,0 +1,169 @@
+"""What the tests of several processes run in each of them: python -m tests.worker JOB FOLDER [more]."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src import command, engines
+from src.compression.finetune.loop import finetune
+from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
+from src.compression.finetune.task import Engine
+from src.compression.permute.groups import Group
+from src.compression.permute.permute import permute
+from src.compression.quantize.compress import compress
+from src.compression.quantize.plan import make_plan
+from src.engines.batch_norm import join_batch_norms
+from src.errors import RunError
+from src.recipes.running import processes
+from src.recipes.sharing import compress_together, permute_together
+from src.settings import Settings
+from src.tasks.classification import Classification
+from src.tasks.images import read_folder
+from tests.helpers import lively, spec
+
+EPOCHS = 2
+GROUPS = [Group(("0", "1"), ("3",)), Group(("3", "4"), ("6",)), Group(("6",), ("9",))]
+
+
+def network() -> nn.Sequential:
+    """A small network with batch norms, groups whose order matters, and two linear layers that share one weight."""
+    torch.manual_seed(0)
+    tied = nn.Linear(32, 32)
+    body = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 32), nn.ReLU(), tied, nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 3)]
+    model = nn.Sequential(*body, *head)
+    model[13].weight = tied.weight
+    lively(model)
+    return model
+
+
+class Diary:
+    """A recorder of every process: losses by step, metrics by epoch, and a digest of the parameters and buffers by epoch."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+        self.rates: dict[int, float] = {}
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.digests: dict[int, str] = {}
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        self.losses[step], self.rates[step] = figures["loss"], figures["learning_rate"]
+
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        self.metrics[epoch] = metrics
+
+    def model(self, epoch: int, model: nn.Module) -> None:
+        self.digests[epoch] = digest(model.state_dict().values())
+
+    def best(self, epoch: int, model: nn.Module) -> None:
+        pass
+
+
+def digest(tensors) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict:
+    """Permute, code and fine-tune; what came out, on every process the same."""
+    model = network()
+    plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"]))
+    search = partial(permute, sizes=plan.sizes, seed=3, show_progress=False)
+    groups = permute_together(engine, model, GROUPS, {}, search)
+    code = partial(compress, seed=3, show_progress=False)
+    model, layers = compress_together(engine, model, plan, code)
+    coded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    task = classification(engine, images, batch_size)
+    if norms == "joint":
+        model = join_batch_norms(model, engine) if engine.world_size > 1 else model
+    model.train()
+    diary = Diary()
+    optimizer = make_optimizer(model, OptimizerSpec("sgd", 0.02, 0.9, 1e-4))
+    schedule = Schedule(optimizer, ScheduleSpec("cosine", 1e-3), EPOCHS, task.steps_per_epoch)
+    finetune(model, task, optimizer, schedule, engine, diary, epochs=EPOCHS, log_every=1, show_progress=False)
+    state = model.state_dict()
+    assert not any(name.startswith("module.") for name in state)
+    digests = engine.gather([diary.digests])
+    results = [[group.label, list(group.children), group.before, group.after, _list(group.permutation)] for group in groups]
+    rows = [[layer.name, layer.distortion, layer.power] for layer in layers]
+    figures = {"losses": diary.losses, "rates": diary.rates, "metrics": diary.metrics, "digests": digests, "groups": results, "layers": rows}
+    return {**figures, "coded": coded, "state": state, "tied": model[13].codebook is model[11].codebook}
+
+
+def _list(permutation: Tensor | None) -> list[int] | None:
+    return None if permutation is None else permutation.tolist()
+
+
+def classification(engine: Engine, images: Path, batch_size: int) -> Classification:
+    options = {"resize": 32, "image_size": 32, "crop_padding": 2, "horizontal_flip": True, "mean": [0.5] * 3, "std": [0.25] * 3}
+    order = {"train_shuffle": True, "validation_shuffle": False, "skip_unreadable": False, "seed": 5}
+    indices = (read_folder(images, split, False) for split in ("train", "val"))
+    more = {"batch_size": batch_size, "num_workers": 0, "amp": "none", "channels_last": False, "show_progress": False}
+    return Classification(engine, *indices, **options, **order, **more)
+
+
+def exchanges(engine: Engine) -> dict:
+    """Sums, gathered rows and broadcast tensors, to be compared with what they must be."""
+    rank = engine.rank
+    sums = {}
+    for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "uint8"):
+        values = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=getattr(torch, name)).t() * (rank + 1)  # not contiguous
+        total = engine.sum(values)
+        sums[name] = [str(total.dtype), total.tolist(), values.tolist() == (torch.tensor([[1, 4], [2, 5], [3, 6]]) * (rank + 1)).tolist()]
+    rows = engine.gather([{"rank": rank, "box": [0.1 + rank, 1e-300], "text": "ä\n\udcff"}] * (3 * rank)) + engine.gather([])
+    sent = [
+        torch.arange(6, dtype=torch.int16).reshape(2, 3).t() + rank,
+        torch.tensor(rank == 1),
+        torch.tensor(1.5 + rank, dtype=torch.bfloat16),
+        torch.full((2, 2), 7.25 + rank, requires_grad=True),
+    ]
+    engine.broadcast(sent, source=1)
+    engine.barrier()
+    return {"sums": sums, "rows": rows, "sent": [tensor.tolist() for tensor in sent], "scalar": engine.sum(torch.tensor(2.5)).item()}
+
+
+def laws(folder: Path, images: Path) -> None:
+    """Everything that one launch can show; the first process keeps it."""
+    engine = engines.make("auto", torch.device("cpu"))
+    found = {"exchanges": engine.gather([exchanges(engine)]), "joint": whole_run(engine, images, 4, "joint")}
+    found["plain"] = {name: value for name, value in whole_run(engine, images, 4, "plain").items() if name in ("digests", "metrics")}
+    if engine.is_main:
+        torch.save(found, folder / "found.pth")
+    engine.close()
+
+
+def failing(how: str, settings: Settings) -> int:
+    """The second process fails while the first one waits for it."""
+    with processes(settings) as engine:
+        engine.barrier()
+        if engine.rank == 1:
+            if how == "user":
+                raise RunError("out of luck on purpose")
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError("a defect on purpose")
+        engine.sum(torch.zeros(3))
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    job, *rest = arguments
+    if job == "laws":
+        laws(Path(rest[0]), Path(rest[1]))
+        return 0
+    argv = ["--device", "cpu"]
+    return command.run(partial(failing, job), prog="worker", purpose="Fails.", default_config="../config/train_resnet18.yaml", argv=argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
