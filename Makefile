@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench figures paper-models install clean
+.PHONY: demo test test-slow lint bench figures horovod paper-models install clean
 
 install: $(READY)
 
@@ -35,6 +35,10 @@ bench: $(READY)
 
 figures: $(READY)
 	$(PY) -m imgs.permutation
+
+# builds Horovod for the installed torch (minutes; the wheel is kept in ~/.cache/pqf) and installs it; says what it needs
+horovod: $(READY)
+	$(PY) -m tools.build_horovod
 
 # downloads the six models of the paper's authors into compressed_models/ and verifies them
 paper-models: $(READY)

@@ -17,7 +17,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 SAME_ERROR_SECONDS = 3.0
 """How long a process other than the first keeps an error back: if all of them have it, the first one's message ends the run."""
-LOST_CONTACT_SECONDS = 15.0
+LOST_CONTACT_SECONDS = 10.0
 """The same for the loss of another process, which has a message of its own."""
 
 

@@ -80,20 +80,29 @@ def launch(engine: str, arguments: Sequence[str], extra: Mapping[str, str] | Non
 
 
 def by_hand(
-    each: Sequence[tuple[Sequence[str], Path]], port: int, extra: Mapping[str, str] | None = None, seconds: float = SECONDS
+    each: Sequence[tuple[Sequence[str], Path]], port: int, extra: Mapping[str, str] | None = None, grace: float = GRACE
 ) -> Finished:
     """Processes with torchrun's variables but without torchrun, as several machines would start them: (arguments, folder) for each."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(each)), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(len(each)),
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
     starts = [([sys.executable, *arguments], {**shared, "RANK": str(rank)}, folder) for rank, (arguments, folder) in enumerate(each)]
-    return together(starts, extra, seconds)
+    return together(starts, extra, grace=grace)
 
 
 def together(
-    starts: Sequence[tuple[Sequence[str], Mapping[str, str], Path]], extra: Mapping[str, str] | None = None, seconds: float = SECONDS
+    starts: Sequence[tuple[Sequence[str], Mapping[str, str], Path]],
+    extra: Mapping[str, str] | None = None,
+    seconds: float = SECONDS,
+    grace: float = GRACE,
 ) -> Finished:
     """Start all, wait for all, and kill what is left of them; the status is the highest one.
 
-    Once one has failed, the others get `GRACE` seconds to end by themselves, as a cluster's scheduler would give them.
+    Once one has failed, the others get `grace` seconds to end by themselves, as a cluster's scheduler would give them.
     """
     mark = uuid.uuid4().hex
     began = time.monotonic()
@@ -106,7 +115,7 @@ def together(
             deadline, failed = began + seconds, False
             while any(process.poll() is None for process in running) and time.monotonic() < deadline:
                 if not failed and any(process.poll() for process in running):
-                    failed, deadline = True, min(deadline, time.monotonic() + GRACE)
+                    failed, deadline = True, min(deadline, time.monotonic() + grace)
                 time.sleep(0.05)
             took = time.monotonic() - began
             late = [process for process in running if process.poll() is None]

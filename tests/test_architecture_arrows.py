@@ -153,3 +153,33 @@ def test_a_wrong_arrow_is_found(tmp_path: Path, file: str, line: str, complaint:
     assert wrong_arrows(tmp_path / "src") == []
     (tmp_path / "src" / file).write_text(line + "\n", encoding="utf-8")
     assert wrong_arrows(tmp_path / "src") == [complaint]
+
+
+def talkers(root: Path) -> list[str]:
+    """Modules outside engines/ that name torch.distributed, DistributedDataParallel or Horovod's package in their code."""
+    found = []
+    for name, path in modules(root).items():
+        if below(name, "engines"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            named = isinstance(node, ast.Attribute) and node.attr in ("distributed", "DistributedDataParallel")
+            if named or any(below(one, "torch.distributed") or below(one, "horovod") for one in imported):
+                found.append(name)
+    return found
+
+
+def test_only_engines_know_torch_distributed_and_horovod(tmp_path: Path) -> None:
+    assert talkers(SRC) == []
+    (tmp_path / "src" / "engines").mkdir(parents=True)
+    for line in (
+        "import torch.distributed as d",
+        "from torch import distributed",
+        "import horovod.torch",
+        "x = torch.distributed.get_rank()",
+    ):
+        for name in ("engines/ours.py", "theirs.py"):
+            (tmp_path / "src" / name).write_text(f"def f():\n    {line}\n", encoding="utf-8")
+        assert talkers(tmp_path / "src") == ["theirs"]

@@ -19,7 +19,7 @@ from src.settings import load
 from tests.conftest import write_images
 from tests.launching import ENGINES, Finished, by_hand, free_port, launch
 from tests.test_entries import scalars
-from tests.worker import exchanges, whole_run
+from tests.worker import exchanges, gradients, whole_run
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -115,6 +115,41 @@ def test_every_validation_image_counts_once(found: dict, alone: dict) -> None:
         assert found["joint"]["metrics"][epoch] == pytest.approx(metrics, rel=1e-5)
 
 
+def test_a_process_without_a_validation_image_takes_part(found: dict) -> None:
+    first, second = found["one image"]
+    assert first == second
+    assert first["images"] == 1
+
+
+def test_gradients_are_averaged_and_no_more_than_the_trained_parameters_is_sent(found: dict) -> None:
+    first, second = found["gradients"]
+    assert first == second
+    one = gradients(SingleProcess(torch.device("cpu")), both=True)
+    for name, wanted in one["gradients"].items():
+        if wanted is None:
+            assert first["gradients"][name] is None
+        else:
+            torch.testing.assert_close(torch.tensor(first["gradients"][name]), torch.tensor(wanted))
+    assert first["bias"] == one["bias"]
+    assert first["sent"] == one["trained"] > 0
+
+
+def test_a_layer_that_one_process_does_not_reach_counts_as_zero_there(found: dict) -> None:
+    for rows in found["not reached"]:  # Horovod only
+        assert rows == [
+            ["torch.float32", [[1.0, 1.0]]],
+            ["torch.float32", [1.0]],
+            ["torch.bfloat16", [[1.5, 1.5]]],
+            ["torch.bfloat16", [1.5]],
+        ]
+
+
+def test_the_optimizer_state_becomes_that_of_the_first_process(found: dict) -> None:
+    first, second = found["optimizer"]
+    assert first == second
+    assert [value for name, value in first if name == "exp_avg"] == pytest.approx([[[0.1, 0.1]], [0.1]])
+
+
 # --- the commands ---
 
 
@@ -122,7 +157,7 @@ def test_every_validation_image_counts_once(found: dict, alone: dict) -> None:
 def run_alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, batches of 8, at twice the learning rate."""
     output = tmp_path_factory.mktemp("alone") / "run"
-    flags = ["--dataloader.batch_size", "8", "--learning_rate", "0.02", "--lr_scheduler.min_lr", "0.002"]
+    flags = ["--dataloader.batch_size", "8", "--learning_rate", "2e-4", "--lr_scheduler.min_lr", "2e-5"]
     assert train_resnet.main([*SMALL, *flags, "--dataloader.imagenet_path", str(images), "--output_path", str(output)]) == 0
     return output
 
@@ -131,7 +166,7 @@ def run_alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Finished]:
     """The command in two processes, batches of 4 each."""
     output = tmp_path_factory.mktemp(request.param) / "run"
-    flags = ["--dataloader.batch_size", "4", "--learning_rate", "0.01", "--lr_scheduler.min_lr", "0.001"]
+    flags = ["--dataloader.batch_size", "4", "--learning_rate", "1e-4", "--lr_scheduler.min_lr", "1e-5"]
     where = ["--dataloader.imagenet_path", str(images), "--output_path", str(output)]
     finished = launch(request.param, ["-m", "src.train_resnet", *SMALL, *flags, *where])
     assert finished.status == 0, finished.text
@@ -139,11 +174,9 @@ def launched(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pyt
     return request.param, output, finished
 
 
-def test_a_launched_run_is_that_of_one_process_at_the_scaled_learning_rate(
-    launched: tuple[str, Path, Finished], run_alone: Path
-) -> None:
+def test_a_launched_run_is_that_of_one_process_at_the_scaled_learning_rate(launched: tuple[str, Path, Finished], run_alone: Path) -> None:
     _, output, _ = launched
-    together, single = ({tag: rows for tag, rows in scalars(place).items()} for place in (output, run_alone))
+    together, single = (scalars(place) for place in (output, run_alone))
     assert together.keys() == single.keys()
     for tag in ("Train/learning_rate", "Train/loss", "Train/accuracy", "Validation/loss", "Validation/accuracy"):
         assert [step for step, _ in together[tag]] == [step for step, _ in single[tag]]
@@ -155,12 +188,14 @@ def test_a_launched_run_is_that_of_one_process_at_the_scaled_learning_rate(
 
 def test_only_the_first_process_writes_and_prints(launched: tuple[str, Path, Finished], run_alone: Path) -> None:
     _, output, finished = launched
-    names = [sorted(str(path.relative_to(place)) for path in place.rglob("*") if "events" not in path.name) for place in (output, run_alone)]
+    names = [
+        sorted(str(path.relative_to(place)) for path in place.rglob("*") if "events" not in path.name) for place in (output, run_alone)
+    ]
     assert names[0] == names[1]
     assert len(list((output / "tensorboard").iterdir())) == 1
-    for line in ("permute: ", "quantize: ", "epoch 1: ", "results in ", "2 processes: learning_rate 0.02, min_lr 0.002"):
+    for line in ("permute: ", "quantize: ", "epoch 1: ", "results in ", "2 processes: learning_rate 0.0002, min_lr 2e-05"):
         assert finished.out.count(line) == 1, finished.text
-    assert load(str(output / "config.yaml")).learning_rate == 0.01
+    assert load(str(output / "config.yaml")).learning_rate == 1e-4
 
 
 def test_a_launched_evaluation_gives_the_figures_of_one_process(
@@ -168,7 +203,16 @@ def test_a_launched_evaluation_gives_the_figures_of_one_process(
 ) -> None:
     engine, output, _ = launched
     best = str(output / "trained_models" / "best.pth")
-    flags = ["--dataloader.imagenet_path", str(images), "--model.state_dict_compressed", best, "--device", "cpu", "--dataloader.batch_size", "4"]
+    flags = [
+        "--dataloader.imagenet_path",
+        str(images),
+        "--model.state_dict_compressed",
+        best,
+        "--device",
+        "cpu",
+        "--dataloader.batch_size",
+        "4",
+    ]
     flags += ["--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.num_workers", "0"]
     finished = launch(engine, ["-m", "src.evaluate_resnet", *flags, "--engine", engine])
     assert finished.status == 0, finished.text
@@ -204,6 +248,7 @@ def test_a_process_that_fails_ends_the_whole_job_with_its_message(engine: str, h
     assert finished.left == 0
 
 
+@pytest.mark.slow
 def test_without_a_launcher_the_others_notice_too(tmp_path: Path) -> None:
     finished = by_hand([(["-m", "tests.worker", "user"], tmp_path)] * 2, free_port())
     assert finished.status == 1

@@ -6,8 +6,10 @@ import hashlib
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,15 @@ def network() -> nn.Sequential:
     """A small network with batch norms, groups whose order matters, and two linear layers that share one weight."""
     torch.manual_seed(0)
     tied = nn.Linear(32, 32)
-    body = [nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 1)]
+    body = [
+        nn.Conv2d(3, 32, 3, 2, 1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 1),
+    ]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 32), nn.ReLU(), tied, nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 3)]
     model = nn.Sequential(*body, *head)
     model[13].weight = tied.weight
@@ -96,7 +106,14 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
     digests = engine.gather([diary.digests])
     results = [[group.label, list(group.children), group.before, group.after, _list(group.permutation)] for group in groups]
     rows = [[layer.name, layer.distortion, layer.power] for layer in layers]
-    figures = {"losses": diary.losses, "rates": diary.rates, "metrics": diary.metrics, "digests": digests, "groups": results, "layers": rows}
+    figures = {
+        "losses": diary.losses,
+        "rates": diary.rates,
+        "metrics": diary.metrics,
+        "digests": digests,
+        "groups": results,
+        "layers": rows,
+    }
     return {**figures, "coded": coded, "state": state, "tied": model[13].codebook is model[11].codebook}
 
 
@@ -104,12 +121,13 @@ def _list(permutation: Tensor | None) -> list[int] | None:
     return None if permutation is None else permutation.tolist()
 
 
-def classification(engine: Engine, images: Path, batch_size: int) -> Classification:
+def classification(engine: Engine, images: Path, batch_size: int, most: int | None = None) -> Classification:
     options = {"resize": 32, "image_size": 32, "crop_padding": 2, "horizontal_flip": True, "mean": [0.5] * 3, "std": [0.25] * 3}
     order = {"train_shuffle": True, "validation_shuffle": False, "skip_unreadable": False, "seed": 5}
-    indices = (read_folder(images, split, False) for split in ("train", "val"))
+    training, validation = (read_folder(images, split, False) for split in ("train", "val"))
+    validation = replace(validation, paths=validation.paths[:most], labels=validation.labels[:most])
     more = {"batch_size": batch_size, "num_workers": 0, "amp": "none", "channels_last": False, "show_progress": False}
-    return Classification(engine, *indices, **options, **order, **more)
+    return Classification(engine, training, validation, **options, **order, **more)
 
 
 def exchanges(engine: Engine) -> dict:
@@ -132,11 +150,85 @@ def exchanges(engine: Engine) -> dict:
     return {"sums": sums, "rows": rows, "sent": [tensor.tolist() for tensor in sent], "scalar": engine.sum(torch.tensor(2.5)).item()}
 
 
+def gradients(engine: Engine, both: bool = False) -> dict:
+    """Averaged gradients of parameters of several kinds, and how many bytes of them went out; `both`: what two processes should find."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1).to(memory_format=torch.channels_last), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    model[1].weight.requires_grad_(False)
+    with torch.no_grad():
+        model[3].bias += engine.rank  # the first process's values must win
+    trained, sent = (model, []) if both else counting(engine, model)
+    ranks = [0, 1] if both else [engine.rank]
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        sent.clear()
+        for rank in ranks:
+            x = torch.full((2, 3, 3, 3), 1.0 + rank).contiguous(memory_format=torch.channels_last)
+            (trained(x).square().sum() / len(ranks)).backward()
+    found = {name: None if p.grad is None else p.grad.tolist() for name, p in model.named_parameters()}
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return {"gradients": found, "bias": model[3].bias.tolist(), "sent": sum(sent), "trained": size}
+
+
+def counting(engine: Engine, model: nn.Module) -> tuple[nn.Module, list[int]]:
+    """The wrapped model, and a list that collects the bytes of every exchange of gradients."""
+    sent: list[int] = []
+    if hasattr(engine, "_horovod"):
+        library = engine._horovod
+
+        def count(tensor: Tensor, **more):
+            sent.append(tensor.numel() * tensor.element_size())
+            return library.allreduce_async_(tensor, **more)
+
+        engine._horovod = SimpleNamespace(**{**vars(library), "allreduce_async_": count})
+        wrapped = engine.wrap_model(model)
+        engine._horovod = library
+        return wrapped, sent
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    wrapped = engine.wrap_model(model)
+
+    def hook(group, bucket):
+        sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(engine._group, hook)
+    return wrapped, sent
+
+
+def some_not_reached(engine: Engine) -> list:
+    """Gradients where a loss reaches one layer in the first process only (Horovod; DistributedDataParallel refuses such a model)."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1).to(torch.bfloat16)])
+    engine.wrap_model(model)
+    loss = model[0](torch.ones(1, 2)).sum()
+    if engine.is_main:
+        loss = loss + model[1](torch.ones(1, 2, dtype=torch.bfloat16)).float().sum() * 3
+    loss.backward()
+    return [[str(p.grad.dtype), p.grad.tolist()] for p in model.parameters()]
+
+
+def optimizer_state(engine: Engine) -> list:
+    """Momentum that differs between the processes before the engine takes the optimizer, and what it is then."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(torch.full((1, 2), 1.0 + engine.rank)).sum().backward()
+    optimizer.step()
+    before = digest(model.state_dict().values())
+    assert engine.wrap_optimizer(optimizer, model) is optimizer
+    assert digest(model.state_dict().values()) == before
+    return [[name, value.tolist()] for p in model.parameters() for name, value in sorted(optimizer.state[p].items())]
+
+
 def laws(folder: Path, images: Path) -> None:
     """Everything that one launch can show; the first process keeps it."""
     engine = engines.make("auto", torch.device("cpu"))
     found = {"exchanges": engine.gather([exchanges(engine)]), "joint": whole_run(engine, images, 4, "joint")}
     found["plain"] = {name: value for name, value in whole_run(engine, images, 4, "plain").items() if name in ("digests", "metrics")}
+    found["one image"] = engine.gather([classification(engine, images, 4, most=1).validate(network(), "one image")])
+    found["gradients"] = engine.gather([gradients(engine)])
+    found["optimizer"] = engine.gather([optimizer_state(engine)])
+    found["not reached"] = engine.gather([some_not_reached(engine)]) if hasattr(engine, "_horovod") else []
     if engine.is_main:
         torch.save(found, folder / "found.pth")
     engine.close()
