@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ class TorchRun(Processes):
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         """`model` in DistributedDataParallel, with rank 0's values; running statistics are averaged once per epoch instead of sent."""
-        wrapper = nn.parallel.DistributedDataParallel
+        wrapper: Any = nn.parallel.DistributedDataParallel
         devices = [self.device.index] if self.device.type == "cuda" else None
         # torch 2.14 renamed the argument
         sending = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrapper).parameters else "broadcast_buffers"
