@@ -75,8 +75,8 @@ class Horovod(Processes):
         return model
 
     def lost_contact(self, error: Exception) -> bool:
-        """True if `error` is Horovod's own."""
-        return isinstance(error, self._horovod.HorovodInternalError)
+        """True if `error` is Horovod's own, also after a way through autograd."""
+        return isinstance(error, self._horovod.HorovodInternalError) or (isinstance(error, RuntimeError) and "Horovod" in str(error))
 
     def close(self) -> None:
         """Leave the group."""
