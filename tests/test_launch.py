@@ -11,6 +11,8 @@ import pytest
 from src import train_resnet
 from src.errors import SettingsError
 from src.launch import Launch, here
+from src.recipes.running import rates
+from src.settings import ineffective, load
 from tests.conftest import write_images
 from tests.launching import ENGINES, Finished, by_hand, command, free_port, launch, need, together
 
@@ -61,6 +63,19 @@ def test_an_environment_that_cannot_be(variables: dict[str, str], words: list[st
     with pytest.raises(SettingsError) as error:
         here(variables)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_learning_rate_scales_with_the_number_of_processes_unless_told_otherwise() -> None:
+    for flags, factor in (([], 4), (["--scale_learning_rate", "False"], 1)):
+        settings = load("../config/train_resnet18.yaml", ["--learning_rate", "0.003", "--lr_scheduler.min_lr", "0.001", *flags])
+        optimizer, schedule = rates(settings, 4)
+        assert (optimizer.learning_rate, schedule.min_lr) == pytest.approx((factor * 0.003, factor * 0.001))
+
+
+def test_what_one_process_alone_makes_ineffective_is_said() -> None:
+    alone = ["--engine", "single", "--sync_batch_norm", "True", "--scale_learning_rate", "False"]
+    said = [line for line in ineffective(load("../config/train_resnet18.yaml", alone)) if "engine single" in line]
+    assert [line.split()[0] for line in said] == ["scale_learning_rate", "sync_batch_norm"]
 
 
 # --- bad starts ---

@@ -174,23 +174,26 @@ def start_recording(
     return recorder
 
 
+def rates(settings: Settings, world_size: int) -> tuple[OptimizerSpec, ScheduleSpec]:
+    """Optimizer and schedule: learning_rate and min_lr are multiplied by the number of processes (as the paper does), unless the settings say no."""
+    factor = world_size if settings.scale_learning_rate else 1
+    optimizer = OptimizerSpec(settings.optimizer, factor * settings.learning_rate, settings.momentum, settings.weight_decay)
+    return optimizer, ScheduleSpec(**{**settings.lr_scheduler.model_dump(), "min_lr": factor * settings.lr_scheduler.min_lr})
+
+
 def train(settings: Settings, model: nn.Module, task: Task, engine: Engine, recorder: AnyRecorder, say: Say) -> Outcome:
-    """Fine-tune `model`, which is on the engine's device, as the settings say; the learning rate counts per process (spec 1.6)."""
-    factor = engine.world_size if settings.scale_learning_rate else 1
+    """Fine-tune `model`, which is on the engine's device, as the settings say."""
+    rate, schedule = rates(settings, engine.world_size)
     if engine.world_size > 1:
-        say(
-            f"{engine.world_size} processes: learning_rate {factor * settings.learning_rate:g}, min_lr {factor * settings.lr_scheduler.min_lr:g}"
-        )
-    if settings.sync_batch_norm and engine.world_size > 1:
-        model = join_batch_norms(model, engine)
-    rate = OptimizerSpec(settings.optimizer, factor * settings.learning_rate, settings.momentum, settings.weight_decay)
+        say(f"{engine.world_size} processes: learning_rate {rate.learning_rate:g}, min_lr {schedule.min_lr:g}")
+        if settings.sync_batch_norm:
+            model = join_batch_norms(model, engine)
     optimizer = make_optimizer(model, rate)
-    spec = {**settings.lr_scheduler.model_dump(), "min_lr": factor * settings.lr_scheduler.min_lr}
     return finetune(
         model,
         task,
         optimizer,
-        Schedule(optimizer, ScheduleSpec(**spec), settings.epochs, task.steps_per_epoch),
+        Schedule(optimizer, schedule, settings.epochs, task.steps_per_epoch),
         engine,
         recorder,
         epochs=settings.epochs,
