@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-maskrcnn test test-slow lint bench figures paper-models install clean
+.PHONY: demo demo-maskrcnn test test-slow lint bench figures horovod paper-models install clean
 
 install: $(READY)
 
@@ -39,6 +39,10 @@ bench: $(READY)
 
 figures: $(READY)
 	$(PY) -m imgs.permutation
+
+# builds Horovod for the installed torch (minutes; the wheel is kept in ~/.cache/pqf) and installs it; says what it needs
+horovod: $(READY)
+	$(PY) -m tools.build_horovod
 
 # downloads the six models of the paper's authors into compressed_models/ and verifies them
 paper-models: $(READY)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
-from .errors import SettingsError, UserError
+from . import launch
+from .errors import LostContactError, SettingsError, UserError
 from .settings import Settings, help_text, ineffective, load
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+SAME_ERROR_SECONDS = 3.0
+"""How long a process other than the first keeps an error back: if all of them have it, the first one's message ends the run."""
+LOST_CONTACT_SECONDS = 10.0
+"""The same for the loss of another process, which has a message of its own."""
 
 
 def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_config: str, argv: list[str] | None = None) -> int:
@@ -36,15 +42,16 @@ def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_conf
             return 0
         config, overrides = split_config(arguments, default_config)
         settings = load(config, overrides)
-        for warning in ineffective(settings):
-            print(f"warning: {warning}", file=sys.stderr)
+        if launch.here().is_main:
+            for warning in ineffective(settings):
+                print(f"warning: {warning}", file=sys.stderr)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = job(settings)
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_whose(error)}{error}", file=sys.stderr, flush=True)
         return error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -52,6 +59,21 @@ def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_conf
     except BrokenPipeError:
         _silence_output()
         return BROKEN_PIPE
+
+
+def _whose(error: UserError) -> str:
+    """Which of several processes an error comes from; waits where another process may be about to say it better."""
+    try:
+        here = launch.here()
+    except UserError:  # the error may be this very one
+        return ""
+    if here.world_size == 1:
+        return ""
+    if isinstance(error, LostContactError):
+        time.sleep(LOST_CONTACT_SECONDS)
+    elif not here.is_main:
+        time.sleep(SAME_ERROR_SECONDS)
+    return f"process {here.rank} of {here.world_size}: "
 
 
 def split_config(arguments: list[str], default_config: str) -> tuple[str, list[str]]:
@@ -73,8 +95,9 @@ def split_config(arguments: list[str], default_config: str) -> tuple[str, list[s
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """One line for the person who runs the command, without the place in the code."""
-    print(f"warning: {message}", file=sys.stderr)
+    """One line for the person who runs the command, without the place in the code; of several processes only the first warns."""
+    if launch.here().is_main:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _silence_output() -> None:

@@ -37,3 +37,7 @@ class RunError(UserError):
     """The run itself cannot go on (disk full, loss no longer a number): not the user's input, so status 1."""
 
     status = 1
+
+
+class LostContactError(RunError):
+    """Another process of this run went away. Its own message says why; this one follows only if nobody ends this process first."""

@@ -32,14 +32,22 @@ EVALUATION_LEAVINGS = ("results.json", "detections.json")
 class OutputFolder:
     """The folder of a run: checked before any work, cleared only when the work begins."""
 
-    def __init__(self, path: Path, overwrite: bool, leavings: Sequence[str] = LEAVINGS) -> None:
+    def __init__(self, path: Path, overwrite: bool, leavings: Sequence[str] = LEAVINGS, is_main: bool = True) -> None:
         """Check that the run can be written to `path`, where it will leave `leavings`.
+
+        Args:
+            path: of the folder, made if it is not there.
+            overwrite: accept a folder that holds a run.
+            leavings: names in the folder that a run writes, and replaces.
+            is_main: False where another process writes; nothing is checked then.
 
         Raises:
             SettingsError: it cannot be written, or already holds a run and `overwrite` is False.
         """
         self.path = path.expanduser().absolute()
         self.leavings = leavings
+        if not is_main:
+            return
         held = [name for name in leavings if (self.path / name).exists()]
         if held and not overwrite:
             raise SettingsError(
@@ -99,6 +107,10 @@ class RunRecorder:
         """Keep one figure."""
         self._writer.add_scalar(tag, value, step)
 
+    def file(self, name: str, text: str) -> None:
+        """Write a text file into the folder of the run."""
+        write_text(self.folder.path / name, text)
+
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a training step, under `Train/`."""
         for name, value in figures.items():
@@ -147,3 +159,37 @@ class RunRecorder:
     def close(self) -> None:
         """Close the log."""
         self._writer.close()
+
+
+class NoRecorder:
+    """What processes other than the first record: nothing."""
+
+    def text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def scalar(self, tag: str, value: float, step: int = 0) -> None:
+        """Nothing."""
+
+    def file(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def model(self, epoch: int, model: nn.Module) -> None:
+        """Nothing."""
+
+    def best(self, epoch: int, model: nn.Module) -> None:
+        """Nothing."""
+
+    def finish(self, outcome: Outcome, more: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+AnyRecorder = RunRecorder | NoRecorder

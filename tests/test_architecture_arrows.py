@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 
 SRC = ROOT / "src"
 
-EVERYONE = ("errors", "machine", "paths", "progress", "randomness")
-"""Small things without arrows of their own (but for paths, which raises errors)."""
+EVERYONE = ("errors", "launch", "machine", "paths", "progress", "randomness")
+"""Small things without arrows of their own (but for launch, machine and paths: errors are raised, and a machine may be shared)."""
 
 ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "__main__")
 
@@ -20,10 +20,11 @@ ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "__main__")
 # `a.b` allows that module and what is below it.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "machine": (),
     "progress": (),
     "randomness": (),
     "paths": ("errors",),
+    "launch": ("errors",),
+    "machine": ("launch",),
     "settings": EVERYONE,
     "command": (*EVERYONE, "settings"),
     "recorder": (*EVERYONE, "compression.finetune.loop"),
@@ -153,3 +154,33 @@ def test_a_wrong_arrow_is_found(tmp_path: Path, file: str, line: str, complaint:
     assert wrong_arrows(tmp_path / "src") == []
     (tmp_path / "src" / file).write_text(line + "\n", encoding="utf-8")
     assert wrong_arrows(tmp_path / "src") == [complaint]
+
+
+def talkers(root: Path) -> list[str]:
+    """Modules outside engines/ that name torch.distributed, DistributedDataParallel or Horovod's package in their code."""
+    found = []
+    for name, path in modules(root).items():
+        if below(name, "engines"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            named = isinstance(node, ast.Attribute) and node.attr in ("distributed", "DistributedDataParallel")
+            if named or any(below(one, "torch.distributed") or below(one, "horovod") for one in imported):
+                found.append(name)
+    return found
+
+
+def test_only_engines_know_torch_distributed_and_horovod(tmp_path: Path) -> None:
+    assert talkers(SRC) == []
+    (tmp_path / "src" / "engines").mkdir(parents=True)
+    for line in (
+        "import torch.distributed as d",
+        "from torch import distributed",
+        "import horovod.torch",
+        "x = torch.distributed.get_rank()",
+    ):
+        for name in ("engines/ours.py", "theirs.py"):
+            (tmp_path / "src" / name).write_text(f"def f():\n    {line}\n", encoding="utf-8")
+        assert talkers(tmp_path / "src") == ["theirs"]

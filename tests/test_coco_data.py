@@ -224,12 +224,16 @@ def test_without_groups_batches_are_those_of_the_order() -> None:
     assert list(EpochBatches(order, None, 3)) == [list(order)[:3], list(order)[3:6], list(order)[6:]]
 
 
-def test_two_processes_share_the_images_and_make_as_many_steps() -> None:
-    groups = [number % 3 for number in range(11)]
-    halves = [list(EpochBatches(orders(11, 1, rank, 2), groups, 2)) for rank in (0, 1)]
-    assert len(halves[0]) == len(halves[1]) == 3
-    seen = [number for half in halves for batch in half for _, number in batch]
-    assert len(seen) == len(set(seen)) == 10
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=40), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_processes_share_the_images_and_make_as_many_steps(
+    groups: list[int], batch_size: int, world: int, epoch: int, shuffle: bool
+) -> None:
+    shares = [list(EpochBatches(orders(len(groups), epoch, rank, world, shuffle), groups, batch_size)) for rank in range(world)]
+    per_process = len(groups) // world
+    assert {len(share) for share in shares} == {-(-per_process // batch_size)}
+    seen = [number for share in shares for batch in share for _, number in batch]
+    assert len(seen) == len(set(seen)) == world * per_process
 
 
 def test_shapes_that_are_alike_are_one_group(coco: Path) -> None:

@@ -1,4 +1,4 @@
-"""Engines by name, and the device a run computes on. To add an engine: one file, and its name here."""
+"""Engines by name, and the device a run computes on. To add an engine: one file, and its name here and in `launch`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,38 @@ from collections.abc import Callable
 
 import torch
 
+from .. import launch
 from ..compression.finetune.task import Engine
 from ..errors import SettingsError
+from ..launch import Launch
 from .single import SingleProcess
 
-ENGINES: dict[str, Callable[[torch.device], Engine]] = {"single": SingleProcess}
+
+def _single(launch: Launch, device: torch.device) -> Engine:
+    return SingleProcess(device)
+
+
+def _torchrun(launch: Launch, device: torch.device) -> Engine:
+    from .torchrun import TorchRun
+
+    return TorchRun(launch, device)
+
+
+def _horovod(launch: Launch, device: torch.device) -> Engine:
+    from .horovod import Horovod
+
+    return Horovod(launch, device)
+
+
+ENGINES: dict[str, Callable[[Launch, torch.device], Engine]] = {"single": _single, "torchrun": _torchrun, "horovod": _horovod}
+"""Each is imported when it is wanted: torch.distributed and Horovod are optional."""
+
+STARTS = {
+    "single": "python -m ...",
+    "torchrun": "torchrun --nproc-per-node N -m ...",
+    "horovod": "horovodrun -np N python -m ...",
+}
+"""How a run is started for each."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,7 +48,8 @@ def pick_device(name: str) -> torch.device:
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        several = launch.here().world_size > 1  # MPS serves one process only
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps and not several else "cpu")
     device = torch.device(name)
     missing = {"cuda": not torch.cuda.is_available(), "mps": not has_mps}.get(device.type, False)
     if missing:
@@ -34,5 +62,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def make(name: str, device: torch.device) -> Engine:
-    """The engine called `name` (`auto` picks by how the process was launched; there is one way so far)."""
-    return ENGINES["single" if name == "auto" else name](device)
+    """The engine called `name`; `auto` picks by how the process was launched.
+
+    Raises:
+        SettingsError: there is no such engine, it does not fit how this process was launched, or it cannot start.
+    """
+    started = launch.here()
+    if name not in ("auto", *ENGINES):
+        raise SettingsError(f"engine: {name!r} is not known; there are auto, {', '.join(ENGINES)}")
+    if name not in ("auto", started.engine):
+        how = "on its own, without a launcher" if started.engine == "single" else f"by {started.engine}, as one of {started.world_size}"
+        raise SettingsError(
+            f"engine: {name} was asked for, but this process was started {how}. Start it with `{STARTS[name]}`, or use --engine auto"
+        )
+    return ENGINES[started.engine](started, device)

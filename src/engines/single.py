@@ -14,7 +14,9 @@ class SingleProcess:
 
     rank = 0
     world_size = 1
+    local_size = 1
     is_main = True
+    is_first_here = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -27,6 +29,9 @@ class SingleProcess:
         """The rows themselves."""
         return list(rows)
 
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Nobody to send to."""
+
     def barrier(self) -> None:
         """Nobody to wait for."""
 
@@ -37,6 +42,13 @@ class SingleProcess:
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
         """`optimizer` itself."""
         return optimizer
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """There is only one model."""
+
+    def lost_contact(self, error: Exception) -> bool:
+        """Never: there is nobody to lose."""
+        return False
 
     def close(self) -> None:
         """Nothing is held."""

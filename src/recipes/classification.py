@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .. import architectures, engines
+from .. import architectures
 from ..architectures.architecture import Architecture
 from ..compression.finetune.task import Engine
 from ..compression.quantize.layers import set_memory_format
@@ -15,7 +15,8 @@ from ..settings import Settings
 from ..tasks.classification import check_classes
 from .images import classification_task, read_images
 from .models import dense_model, model_to_evaluate, n_outputs
-from .training import Prepared, printer, train, verdict
+from .running import first_here, printer, processes
+from .training import Prepared, train, verdict
 
 
 def train_classification(settings: Settings) -> int:
@@ -24,8 +25,9 @@ def train_classification(settings: Settings) -> int:
 
 
 def _prepare(settings: Settings, architecture: Architecture, weights: str | Path, engine: Engine) -> Prepared:
-    train_images, validation = read_images(settings, ("train", "val"), engine.is_main)
-    model = dense_model(architecture, weights, len(train_images.classes), engine.is_main)
+    train_images, validation = read_images(settings, ("train", "val"), engine)
+    with first_here(engine):
+        model = dense_model(architecture, weights, len(train_images.classes), engine.is_main)
     check_classes(len(train_images.classes), n_outputs(architecture, model))
     side = settings.dataloader.image_size
     return Prepared(model, classification_task(settings, engine, train_images, validation), torch.randn(2, 3, side, side), {})
@@ -33,17 +35,17 @@ def _prepare(settings: Settings, architecture: Architecture, weights: str | Path
 
 def evaluate_classification(settings: Settings) -> int:
     """Evaluate a compressed (or dense) classification network; returns status 1 if `expected` is missed."""
-    engine = engines.make(settings.engine, engines.pick_device(settings.device))
-    say = printer(engine)
-    architecture = architectures.get(settings.model.arch, "classification")
-    model, source = model_to_evaluate(settings, architecture, engine.is_main)
-    (validation,) = read_images(settings, ("val",), engine.is_main)
-    check_classes(len(validation.classes), n_outputs(architecture, model))
-    say(f"model: {source}")
-    say(f"size: {model_size(model).summary()}")
-    model = set_memory_format(model.to(engine.device), settings.channels_last)
-    metrics = classification_task(settings, engine, None, validation).validate(model, "evaluate")
-    engine.close()
+    with processes(settings) as engine:
+        say = printer(engine)
+        architecture = architectures.get(settings.model.arch, "classification")
+        with first_here(engine):
+            model, source = model_to_evaluate(settings, architecture, engine.is_main)
+        (validation,) = read_images(settings, ("val",), engine)
+        check_classes(len(validation.classes), n_outputs(architecture, model))
+        say(f"model: {source}")
+        say(f"size: {model_size(model).summary()}")
+        model = set_memory_format(model.to(engine.device), settings.channels_last)
+        metrics = classification_task(settings, engine, None, validation).validate(model, "evaluate")
     images, correct, top5 = (int(metrics[name]) for name in ("images", "correct", "correct_top5"))
     say(f"top-1 accuracy: {metrics['accuracy']:.2f} % ({correct:,} of {images:,})")
     say(f"top-5 accuracy: {metrics['accuracy_top5']:.2f} % ({top5:,} of {images:,})")

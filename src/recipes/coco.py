@@ -6,27 +6,36 @@ from collections.abc import Sequence
 
 from ..compression.finetune.task import Engine
 from ..settings import Settings
-from ..tasks.coco_data import CocoSplit, read_coco, require_images
+from ..tasks.coco_data import CocoSplit, read_coco, unusable_images, without
 from ..tasks.detection import Detection
+from ..tasks.images import BadFiles
 from ..tasks.sources import SCENES
-from .images import data_root, warn_of_skipped, workers
+from .images import SAME_IMAGES, check_together, data_root, warn_of_skipped, workers
+from .running import check_same
 
 ADVICE = "Set it to the folder that holds annotations/, train2017/ and val2017/."
 
 
-def read_splits(settings: Settings, splits: Sequence[str], is_main: bool, look_at_images: bool = True) -> list[CocoSplit]:
+def read_splits(settings: Settings, splits: Sequence[str], engine: Engine, look_at_images: bool = True) -> list[CocoSplit]:
     """The wanted splits of `dataloader.coco_path`, checked: files, annotations, readable images of the right size.
 
     Raises:
-        SettingsError: the path is not set or not there.
+        SettingsError: the path is not set or not there, or the processes see other images or annotations.
         DataError: the folder does not hold what it should.
     """
     data = settings.dataloader
-    root = data_root(settings, "dataloader.coco_path", ADVICE, SCENES)
+    root = data_root(settings, "dataloader.coco_path", ADVICE, SCENES, engine)
     found = []
     for split in [read_coco(root, name) for name in splits]:
-        kept, bad = require_images(split, data.verify_images, data.skip_unreadable, is_main) if look_at_images else (split, [])
-        warn_of_skipped(bad, split.folder, is_main)
+        listed = (f"{image_id} {len(objects)}" for image_id, objects in zip(split.image_ids, split.annotations, strict=True))
+        check_same(engine, f"the list of images and objects in {split.source}", listed, SAME_IMAGES)
+
+        def check(share: slice, split: CocoSplit = split) -> BadFiles:
+            return unusable_images(split.keeping(split.image_ids[share]), data.verify_images, engine.is_main)
+
+        bad = check_together(engine, split.paths, check) if look_at_images else []
+        kept, bad = without(split, bad, data.skip_unreadable)
+        warn_of_skipped(bad, split.folder, engine.is_main)
         found.append(kept)
     return found
 
@@ -39,7 +48,7 @@ def detection_task(settings: Settings, engine: Engine, train: CocoSplit | None, 
         train,
         validation,
         batch_size=data.batch_size,
-        num_workers=workers(data.num_workers, engine.is_main),
+        num_workers=workers(data.num_workers, engine),
         train_shuffle=data.train_shuffle,
         validation_shuffle=data.validation_shuffle,
         group_by_aspect_ratio=data.group_by_aspect_ratio,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -18,9 +18,9 @@ from ..compression.quantize.compress import LayerResult, compress, quick_distort
 from ..compression.quantize.plan import CodingSpec, LayerSpec, Plan, make_plan
 from ..compression.size import model_size
 from ..compression.subvectors import BlockRule
-from ..paths import write_text
-from ..recorder import RunRecorder
+from ..recorder import AnyRecorder
 from ..settings import Settings
+from .sharing import compress_together, permute_together
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,14 @@ def intend(settings: Settings, architecture: Architecture, model: nn.Module, exa
 
 
 def carry_out(
-    intent: Intent, model: nn.Module, engine: Engine, recorder: RunRecorder, say: Callable[[str], None]
+    intent: Intent, model: nn.Module, engine: Engine, recorder: AnyRecorder, say: Callable[[str], None]
 ) -> tuple[nn.Module, dict[str, float]]:
     """Permute and code `model`, report distortion and size; returns the coded network and its size figures."""
     for note in intent.plan.notes:
         say(f"note: {note}")
-    permuted = permute(
-        model,
-        intent.groups,
-        intent.plan.sizes,
+    search = partial(
+        permute,
+        sizes=intent.plan.sizes,
         how=intent.search,
         n_tries=intent.n_tries,
         seconds=intent.seconds,
@@ -104,12 +103,15 @@ def carry_out(
         measure=quick_distortion(intent.plan, intent.seed),
         show_progress=engine.is_main,
     )
+    reshapes = {name: spec.reshape for name, spec in intent.specs.items() if spec.reshape}
+    permuted = permute_together(engine, model, intent.groups, reshapes, search)
     say(_permutation_summary(permuted))
-    model, layers = compress(model, intent.plan, seed=intent.seed, device=engine.device, show_progress=engine.is_main)
+    code = partial(compress, seed=intent.seed, device=engine.device, show_progress=engine.is_main)
+    model, layers = compress_together(engine, model, intent.plan, code)
     for layer in layers:
         recorder.scalar(f"Distortion/{layer.name or 'model'}", layer.relative_error)
     say(_coding_summary(layers))
-    _write_table(recorder.folder.path / "compression.json", layers, permuted)
+    recorder.file("compression.json", _table(layers, permuted))
     counted = model_size(model)
     say(f"size: {counted.summary()}")
     size = {"bits": counted.bits, "megabytes": round(counted.megabytes, 4), "ratio": round(counted.ratio, 4)}
@@ -137,7 +139,7 @@ def _coding_summary(layers: Sequence[LayerResult]) -> str:
     return f"quantize: {len(layers)} layers coded, {100 * lost:.2f} % of the weights' energy lost ({most})"
 
 
-def _write_table(path: Path, layers: Sequence[LayerResult], permuted: Sequence[GroupResult]) -> None:
+def _table(layers: Sequence[LayerResult], permuted: Sequence[GroupResult]) -> str:
     """Distortion per layer and the permutations as applied, for later analysis."""
     groups = [
         {
@@ -150,4 +152,4 @@ def _write_table(path: Path, layers: Sequence[LayerResult], permuted: Sequence[G
         for result in permuted
     ]
     table = {"layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers], "groups": groups}
-    write_text(path, json.dumps(table, indent=1) + "\n")
+    return json.dumps(table, indent=1) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import architectures, engines
+from .. import architectures
 from ..architectures.architecture import Architecture
 from ..architectures.maskrcnn import set_box_numbers, set_image_size
 from ..compression.finetune.task import Engine
@@ -26,7 +26,8 @@ from .coco import detection_task, read_splits
 from .models import dense_model, model_to_evaluate, n_outputs
 from .names import with_current_names
 from .pictures import Pictures
-from .training import Prepared, printer, train, verdict
+from .running import Say, first_here, once, open_output, printer, processes
+from .training import Prepared, train, verdict
 
 EXAMPLE_SIDE = 64
 """Pixels of the images that permutations are tried on: the smallest of which the pyramid's levels all have something left."""
@@ -39,10 +40,11 @@ def train_detection(settings: Settings) -> int:
 
 def _prepare(settings: Settings, architecture: Architecture, weights: str | Path, engine: Engine) -> Prepared:
     data = settings.dataloader
-    train_split, validation = read_splits(settings, ("train", "val"), engine.is_main)
+    train_split, validation = read_splits(settings, ("train", "val"), engine)
     say = printer(engine)
     say(f"training: {len(train_split):,} images with {sum(map(len, train_split.annotations)):,} objects; left out: {train_split.dropped}")
-    model = dense_model(architecture, weights, data.num_classes or _classes(train_split), engine.is_main)
+    with first_here(engine):
+        model = dense_model(architecture, weights, data.num_classes or _classes(train_split), engine.is_main)
     for split in (train_split, validation):
         check_categories(split, n_outputs(architecture, model))
     set_image_size(model, data.min_size, data.max_size)
@@ -62,26 +64,36 @@ def evaluate_detection(settings: Settings) -> int:
 
     With an `output_path` the detections and the figures are kept there; with `visualize` pictures are drawn.
     """
-    engine = engines.make(settings.engine, engines.pick_device(settings.device))
-    say = printer(engine)
-    architecture = architectures.get(settings.model.arch, "detection")
-    settings = with_current_names(settings, architecture)
-    output = None
-    if not is_placeholder(settings.output_path):
-        output = OutputFolder(Path(settings.output_path), settings.overwrite, EVALUATION_LEAVINGS)
-    if settings.evaluation.detections is None:
-        rows, image_ids, split, about = _detect(settings, architecture, engine)
-    else:
-        path = find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
-        (split,) = read_splits(settings, ("val",), engine.is_main, look_at_images=False)
-        rows, image_ids, about = list(read_results(path, split.api)), list(split.image_ids), {"detections": str(path)}
-        say(f"detections: {path}")
+    with processes(settings) as engine:
+        say = printer(engine)
+        architecture = architectures.get(settings.model.arch, "detection")
+        settings = with_current_names(settings, architecture)
+        output = None if is_placeholder(settings.output_path) else open_output(settings, engine, EVALUATION_LEAVINGS)
+        if settings.evaluation.detections is None:
+            rows, image_ids, split, about = _detect(settings, architecture, engine)
+        else:
+            path = find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
+            (split,) = read_splits(settings, ("val",), engine, look_at_images=False)
+            rows, image_ids, about = list(read_results(path, split.api)), list(split.image_ids), {"detections": str(path)}
+            say(f"detections: {path}")
+        return int(once(engine, lambda: _report(settings, output, split, rows, image_ids, about, say)))
+
+
+def _report(
+    settings: Settings,
+    output: OutputFolder | None,
+    split: CocoSplit,
+    rows: list[dict[str, Any]],
+    image_ids: list[int],
+    about: Mapping[str, Any],
+    say: Say,
+) -> int:
+    """Score the detections `rows` in the images `image_ids`, say and keep what was found; returns the exit status."""
     scores = score(split, rows, image_ids, settings.evaluation.backend, settings.evaluation.per_category)
-    engine.close()
     say(f"images: {len(image_ids):,}, detections: {len(rows):,}")
     for line in (*scores.boxes.lines(), *scores.masks.lines()):
         say(line)
-    if output is not None and engine.is_main:
+    if output is not None:
         _keep(output, rows, {**about, "images": len(image_ids)}, scores)
         say(f"detections in {output.path / 'detections.json'}; figures in {output.path / 'results.json'}")
     metrics, expected = scores.metrics(), settings.expected
@@ -95,8 +107,9 @@ def _detect(
     """Rows of all detections, the images looked at, the data, and what is known of the model."""
     say = printer(engine)
     data = settings.dataloader
-    model, source = model_to_evaluate(settings, architecture, engine.is_main)
-    (validation,) = read_splits(settings, ("val",), engine.is_main)
+    with first_here(engine):
+        model, source = model_to_evaluate(settings, architecture, engine.is_main)
+    (validation,) = read_splits(settings, ("val",), engine)
     check_categories(validation, n_outputs(architecture, model))
     pictures = Pictures.of(settings, architecture, n_outputs(architecture, model), engine)
     say(f"model: {source}")
@@ -105,9 +118,10 @@ def _detect(
     task = detection_task(settings, engine, None, validation)
     model = _ready(model, settings, engine)
     rows, image_ids = task.detect(model, "evaluate")
-    if task.unreadable:
-        say(f"skipped: {len(task.unreadable):,} unreadable images")
-    if pictures is not None and engine.is_main:
+    skipped = set(engine.gather(sorted(task.unreadable)))
+    if skipped:
+        say(f"skipped: {len(skipped):,} unreadable images")
+    if pictures is not None:
         dense = None if pictures.dense is None else _ready(pictures.dense, settings, engine)
         n_drawn = pictures.draw(validation, model, dense, engine)
         say(f"{n_drawn:,} pictures in {pictures.folder}")

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..compression.finetune.task import Engine
 from ..errors import SettingsError
-from ..machine import available_processors
+from ..machine import available_processors, own_processors
 from ..paths import candidates, find
 from ..settings import Settings, require
 from ..tasks.classification import Classification
-from ..tasks.images import BadFiles, ImageFolderIndex, check_same_classes, read_folder, require_readable, some
+from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
 from ..tasks.sources import SOURCES, Sources, prepare
+from .running import check_same, first_here
+
+SAME_IMAGES = "Give every machine the same images, under the same path."
 
 
-def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> list[ImageFolderIndex]:
+def read_images(settings: Settings, splits: Sequence[str], engine: Engine) -> list[ImageFolderIndex]:
     """The wanted splits of `dataloader.imagenet_path`, checked: folders, classes, readable files.
 
     Raises:
-        SettingsError: the path is not set or not there, or there are not `num_classes` classes.
+        SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other images.
         DataError: the folders do not hold what they should.
     """
     data = settings.dataloader
-    root = data_root(settings, "dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES)
-    indices = [read_folder(root, split, is_main) for split in splits]
+    root = data_root(settings, "dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES, engine)
+    indices = [read_folder(root, split, engine.is_main) for split in splits]
     for index in indices:
+        listed = (os.path.relpath(path, index.root) for path in index.paths)
+        check_same(engine, f"the list of images in {index.root}", listed, SAME_IMAGES)
         if data.num_classes is not None and len(index.classes) != data.num_classes:
             raise SettingsError(
                 f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} class folders"
@@ -35,13 +42,17 @@ def read_images(settings: Settings, splits: Sequence[str], is_main: bool) -> lis
         check_same_classes(*indices)
     readable = []
     for index in indices:
-        kept, bad = require_readable(index, data.verify_images, data.skip_unreadable, is_main)
-        warn_of_skipped(bad, index.root, is_main)
+
+        def check(share: slice, index: ImageFolderIndex = index) -> BadFiles:
+            return check_images(replace(index, paths=index.paths[share], labels=index.labels[share]), data.verify_images, engine.is_main)
+
+        kept, bad = leave_out(index, check_together(engine, index.paths, check), data.skip_unreadable)
+        warn_of_skipped(bad, index.root, engine.is_main)
         readable.append(kept)
     return readable
 
 
-def data_root(settings: Settings, key: str, advice: str, sources: Sources) -> Path:
+def data_root(settings: Settings, key: str, advice: str, sources: Sources, engine: Engine) -> Path:
     """The folder that the setting `key` names, filled by `dataloader.source` if that is not a folder of the user's own.
 
     Raises:
@@ -53,8 +64,21 @@ def data_root(settings: Settings, key: str, advice: str, sources: Sources) -> Pa
         return find(path, key, advice)
     places = candidates(path)
     root = next((place for place in places if place.exists()), places[0])
-    prepare(source, root, sources=sources)
+    with first_here(engine):
+        prepare(source, root, sources=sources)
     return root
+
+
+def check_together(engine: Engine, paths: Sequence[str], check: Callable[[slice], BadFiles]) -> BadFiles:
+    """The unreadable ones of `paths`, in their order, each process looking at its share.
+
+    Args:
+        engine: the processes.
+        paths: the same on all processes.
+        check: finds the unreadable ones in a slice of them.
+    """
+    bad = dict(engine.gather(check(slice(engine.rank, None, engine.world_size))))
+    return [(path, bad[path]) for path in paths if path in bad] if bad else []
 
 
 def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
@@ -72,7 +96,7 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
         train,
         validation,
         batch_size=data.batch_size,
-        num_workers=workers(data.num_workers, engine.is_main),
+        num_workers=workers(data.num_workers, engine),
         train_shuffle=data.train_shuffle,
         validation_shuffle=data.validation_shuffle,
         resize=data.resize,
@@ -89,11 +113,13 @@ def classification_task(settings: Settings, engine: Engine, train: ImageFolderIn
     )
 
 
-def workers(wanted: int, is_main: bool) -> int:
-    """`num_workers`, or the number of processors where there are fewer; results do not depend on it."""
-    processors = available_processors()
-    if wanted > processors and is_main:
+def workers(wanted: int, engine: Engine) -> int:
+    """`num_workers`, or this process's share of the processors where that is less; results do not depend on it."""
+    share = own_processors()
+    if wanted > share and engine.is_main:
+        among = f", shared by {engine.local_size} processes" if engine.local_size > 1 else ""
         print(
-            f"note: dataloader.num_workers: {processors} instead of {wanted}, as this machine has {processors} processors", file=sys.stderr
+            f"note: dataloader.num_workers: {share} instead of {wanted}, as this machine has {available_processors()} processors{among}",
+            file=sys.stderr,
         )
-    return min(wanted, processors)
+    return min(wanted, share)

@@ -38,18 +38,18 @@ class Pictures:
 
     @staticmethod
     def of(settings: Settings, architecture: Architecture, n_classes: int, engine: Engine) -> Pictures | None:
-        """What the settings ask for; None: nothing.
+        """What the settings ask for; None: nothing, or another process draws.
 
         The dense network is that of `model.weights`. Where it cannot be had, or tells other classes apart, a note says so.
 
         Raises:
             CheckpointError: `model.weights` is a file that does not fit.
         """
-        if settings.visualize is None:
+        if settings.visualize is None or not engine.is_main:
             return None
         dense = None
         if settings.model.use_compression and settings.model.weights != "none":
-            dense = _dense(settings, architecture, n_classes, engine)
+            dense = _dense(settings, architecture, n_classes)
         most = settings.evaluation.visualized_images or sys.maxsize
         return Pictures(Path(settings.visualize).expanduser().absolute(), most, dense)
 
@@ -79,22 +79,19 @@ def detected(model: nn.Module, image: Tensor, device: torch.device) -> dict[str,
     return {name: value.cpu() for name, value in output.items()}
 
 
-def _dense(settings: Settings, architecture: Architecture, n_classes: int, engine: Engine) -> nn.Module | None:
+def _dense(settings: Settings, architecture: Architecture, n_classes: int) -> nn.Module | None:
     try:
-        dense = dense_model(architecture, weights_source(settings), n_classes, engine.is_main)
+        dense = dense_model(architecture, weights_source(settings), n_classes, is_main=True)
     except SettingsError as error:
         if settings.model.weights != "pretrained":
             raise
-        _note(f"no dense network to draw beside: {error}", engine)
+        _note(f"no dense network to draw beside: {error}")
         return None
     if n_outputs(architecture, dense) != n_classes:
-        _note(
-            f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}", engine
-        )
+        _note(f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}")
         return None
     return dense
 
 
-def _note(text: str, engine: Engine) -> None:
-    if engine.is_main:
-        print(f"note: {text}", file=sys.stderr)
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

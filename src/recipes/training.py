@@ -10,19 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import architectures, engines
+from .. import architectures
 from ..architectures.architecture import Architecture
 from ..compression.files import save_compressed, save_dense
 from ..compression.finetune.loop import Outcome, finetune
 from ..compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from ..compression.finetune.task import Engine, Task
 from ..compression.quantize.layers import set_memory_format
-from ..paths import write_text
-from ..recorder import OutputFolder, RunRecorder
-from ..settings import Settings, require, to_yaml
+from ..engines.batch_norm import join_batch_norms
+from ..recorder import AnyRecorder, NoRecorder, OutputFolder, RunRecorder
+from ..settings import Settings, to_yaml
 from .compressing import carry_out, intend
 from .models import weights_source
 from .names import with_current_names
+from .running import Say, open_output, printer, processes
 
 
 class WatchedTask(Task, Protocol):
@@ -59,48 +60,69 @@ def train(settings: Settings, kind: str, prepare: Prepare) -> int:
 
     Everything that can be wrong with the input is found before anything is written.
     """
-    engine = engines.make(settings.engine, engines.pick_device(settings.device))
-    say = printer(engine)
-    architecture = architectures.get(settings.model.arch, kind)
-    settings = with_current_names(settings, architecture)
-    weights = weights_source(settings)
-    require(settings, "output_path")
-    output = OutputFolder(Path(settings.output_path), settings.overwrite)
-    torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
-    prepared = prepare(settings, architecture, weights, engine)
-    model, task = prepared.model, prepared.task
-    compressed = settings.model.use_compression
-    intent = intend(settings, architecture, model, prepared.example) if compressed else None
+    with processes(settings) as engine:
+        say = printer(engine)
+        architecture = architectures.get(settings.model.arch, kind)
+        settings = with_current_names(settings, architecture)
+        weights = weights_source(settings)
+        output = open_output(settings, engine)
+        torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
+        prepared = prepare(settings, architecture, weights, engine)
+        model, task = prepared.model, prepared.task
+        compressed = settings.model.use_compression
+        intent = intend(settings, architecture, model, prepared.example) if compressed else None
 
-    output.begin()
-    write_text(output.path / "config.yaml", to_yaml(settings))
-    recorder = RunRecorder(output, save_compressed if compressed else save_dense, task.metric_name, say)
-    try:
-        recorder.text("config", to_yaml(settings))
-        results: dict[str, Any] = dict(prepared.more)
-        if intent is not None:
-            model, size = carry_out(intent, model, engine, recorder, say)
-            results.update(size)
-        model = set_memory_format(model.to(engine.device), settings.channels_last)
-        outcome = _train(settings, model, task, engine, recorder)
-        if task.unreadable:
-            results["skipped images"] = len(task.unreadable)
-        recorder.finish(outcome, results)
-    finally:
-        recorder.close()
-        engine.close()
-    say(f"results in {output.path / 'results.txt'}; models in {output.models}")
+        recorder = _start_recording(settings, engine, output, save_compressed if compressed else save_dense, task.metric_name, say)
+        try:
+            results: dict[str, Any] = dict(prepared.more)
+            if intent is not None:
+                model, size = carry_out(intent, model, engine, recorder, say)
+                results.update(size)
+            model = set_memory_format(model.to(engine.device), settings.channels_last)
+            outcome = _train(settings, model, task, engine, recorder, say)
+            skipped = set(engine.gather(sorted(task.unreadable)))
+            if skipped:
+                results["skipped images"] = len(skipped)
+            recorder.finish(outcome, results)
+        finally:
+            recorder.close()
+        say(f"results in {output.path / 'results.txt'}; models in {output.models}")
     return 0
 
 
-def _train(settings: Settings, model: nn.Module, task: Task, engine: Engine, recorder: RunRecorder) -> Outcome:
-    optimizer = make_optimizer(model, OptimizerSpec(settings.optimizer, settings.learning_rate, settings.momentum, settings.weight_decay))
-    schedule = Schedule(optimizer, ScheduleSpec(**settings.lr_scheduler.model_dump()), settings.epochs, task.steps_per_epoch)
+def _start_recording(
+    settings: Settings, engine: Engine, output: OutputFolder, save: Callable[[nn.Module, Path], None], metric_name: str, say: Say
+) -> AnyRecorder:
+    """Clear the folder, keep the settings in it and open the log, on the first process."""
+    if not engine.is_main:
+        return NoRecorder()
+    output.begin()
+    recorder = RunRecorder(output, save, metric_name, say)
+    recorder.file("config.yaml", to_yaml(settings))
+    recorder.text("config", to_yaml(settings))
+    return recorder
+
+
+def rates(settings: Settings, world_size: int) -> tuple[OptimizerSpec, ScheduleSpec]:
+    """Optimizer and schedule: learning_rate and min_lr are multiplied by the number of processes (as the paper does), unless the settings say no."""
+    factor = world_size if settings.scale_learning_rate else 1
+    optimizer = OptimizerSpec(settings.optimizer, factor * settings.learning_rate, settings.momentum, settings.weight_decay)
+    return optimizer, ScheduleSpec(**{**settings.lr_scheduler.model_dump(), "min_lr": factor * settings.lr_scheduler.min_lr})
+
+
+def _train(settings: Settings, model: nn.Module, task: Task, engine: Engine, recorder: AnyRecorder, say: Say) -> Outcome:
+    """Fine-tune `model`, which is on the engine's device, as the settings say."""
+    rate, schedule = rates(settings, engine.world_size)
+    if engine.world_size > 1:
+        say(f"{engine.world_size} processes: learning_rate {rate.learning_rate:g}, min_lr {schedule.min_lr:g}")
+        if settings.sync_batch_norm:
+            model = join_batch_norms(model, engine)
+    optimizer = make_optimizer(model, rate)
     return finetune(
         model,
         task,
         optimizer,
-        schedule,
+        Schedule(optimizer, schedule, settings.epochs, task.steps_per_epoch),
         engine,
         recorder,
         epochs=settings.epochs,
@@ -111,7 +133,7 @@ def _train(settings: Settings, model: nn.Module, task: Task, engine: Engine, rec
     )
 
 
-def verdict(found: Mapping[str, float], expected: Mapping[str, float | None], tolerance: float, say: Callable[[str], None]) -> int:
+def verdict(found: Mapping[str, float], expected: Mapping[str, float | None], tolerance: float, say: Say) -> int:
     """0 if every found value (percent) is within `tolerance` of what is expected of it, or nothing is; else 1."""
     status = 0
     for name, wanted in expected.items():
@@ -123,8 +145,3 @@ def verdict(found: Mapping[str, float], expected: Mapping[str, float | None], to
         say(f"{'as expected' if inside else 'NOT AS EXPECTED'}: {label}{wanted:.2f} % +- {tolerance:g} was expected, {off:+.2f} off")
         status = status if inside else 1
     return status
-
-
-def printer(engine: Engine) -> Callable[[str], None]:
-    """Prints a line, on the first process only."""
-    return lambda line: print(line, flush=True) if engine.is_main else None

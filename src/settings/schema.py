@@ -216,7 +216,11 @@ class Settings(Section):
     log_every_n_steps: Positive = Field(10, description="Training steps between two entries in TensorBoard.")
     seed: Natural = Field(0, description="Seed of every random choice.")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
-    engine: Literal["auto", "single"] = Field("auto", description="How processes work together; auto finds out how the run was started.")
+    engine: Literal["auto", "single", "torchrun", "horovod"] = Field(
+        "auto", description="How processes work together; auto finds out how the run was started."
+    )
+    scale_learning_rate: Flag = Field(True, description="Multiply learning_rate and min_lr by the number of processes.")
+    sync_batch_norm: Flag = Field(False, description="Batch norms count over the images of all processes together in training.")
     amp: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision.")
     channels_last: Flag = Field(False, description="Keep images in channels-last memory order, which is faster on some GPUs.")
     expected: ExpectedSettings = Field(default_factory=ExpectedSettings, description="Result that an evaluation checks.")

@@ -155,8 +155,6 @@ class Classification:
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
         """
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # its forward pass waits for all processes, which may have different numbers of batches
         exact = torch.float32 if self.engine.device.type == "mps" else torch.float64  # MPS has no float64
         totals = torch.zeros(5, dtype=exact, device=self.engine.device)
         self._validation_order.set_epoch(0)

@@ -25,6 +25,7 @@ from .images import CHECKS, BadFiles, in_threads, some, unreadable_error
 KEY = "dataloader.coco_path"
 SPLITS = {"train": "train2017", "val": "val2017"}
 LAYOUT = "Expected annotations/instances_{train,val}2017.json, train2017/ and val2017/ in it."
+MISSING = "the file is missing"
 THINNEST = 0.01
 """Pixels. A box that is thinner has no area to learn from (and none at all after rounding to 32 bits)."""
 
@@ -252,24 +253,34 @@ def require_images(split: CocoSplit, how: str = "quick", skip_unreadable: bool =
     Raises:
         DataError: there are bad images and `skip_unreadable` is False, or nothing is left.
     """
-    missing = [(path, "the file is missing") for path in split.paths if not os.path.isfile(path)]
-    if missing and not skip_unreadable:
-        names = some(path for path, _ in missing)
-        raise DataError(
-            f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: {names}. "
-            "Add them, or go on without them: --dataloader.skip_unreadable True"
-        )
-    bad, check = missing, CHECKS[how]
-    if check is not None:
-        gone = {path for path, _ in missing}
-        sizes = {path: split.size(image_id) for path, image_id in zip(split.paths, split.image_ids, strict=True) if path not in gone}
+    return without(split, unusable_images(split, how, show), skip_unreadable)
 
-        def look(path: str) -> str | None:
-            return check(path) or _size_problem(path, sizes[path])
 
-        bad = missing + [(path, why) for path, why in in_threads(look, list(sizes), f"checking images ({how})", show) if why is not None]
+def unusable_images(split: CocoSplit, how: str = "quick", show: bool = True) -> BadFiles:
+    """(path, reason) of every image that is missing, cannot be read or has another size than the annotations say."""
+    bad = [(path, MISSING) for path in split.paths if not os.path.isfile(path)]
+    check = CHECKS[how]
+    if check is None:
+        return bad
+    gone = {path for path, _ in bad}
+    sizes = {path: split.size(image_id) for path, image_id in zip(split.paths, split.image_ids, strict=True) if path not in gone}
+
+    def look(path: str) -> str | None:
+        return check(path) or _size_problem(path, sizes[path])
+
+    return bad + [(path, why) for path, why in in_threads(look, list(sizes), f"checking images ({how})", show) if why is not None]
+
+
+def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[CocoSplit, BadFiles]:
+    """The split without the images `bad`, and these; raises as `require_images`."""
     if not bad:
         return split, []
+    missing = [path for path, why in bad if why == MISSING]
+    if missing and not skip_unreadable:
+        raise DataError(
+            f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: {some(missing)}. "
+            "Add them, or go on without them: --dataloader.skip_unreadable True"
+        )
     if not skip_unreadable:
         raise unreadable_error(bad, KEY)
     left_out = {path for path, _ in bad}

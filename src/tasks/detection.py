@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -143,8 +144,9 @@ class Detection:
             losses = model(images, targets)
         losses = {name: value.float() for name, value in losses.items()}
         if not any(len(target["boxes"]) for target in targets):
-            # means over no box at all are not numbers
-            losses = {name: value if torch.isfinite(value) else torch.zeros_like(value) for name, value in losses.items()}
+            # means over no box at all are not numbers; a zero that reaches all parameters, as other processes wait for their gradients
+            zero = 0 * torch.stack([parameter.float().sum() for parameter in model.parameters() if parameter.requires_grad]).sum()
+            losses = {name: value if torch.isfinite(value) else zero for name, value in losses.items()}
         total = torch.stack(list(losses.values())).sum()
         scalars = {name: value.detach() for name, value in losses.items()}
         return StepLoss(total, len(batch), {**scalars, "loss_total": total.detach()})
@@ -152,31 +154,35 @@ class Detection:
     def validate(self, model: nn.Module, label: str) -> dict[str, float]:
         """COCO's figures in percent over the whole validation set: `BoxAP`, `BoxAP50`, ..., `MaskAP`, ..., their sum, `images`."""
         rows, image_ids = self.detect(model, label)
-        return {**score(self.validation, rows, image_ids, self.backend).metrics(), "images": len(image_ids)}
+        # once: COCO's figures take minutes and much memory
+        figures = [score(self.validation, rows, image_ids, self.backend).metrics()] if self.engine.is_main else []
+        (metrics,) = self.engine.gather(figures)
+        return {**metrics, "images": len(image_ids)}
 
     def detect(self, model: nn.Module, label: str) -> tuple[list[dict], list[int]]:
         """What `model` finds in every validation image, in float32, over all processes.
 
+        The network sees one image at a time: beside others it would be padded to their size, which changes what is found near its
+        edges, and the result would depend on batch size and number of processes.
+
         Returns:
-            Rows as in a COCO result file, and the ids of the images that were looked at.
+            Rows as in a COCO result file, and the ids of the images that were looked at, both in the order of the ids.
 
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
         """
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # its forward pass waits for all processes, which may have different numbers of batches
         found, image_ids = Detections(), list[int]()
         self._validation_order.set_epoch(0)
         with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)
             for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
                 self._files.report(batch)
-                if not len(batch):
-                    continue
-                for image_id, output in zip(batch.image_ids, model(self._images(batch)), strict=True):
+                for image_id, image in zip(batch.image_ids, self._images(batch), strict=True):
+                    (output,) = model([image])
                     found.add(image_id, output)
                     image_ids.append(image_id)
-        rows, image_ids = self.engine.gather(found.rows()), self.engine.gather(image_ids)
+        rows = sorted(self.engine.gather(found.rows()), key=itemgetter("image_id"))
+        image_ids = sorted(self.engine.gather(image_ids))
         if not image_ids:
             raise DataError(f"{KEY}: not one validation image could be read")
         return rows, image_ids

@@ -194,7 +194,11 @@ def require_readable(
     Raises:
         DataError: there are unreadable images and `skip_unreadable` is False, or leaving them out empties a class.
     """
-    bad = check_images(index, how, show)
+    return leave_out(index, check_images(index, how, show), skip_unreadable)
+
+
+def leave_out(index: ImageFolderIndex, bad: BadFiles, skip_unreadable: bool) -> tuple[ImageFolderIndex, BadFiles]:
+    """The index without the files `bad`, and these; raises as `require_readable`."""
     if not bad:
         return index, []
     if not skip_unreadable:

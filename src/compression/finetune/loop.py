@@ -87,8 +87,8 @@ def finetune(
     """
     outcome = Outcome()
     durations: list[float] = []
-    trained = engine.wrap_model(model)
     optimizer = engine.wrap_optimizer(optimizer, model)
+    trained = engine.wrap_model(model)
     scaler = torch.amp.GradScaler(engine.device.type, enabled=amp == "fp16")
     recorder.model(0, model)
     if not skip_initial_validation:
@@ -102,21 +102,28 @@ def finetune(
             loss = _step(trained, task, batch, optimizer, scaler, number)
             schedule.after_step()
             wanted = number % log_every == 0 or number == 1
-            figures = {"loss": float(loss.loss), **{k: float(v) for k, v in loss.scalars.items()}} if wanted else {}
+            figures, n_images = _over_processes(loss, engine) if wanted else ({}, 0)
             if figures and not math.isfinite(figures["loss"]):
                 _raise_not_finite(number)
             now = time.perf_counter()
             durations.append(now - started)
             if wanted:
-                recorder.step(
-                    number, {**figures, "learning_rate": rate, "images_per_second": engine.world_size * loss.n_images / (now - started)}
-                )
+                recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / (now - started)})
             started = now
+        engine.average_buffers(model)
         recorder.model(epoch, model)
         metrics = _validate(epoch, epoch * task.steps_per_epoch, model, task, recorder, outcome)
         schedule.after_epoch(metrics[task.metric_name])
     outcome.seconds_per_step = sorted(durations)[len(durations) // 2] if durations else math.nan
     return outcome
+
+
+def _over_processes(loss: StepLoss, engine: Engine) -> tuple[dict[str, float], float]:
+    """The figures of a step as means over the images of all processes, and the number of these images."""
+    values = torch.stack([value.detach().cpu().double() for value in (loss.loss, *loss.scalars.values())])
+    own = torch.cat([values, torch.ones(1, dtype=torch.float64)]) * loss.n_images
+    *means, n_images = engine.sum(own).tolist()
+    return dict(zip(("loss", *loss.scalars), (mean / n_images for mean in means), strict=True)), n_images
 
 
 def _step(

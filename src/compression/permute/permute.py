@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GroupError
-from ...machine import available_processors
+from ...machine import own_processors
 from ...progress import bar
 from ...randomness import stream
 from ..subvectors import to_subvectors
@@ -98,7 +98,7 @@ def permute(
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
     deadline = None if seconds is None else time.monotonic() + seconds
     search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
-    workers = ThreadPoolExecutor(min(available_processors(), MOST_WORKERS))
+    workers = ThreadPoolExecutor(min(own_processors(), MOST_WORKERS))
     try:
         results = list(bar(workers.map(search_one, resolved), "permute", len(resolved), show_progress, "group"))
     finally:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PlanError
-from ...machine import available_processors
+from ...machine import own_processors
 from ...progress import bar
 from ...randomness import stream
 from ..subvectors import Layer, to_subvectors
@@ -113,14 +113,14 @@ def _cluster_layers(
 ) -> dict[str, Clustering]:
     """The clustering of every planned layer, of tied ones the first, by name.
 
-    On the CPU as many layers at a time as there are processors, each on one of them, the longest first: small layers would not keep
+    On the CPU as many layers at a time as this process has processors, each on one of them, the longest first: small layers would not keep
     more than one busy. The result of a layer depends on its weight and the seed alone. Elsewhere one after the other.
     """
     modules = dict(model.named_modules())
     jobs = list({id(modules[name].weight): plan.layers[name] for name in reversed(list(plan.layers))}.values())
     jobs.sort(key=lambda job: -modules[job.name].weight.numel() * job.k * job.k_means_n_iters)
     on_cpu = all(torch.device(device or modules[job.name].weight.device).type == "cpu" for job in jobs)
-    workers = min(available_processors(), len(jobs)) if on_cpu else 1
+    workers = min(own_processors(), len(jobs)) if on_cpu else 1
     stop = threading.Event()
 
     def run(job: LayerPlan) -> tuple[str, Clustering]:
