@@ -39,6 +39,7 @@ bench: $(READY)
 
 figures: $(READY)
 	$(PY) -m imgs.permutation
+	$(PY) -m imgs.curves
 
 # downloads the six models of the paper's authors into compressed_models/ and verifies them
 paper-models: $(READY)
