@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )  # fmt: skip
     files = [(arch, Path(path)) for arch, path in (item.split("=", 1) for item in options.networks)]
-    left = [distortion_left(arch, path, large, 3 if options.small else 100) for arch, path in files for large in (False, True)]
+    left = [distortion_left(arch, path, large, 3 if options.small else 50) for arch, path in files for large in (False, True)]
     if left:
         print_table(
             f"(c) share of the weights' energy lost after {left[0]['iterations']} SR-C iterations; s: seconds of the search",

@@ -70,11 +70,11 @@ class ChildObjective:
         self.width = width
         self.tail = d - 1 if n_groups == 1 and 1 < d <= self.area else 0
         if self.tail:
-            self._keep_what_can_meet(columns / np.sqrt(self.n_subvectors))
+            self._keep_what_can_meet(columns)
         else:
             # one Gram per group; columns of different groups never share a subvector
-            scaled = grouped / np.sqrt(self.n_subvectors)
-            self.gram = np.stack([_upper_gram(part) for part in scaled]) if n_groups > 1 else _upper_gram(scaled[0])[None]
+            grams = [_upper_gram(part, 1.0 / self.n_subvectors) for part in grouped]
+            self.gram = np.stack(grams) if n_groups > 1 else grams[0][None]
             self.table = self.gram.reshape(-1)
         self.column_sum = (grouped.sum(axis=1) / self.n_subvectors).reshape(-1)
         squares = self.within if self.tail else self.gram
@@ -93,7 +93,8 @@ class ChildObjective:
         self.cross = self.table[n * area * area :].reshape(n * t, n * t)
         each = np.ascontiguousarray(by_channel.transpose(1, 2, 0))  # (C, a, R)
         np.matmul(each, each.transpose(0, 2, 1), out=self.within)
-        last = np.ascontiguousarray(by_channel[:, :, area - t :]).reshape(-1, n * t)
+        self.within /= self.n_subvectors
+        last = by_channel[:, :, area - t :].reshape(-1, n * t) / self.n_subvectors
         first = np.ascontiguousarray(by_channel[:, :, :t]).reshape(-1, n * t)
         np.matmul(last.T, first, out=self.cross)
         self.gram = np.empty((0, self.width, self.width))
@@ -196,9 +197,14 @@ class ChildObjective:
         return float(value) if sign > 0 else float("inf")
 
 
-def _upper_gram(columns: Floats) -> Floats:
-    """(W, W) with the inner products of columns (R, W) on and above the diagonal, half the arithmetic of a whole product."""
-    return dsyrk(1.0, columns.T, lower=1).T
+def _upper_gram(columns: Floats, scale: float) -> Floats:
+    """(W, W) with `scale` times the inner products of columns (R, W) on and above the diagonal, half the arithmetic of a whole product.
+
+    Below the diagonal stands anything: half of the memory is never touched.
+    """
+    width = columns.shape[1]
+    room = np.empty((width, width), order="F")
+    return dsyrk(scale, columns.T, beta=0.0, c=room, lower=1, overwrite_c=1).T
 
 
 def is_optimisable(module: Layer, d: int, reshape: Reshape = None) -> bool:
