@@ -39,6 +39,7 @@ bench: $(READY)
 
 figures: $(READY)
 	$(PY) -m imgs.permutation
+	$(PY) -m imgs.curves
 
 # builds Horovod for the installed torch (minutes; the wheel is kept in ~/.cache/pqf) and installs it; says what it needs
 horovod: $(READY)

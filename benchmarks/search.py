@@ -2,22 +2,28 @@
 
 Claims: (a) a candidate swap is scored orders of magnitude faster by updating the covariance than by the plain formulation,
 which permutes the whole weight and computes the covariance anew; both keep the same swaps. (b) The published search of a whole
-network (10,000 swaps per group, set-up included) is at least 1,000 times faster for ResNet-50 with small blocks and 200 times for
-ResNet-18 with large blocks. (c) The default search, which scores all children of a group, leaves less distortion after
-clustering than the published one.
+network (10,000 swaps per group, set-up included) is at least 1,000 times faster for ResNet-50 with small blocks, 200 times for
+ResNet-18 with large blocks, and 500 times for Mask R-CNN with fc6. (c) The default search, which scores all children of a group, leaves less
+distortion after clustering than the published one on every network tried, and takes less than 60 s.
 
-    python -m benchmarks.search [--weights resnet18.pth]
+    python -m benchmarks.search [--networks resnet18=dense.pth resnet18=compressed.pth resnet50=dense.pth]
 
 The plain formulation runs in float64 in (a), as ours does, so that decisions can be compared, with float32 beside it; in (b) in float32, its
-fastest form, extrapolated from `--plain-tries` swaps per group. (c) needs a trained dense ResNet-18, `--weights`.
+fastest form, extrapolated from `--plain-tries` swaps per group. (c) needs trained networks, `--networks`; of a compressed file the decoded weights
+are taken, and the channels of every group shuffled, so that the order in which it was coded is lost. The curves of the figure
+(`python -m imgs.search`): one group searched with more and more swaps.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +32,19 @@ import torch
 from torch import Tensor, nn
 
 from src import architectures
-from src.compression.files import read_tensors
+from src.architectures.architecture import Architecture
+from src.compression.files import is_compressed, read_tensors
 from src.compression.permute.group_objective import GroupObjective
+from src.compression.permute.groups import random_permutation, resolve
 from src.compression.permute.objective import child_objective
 from src.compression.permute.permute import permute
-from src.compression.quantize.compress import compress
-from src.compression.quantize.plan import CodingSpec, make_plan
+from src.compression.permute.search import search, search_best
+from src.compression.quantize.compress import compress, quick_distortion
+from src.compression.quantize.plan import make_plan
 from src.compression.subvectors import BlockRule, Layer, to_subvectors
+from src.recipes import load_compressed
 
+from .compress import network, search_settings, spec_of
 from .report import machine, print_machine, print_table, write_json
 
 THRESHOLD = 1e-12
@@ -93,6 +104,7 @@ def measure(case: Case, tries: int, plain_tries: int) -> dict[str, Any]:
     second = (first + rng.integers(1, layer.weight.shape[1], size=tries)) % layer.weight.shape[1]
     pairs = list(zip(first.tolist(), second.tolist(), strict=True))
 
+    GroupObjective([child_objective(SMALL_CASES[0].layer(), SMALL_CASES[0].d)], [1.0]).run(first[:9] % 64, (first[:9] + 1) % 64)  # compiles
     started = time.perf_counter()
     objective = GroupObjective([child_objective(layer, case.d)], [1.0])
     ready = time.perf_counter()
@@ -127,31 +139,38 @@ def measure(case: Case, tries: int, plain_tries: int) -> dict[str, Any]:
     }
 
 
-def coding(large: bool, iterations: int = 0) -> CodingSpec:
-    """The published block rule with everything but the stem coded."""
-    return CodingSpec(rule=BlockRule(4, 4, large), ignored_modules=("conv1",), k_means_type="kmeans", k_means_n_iters=iterations)
+def plain_group(weight: Tensor, d: int, tries: int, rng: np.random.Generator) -> float:
+    """Seconds that the plain formulation takes for `tries` swaps of one child, weight (R, C, ...)."""
+    first = rng.integers(weight.shape[1], size=tries)
+    second = (first + 1 + rng.integers(weight.shape[1] - 1, size=tries)) % weight.shape[1]
+    began = time.perf_counter()
+    plain_search(weight, d, list(zip(first.tolist(), second.tolist(), strict=True)))
+    return time.perf_counter() - began
 
 
-def whole_network(arch: str, large: bool, tries: int, plain_tries: int) -> dict[str, Any]:
-    """(b) Seconds of the published search over all groups, against the plain formulation extrapolated group by group."""
-    torch.manual_seed(0)
-    architecture = architectures.get(arch, "classification")
-    model = architecture.build(1000)
-    groups, plan = architecture.groups(model), make_plan(model, coding(large))
-    permute(model, groups[-1:], plan.sizes, how="published", n_tries=10, show_progress=False)  # compiles, or loads what was compiled
-    started = time.perf_counter()
-    results = permute(model, groups, plan.sizes, how="published", n_tries=tries, show_progress=False)
-    ours = time.perf_counter() - started
-    plain = 0.0
+def whole_network(arch: str, large: bool, tries: int, plain_tries: int, repeats: int = 3) -> dict[str, Any]:
+    """(b) Seconds of the published search over all groups (median), against the plain formulation extrapolated group by group."""
+    architecture, model = network(arch, None)
+    groups = architecture.groups(model)
+    spec = spec_of(arch)
+    plan = make_plan(model, type(spec)(**{**vars(spec), "rule": BlockRule(4, 4, large)}))
+    given = {**search_settings(architecture), "n_tries": tries, "how": "published"}
+    permute(copy.deepcopy(model), groups, plan.sizes, **{**given, "n_tries": 10})  # compiles, or loads what was compiled
+    times = []
+    for _ in range(repeats):
+        trial = copy.deepcopy(model)
+        started = time.perf_counter()
+        results = permute(trial, groups, plan.sizes, **given)
+        times.append(time.perf_counter() - started)
+    ours = statistics.median(times)
     rng = np.random.default_rng(1)
     deciding = [result.children[0] for result in results if result.children]
+    plain, floor = 0.0, 0
     for name in deciding:
         weight = model.get_submodule(name).weight.detach()
-        first = rng.integers(weight.shape[1], size=plain_tries)
-        second = (first + 1 + rng.integers(weight.shape[1] - 1, size=plain_tries)) % weight.shape[1]
-        began = time.perf_counter()
-        plain_search(weight, plan.sizes[name], list(zip(first.tolist(), second.tolist(), strict=True)))
-        plain += (time.perf_counter() - began) * tries / plain_tries
+        weight = weight.view(architecture.reshapes.get(name, weight.shape))
+        plain += plain_group(weight, plan.sizes[name], plain_tries, rng) * tries / plain_tries
+        floor += weight.shape[0] * weight[0].numel() ** 2  # operations of half a Gram matrix: it is symmetric
     return {
         "network": f"{arch} {'large' if large else 'small'} blocks",
         "groups": len(deciding),
@@ -159,26 +178,90 @@ def whole_network(arch: str, large: bool, tries: int, plain_tries: int) -> dict[
         "ours_s": ours,
         "plain_s_extrapolated": plain,
         "ratio": plain / ours,
+        "whole_gram_operations": floor,
+        "gram_s_at_measured_peak": floor / product_rate(),
     }
 
 
-def distortion_left(weights: Path, large: bool, iterations: int) -> dict[str, Any]:
-    """(c) Share of the weights' energy lost after clustering: channels as trained, published search, default search."""
-    state = read_tensors(weights)
-    architecture = architectures.get("resnet18", "classification")
-    lost: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-    for how in ("none", "published", "best"):
-        model = architecture.build(architecture.classes_of(state) or 1000)
+@cache
+def product_rate() -> float:
+    """Operations per second of a matrix with its own transpose in float64 (half of the products of two matrices), all cores."""
+    matrix = np.random.default_rng(0).standard_normal((1024, 4096))
+    best = min(timeit.repeat(lambda: matrix.T @ matrix, number=1, repeat=3))
+    return float(matrix.shape[0] * matrix.shape[1] ** 2 / best)
+
+
+def trained(arch: str, path: Path) -> tuple[Architecture, nn.Module]:
+    """A dense state dict; or a compressed file decoded, the channels of its groups shuffled."""
+    architecture = architectures.get(arch, "classification")
+    state = read_tensors(path)
+    model = architecture.build(architecture.classes_of(state) or architecture.n_classes)
+    if not is_compressed(state):
         model.load_state_dict(state)
-        plan = make_plan(model, coding(large, iterations))
+        return architecture, model
+    coded = dict(load_compressed(path, architecture, spec_of(arch)).named_modules())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            for attribute in ("weight", "bias", "running_mean", "running_var"):
+                value = getattr(module, attribute, None)
+                if value is not None:
+                    value.copy_(getattr(coded[name], attribute))
+    generator = torch.Generator().manual_seed(0)
+    for group in resolve(model, architecture.groups(model)):
+        group.apply(random_permutation(group.width, group.n_blocks, generator))
+    return architecture, model
+
+
+def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict[str, Any]:
+    """(c) What is left after clustering (SR-C), total distortion over the weights' energy: as given, published search, default search."""
+    architecture, dense = trained(arch, path)
+    spec = spec_of(arch)
+    plan = make_plan(dense, type(spec)(**{**vars(spec), "rule": BlockRule(4, 4, large), "k_means_n_iters": iterations}))
+    lost: dict[str, float] = {}
+    spent: dict[str, float] = {}
+    for how in ("none", "published", "best"):
+        model = copy.deepcopy(dense)
         began = time.perf_counter()
         if how != "none":
-            permute(model, architecture.groups(model), plan.sizes, how=how, show_progress=False)
-        seconds[how] = time.perf_counter() - began
+            permute(model, architecture.groups(model), plan.sizes, how=how, measure=quick_distortion(plan, 0), show_progress=False)
+        spent[how] = time.perf_counter() - began
         _, layers = compress(model, plan, show_progress=False)
         lost[how] = sum(layer.distortion for layer in layers) / sum(layer.power for layer in layers)
-    return {"blocks": "large" if large else "small", "iterations": iterations, "energy_lost": lost, "seconds": seconds}
+    return {
+        "network": arch,
+        "file": path.name,
+        "blocks": "large" if large else "small",
+        "iterations": iterations,
+        "energy_lost": lost,
+        "seconds": spent,
+    }
+
+
+def curves(layer: Layer, d: int, budgets: Sequence[int], plain_budgets: Sequence[int]) -> dict[str, list[dict[str, float]]]:
+    """Score (log det, change against the order as given) and seconds of each search of one layer's input, with more and more swaps."""
+    generator = torch.Generator()
+    found: dict[str, list[dict[str, float]]] = {"plain": [], "published": [], "best": []}
+    weight = layer.weight.detach().double()
+    start = GroupObjective([child_objective(layer, d)], [1.0])
+    identity = start.value
+
+    def note(name: str, began: float, tries: int, permutation: Any) -> None:
+        found[name].append({"s": time.perf_counter() - began, "tries": tries, "score": start.evaluate(np.asarray(permutation)) - identity})
+
+    for tries in plain_budgets:
+        rng = np.random.default_rng(1)
+        first = rng.integers(weight.shape[1], size=tries)
+        second = (first + 1 + rng.integers(weight.shape[1] - 1, size=tries)) % weight.shape[1]
+        began = time.perf_counter()
+        note("plain", began, tries, plain_search(weight, d, list(zip(first.tolist(), second.tolist(), strict=True))))
+    for tries in budgets:
+        began = time.perf_counter()
+        objective = GroupObjective([child_objective(layer, d)], [1.0])
+        note("published", began, tries, search(objective, 1, tries, generator.manual_seed(0)).permutation)
+    began = time.perf_counter()
+    objective = GroupObjective([child_objective(layer, d)], [1.0])
+    note("best", began, budgets[-1], search_best(objective, 1, 10_000, generator.manual_seed(0)).permutation)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -188,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tries", type=int, default=10_000, help="swaps of our search; the published number")
     parser.add_argument("--plain-tries", type=int, default=300, help="swaps of the plain search, the first of the same pairs")
-    parser.add_argument("--weights", type=Path, help="state dict of a trained dense ResNet-18, for (c)")
+    parser.add_argument("--networks", nargs="*", default=[], metavar="ARCH=PATH", help="trained networks, dense or compressed, for (c)")
     parser.add_argument("--small", action="store_true", help="only check that it runs")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/search.json"), help="where the results are written")
     options = parser.parse_args(argv)
@@ -220,25 +303,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         rows,
     )
-    networks = [("resnet18", False)] if options.small else [("resnet50", False), ("resnet18", True)]
-    whole = [whole_network(arch, large, tries, min(plain_tries, 50)) for arch, large in networks]
+    networks = [("resnet18", False)] if options.small else [("resnet50", False), ("resnet18", True), ("maskrcnn", False)]
+    whole = [whole_network(arch, large, tries, min(plain_tries, 50), 1 if options.small else 3) for arch, large in networks]
     print_table(
-        f"(b) published search of a whole network, {tries:,} swaps per group, set-up included (plain: extrapolated, float32)",
-        ["network", "groups", "ours s", "plain s", "ratio"],
-        [[w["network"], str(w["groups"]), f"{w['ours_s']:.2f}", f"{w['plain_s_extrapolated']:,.0f}", f"{w['ratio']:,.0f}x"] for w in whole],
-    )
-    left = [distortion_left(options.weights, large, 5 if options.small else 30) for large in (False, True)] if options.weights else []
+        f"(b) published search of a whole network, {tries:,} swaps per group, set-up included (plain: extrapolated, float32); "
+        "Gram s: whole Gram matrices of the deciding layers at the measured peak",
+        ["network", "groups", "ours s", "plain s", "ratio", "Gram s"],
+        [
+            [w["network"], str(w["groups"]), f"{w['ours_s']:.2f}", f"{w['plain_s_extrapolated']:,.0f}", f"{w['ratio']:,.0f}x",
+             f"{w['gram_s_at_measured_peak']:.2f}"]
+            for w in whole
+        ],
+    )  # fmt: skip
+    files = [(arch, Path(path)) for arch, path in (item.split("=", 1) for item in options.networks)]
+    left = [distortion_left(arch, path, large, 3 if options.small else 50) for arch, path in files for large in (False, True)]
     if left:
         print_table(
-            f"(c) share of the weights' energy lost after k-means, {options.weights.name}; s: seconds of the search",
-            ["blocks", "as trained", "published", "default", "published s", "default s"],
+            f"(c) share of the weights' energy lost after {left[0]['iterations']} SR-C iterations; s: seconds of the search",
+            ["network", "blocks", "as given", "published", "default", "published s", "default s", "lower"],
             [
-                [c["blocks"], *(f"{100 * c['energy_lost'][how]:.3f} %" for how in ("none", "published", "best")),
-                 f"{c['seconds']['published']:.1f}", f"{c['seconds']['best']:.1f}"]
+                [f"{c['network']} {c['file']}", c["blocks"], *(f"{100 * c['energy_lost'][how]:.3f} %" for how in ("none", "published", "best")),
+                 f"{c['seconds']['published']:.1f}", f"{c['seconds']['best']:.1f}",
+                 "yes" if c["energy_lost"]["best"] < c["energy_lost"]["published"] else "NO"]
                 for c in left
             ],
         )  # fmt: skip
-    write_json(options.json, {"machine": found, "results": results, "whole_networks": whole, "distortion": left})
+    case, budgets = (SMALL_CASES[0], [10, 100]) if options.small else (CASES[1], [10, 100, 1000, 10_000, 100_000, 1_000_000])
+    drawn = {
+        "layer": case.name,
+        "shape": list(case.shape),
+        "d": case.d,
+        "searches": curves(case.layer(), case.d, budgets, budgets[:2] if options.small else [10, 30, 100, 300, 1000]),
+    }
+    write_json(options.json, {"machine": found, "results": results, "whole_networks": whole, "distortion": left, "curves": drawn})
     if not all(r["same_permutation"] for r in results):
         raise SystemExit("the two searches kept different swaps")
 

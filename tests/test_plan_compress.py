@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from src.compression.quantize.compress import build_coded, compress
+from src.compression.quantize.compress import build_coded, compress, quick_distortion
 from src.compression.quantize.layers import CodedConv2d, CodedLayer, CodedLinear
 from src.compression.quantize.plan import LayerSpec, make_plan
 from src.compression.subvectors import to_subvectors
@@ -323,3 +323,45 @@ def test_coding_with_enough_centroids_changes_the_outputs_little() -> None:
     before = outputs(model, x)
     exact = coded(copy.deepcopy(model), spec(2, iterations=10, pw=1, fc=1, ignored=["0", "3"])).eval()
     assert torch.allclose(outputs(exact, x), before, atol=1e-5)  # float32
+
+
+def test_layers_side_by_side_give_what_they_give_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Linear(16, 32), nn.Linear(32, 8))
+    found = []
+    for processors in (1, 4):
+        monkeypatch.setattr("src.compression.quantize.compress.available_processors", lambda processors=processors: processors)
+        model, layers = compress(copy.deepcopy(dense), make_plan(dense, spec(8, "src", 20)), seed=3, show_progress=False)
+        found.append((model.state_dict(), layers))
+    assert found[0][1] == found[1][1]
+    assert [layer.name for layer in found[0][1]] == ["0", "1", "2", "3"]
+    assert all(torch.equal(tensor, found[1][0][name]) for name, tensor in found[0][0].items())
+
+
+def test_a_layer_that_cannot_be_clustered_ends_the_others_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large layer alone would take hours."""
+    monkeypatch.setattr("src.compression.quantize.compress.available_processors", lambda: 2)
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    with pytest.raises(PlanError, match=r"layer '1'.*not finite"):
+        compress(model, make_plan(model, spec(256, "src", 10_000_000)), show_progress=False)
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_quick_look_ranks_orders_as_a_whole_clustering_does() -> None:
+    """Equal channels side by side are coded better than shuffled ones; a quick look at some of the vectors sees it."""
+    torch.manual_seed(0)
+    base = torch.randn(512, 16)
+    paired = torch.stack([base, base + 0.01 * torch.randn_like(base)], dim=2).reshape(512, 32)
+    model = nn.Sequential(nn.Linear(32, 512))
+    measure = quick_distortion(make_plan(model, spec(16, fc=2)), seed=0)
+    shuffled = paired[:, torch.randperm(32)]
+    first, again = measure("0", to_subvectors(paired, 2)), measure("0", to_subvectors(paired, 2))
+    assert first == again
+    assert first < 0.7 * measure("0", to_subvectors(shuffled, 2))
+    # a quarter of the vectors were looked at; the whole clustering finds about the same distortion
+    with torch.no_grad():
+        model[0].weight.copy_(paired)
+    (layer,) = compress(model, make_plan(model, spec(16, "src", 100, fc=2)), show_progress=False)[1]
+    assert first == pytest.approx(layer.distortion, rel=0.1)

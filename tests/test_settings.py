@@ -374,7 +374,6 @@ def test_a_placeholder_is_refused_where_a_path_is_needed(file: Path) -> None:
         (["--lr_scheduler.type=none", "--lr_scheduler.min_lr=1e-5"], "--lr_scheduler.type=cosine", "lr_scheduler.min_lr"),
         (["--dataloader.coco_path=x"], "--model.arch=maskrcnn", "dataloader.coco_path"),
         (["--model.use_permutations=False", "--model.search_seconds=5"], "--model.use_permutations=True", "model.search_seconds"),
-        (["--model.sls_iterations=5"], "--model.search=published", "model.sls_iterations"),
         (["--expected.tolerance=1"], "--expected.accuracy=50", "expected.tolerance"),
     ],
 )

@@ -98,8 +98,6 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         yield "model.use_permutations is False", search
     elif model.search == "published":
         yield "model.search is published", ["model.search_seconds"]
-    elif not any(spec.optimization for spec in model.permutation_specs.values()):
-        yield "model.search is best, which goes on until nothing is gained", ["model.sls_iterations"]
     if settings.engine == "single":
         yield "engine single is one process", ["scale_learning_rate", "sync_batch_norm"]
     if settings.expected.accuracy is None and settings.expected.box_ap is None and settings.expected.mask_ap is None:

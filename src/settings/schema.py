@@ -136,7 +136,8 @@ class CompressionSettings(Section):
     k_means_type: KMeansType = Field("src", description="Clustering: plain k-means, or annealed k-means (src).")
     k_means_n_iters: Natural = Field(1000, description="Clustering iterations.")
     k_means_tolerance: RealFromZero = Field(
-        0.0, description="Stop a clustering when 10 iterations lower the distortion by less than this share; 0: never."
+        0.0,
+        description="Share of the distortion: stop when 10 iterations of kmeans, or one of the short annealings that src then makes, gain less; 0: never.",
     )
     fc_subvector_size: Positive = Field(4, description="Block length in linear layers.")
     pw_subvector_size: Positive = Field(4, description="Block length in 1x1 convolutions.")
@@ -193,7 +194,9 @@ class ModelSettings(Section):
     search_seconds: RealAboveZero | None = Field(
         None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."
     )
-    sls_iterations: Natural = Field(10_000, description="Swaps tried per group (search: published, or an optimization of one's own).")
+    sls_iterations: Natural = Field(
+        10_000, description="Swaps tried per group by search: published, and by the first of best's own searches."
+    )
     permutations: tuple[GroupSettings, ...] | None = Field(None, description="Groups of layers; null: those of the architecture.")
     permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(_empty_map)] = Field(
         default_factory=dict, description="Search settings of single layers."

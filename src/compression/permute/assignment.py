@@ -77,7 +77,7 @@ def linearised(child: ChildObjective, places: Ints) -> Floats:
     cost = np.zeros((places.size, places.size))
     own = places % per_subvector
     first_place = places - own
-    gram = child.gram[0] if child.gram.shape[0] == 1 else None
+    only = np.zeros(1, np.int64)
     for other in range(per_subvector):
         if other == own[0]:
             continue
@@ -85,5 +85,5 @@ def linearised(child: ChildObjective, places: Ints) -> Floats:
         for u in range(area):
             for v in range(area):
                 factor = 2.0 * precision[own[0] * area + u, other * area + v]
-                cost += factor * gram[np.ix_(channels * area + u, neighbours * area + v)]  # type: ignore[index]
+                cost += factor * child.products(only, (channels * area + u)[:, None], neighbours * area + v)
     return cost

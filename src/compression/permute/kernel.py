@@ -21,30 +21,37 @@ Ints = NDArray[np.int64]
 
 @njit(cache=True, nogil=True)
 def logdet_of(moment: Floats, mean: Floats, ridge: float, d: int, work: Floats) -> float:
-    """log det(moment - mean mean^T + ridge I) by a Cholesky factorisation; infinity where it is not positive definite."""
-    total = 0.0
+    """log det(moment - mean mean^T + ridge I) by symmetric elimination; infinity where it is not positive definite.
+
+    `moment` holds the lower triangle. The innermost loop runs along a row, which the compiler turns into vector instructions.
+    """
     for p in range(d):
         for q in range(p + 1):
-            value = moment[p * d + q] - mean[p] * mean[q]
-            if p == q:
-                value += ridge
-            for r in range(q):
-                value -= work[p * d + r] * work[q * d + r]
-            if p == q:
-                if not value > 0.0:
-                    return np.inf
-                total += np.log(value)
-                work[p * d + p] = np.sqrt(value)
-            else:
-                work[p * d + q] = value / work[q * d + q]
-    return total
+            work[q * d + p] = moment[p * d + q] - mean[p] * mean[q]
+        work[p * d + p] += ridge
+    total, product = 0.0, 1.0
+    for p in range(d):
+        pivot = work[p * d + p]
+        if not pivot > 0.0:
+            return np.inf
+        product *= pivot
+        if not 1e-150 < product < 1e150:  # one logarithm for many pivots, before they leave the range of floats
+            total += np.log(product)
+            product = 1.0
+        inverse = 1.0 / pivot
+        for i in range(p + 1, d):
+            factor = work[p * d + i] * inverse
+            for j in range(i, d):
+                work[i * d + j] -= factor * work[p * d + j]
+    return total + np.log(product)
 
 
 @njit(cache=True, nogil=True, inline="always")
 def inner_product(gram: Floats, start: int, area: int, width: int, tail: int, first_column: int, later: int, earlier: int) -> float:
     """Of two columns of one subvector, `later` not before `earlier` in it; `first_column` is that of the convolution group."""
     if tail == 0:
-        return gram[start + first_column * width + (later - first_column) * width + earlier - first_column]
+        row, column = min(later, earlier) - first_column, max(later, earlier) - first_column
+        return gram[start + first_column * width + row * width + column]
     later_channel, earlier_channel = later // area, earlier // area
     if later_channel == earlier_channel:
         return gram[start + later * area + earlier - earlier_channel * area]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
 from ...errors import GroupError
@@ -35,7 +36,8 @@ class ChildObjective:
         value: log det of the covariance at `permutation`.
         area, d, n_channels, n_subvectors: a, d, C and n.
         width: W, columns of a row (of a convolution group).
-        gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n. Where a subvector
+        gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n; only entries on
+            and above the diagonal are filled, `products` reads them. Where a subvector
             holds values of two neighbouring channels at most (1 < d <= a), only those that can meet are kept, in two views of
             `table`: `within` (C, a, a), of the columns of one channel, and `cross` (C*(d-1), C*(d-1)), of the last d-1 columns
             of every channel with the first d-1 of every channel; `gram` then has no entries.
@@ -68,12 +70,11 @@ class ChildObjective:
         self.width = width
         self.tail = d - 1 if n_groups == 1 and 1 < d <= self.area else 0
         if self.tail:
-            self._keep_what_can_meet(columns / np.sqrt(self.n_subvectors))
+            self._keep_what_can_meet(columns)
         else:
-            # one Gram per group; columns of different groups never share a subvector. The product of a matrix with its own
-            # transpose takes half the arithmetic of another (BLAS syrk)
-            self.gram = np.stack([part.T @ part for part in grouped]) if n_groups > 1 else (columns.T @ columns)[None]
-            self.gram /= self.n_subvectors
+            # one Gram per group; columns of different groups never share a subvector
+            grams = [_upper_gram(part, 1.0 / self.n_subvectors) for part in grouped]
+            self.gram = np.stack(grams) if n_groups > 1 else grams[0][None]
             self.table = self.gram.reshape(-1)
         self.column_sum = (grouped.sum(axis=1) / self.n_subvectors).reshape(-1)
         squares = self.within if self.tail else self.gram
@@ -92,7 +93,8 @@ class ChildObjective:
         self.cross = self.table[n * area * area :].reshape(n * t, n * t)
         each = np.ascontiguousarray(by_channel.transpose(1, 2, 0))  # (C, a, R)
         np.matmul(each, each.transpose(0, 2, 1), out=self.within)
-        last = np.ascontiguousarray(by_channel[:, :, area - t :]).reshape(-1, n * t)
+        self.within /= self.n_subvectors
+        last = by_channel[:, :, area - t :].reshape(-1, n * t) / self.n_subvectors
         first = np.ascontiguousarray(by_channel[:, :, :t]).reshape(-1, n * t)
         np.matmul(last.T, first, out=self.cross)
         self.gram = np.empty((0, self.width, self.width))
@@ -143,18 +145,25 @@ class ChildObjective:
 
     def channel_scores(self) -> Floats:
         """(C,) log determinant of each channel's own a x a covariance (its log variance when a = 1)."""
-        scores = np.empty(self.n_channels)
-        per_group = self.width // self.area
-        rows = self.n_subvectors * self.d // self.column_sum.size
-        for channel in range(self.n_channels):
-            group, local = divmod(channel, per_group)
-            at = slice(local * self.area, (local + 1) * self.area)
-            second = (self.within[channel] if self.tail else self.gram[group, at, at]) * self.n_subvectors / rows
-            mean = self.column_sum[channel * self.area : (channel + 1) * self.area] * self.n_subvectors / rows
-            covariance = second - np.outer(mean, mean)
-            ridge = np.eye(self.area) * max(self.ridge[0, 0], np.finfo(float).tiny)
-            scores[channel] = np.linalg.slogdet(covariance + ridge)[1]
-        return scores
+        area, rows = self.area, self.n_subvectors * self.d // self.column_sum.size
+        if self.tail:
+            blocks = self.within
+        elif area == 1:
+            blocks = np.diagonal(self.gram, axis1=1, axis2=2).reshape(-1, 1, 1)
+        else:
+            per_group = self.width // area
+            group, local = np.divmod(np.arange(self.n_channels), per_group)
+            at = local[:, None] * area + np.arange(area)
+            blocks = self.products(group[:, None, None], at[:, :, None], at[:, None, :])
+        scale = self.n_subvectors / rows
+        mean = self.column_sum.reshape(-1, area) * scale
+        covariances = blocks * scale - mean[:, :, None] * mean[:, None, :]
+        ridge = np.eye(area) * max(self.ridge[0, 0], np.finfo(float).tiny)
+        return np.linalg.slogdet(covariances + ridge)[1]
+
+    def products(self, group: Ints, first: Ints, second: Ints) -> Floats:
+        """Inner products of columns `first` and `second` of convolution groups `group`, all of them broadcast against each other."""
+        return self.gram[group, np.minimum(first, second), np.maximum(first, second)]
 
     def _subvectors_of(self, i: int, j: int) -> Ints:
         """Indices of the subvectors that hold a value of position i or j."""
@@ -166,7 +175,7 @@ class ChildObjective:
         if self.tail:
             return self._block_of_neighbours(columns)
         group, local = columns // self.width, columns % self.width
-        return self.gram[group[:, :1, None], local[:, :, None], local[:, None, :]].sum(axis=0)
+        return self.products(group[:, :1, None], local[:, :, None], local[:, None, :]).sum(axis=0)
 
     def _block_of_neighbours(self, columns: Ints) -> Floats:
         """The same from `within` and `cross`."""
@@ -186,6 +195,16 @@ class ChildObjective:
     def _logdet(self, moment: Floats, mean: Floats) -> float:
         sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self.ridge)
         return float(value) if sign > 0 else float("inf")
+
+
+def _upper_gram(columns: Floats, scale: float) -> Floats:
+    """(W, W) with `scale` times the inner products of columns (R, W) on and above the diagonal, half the arithmetic of a whole product.
+
+    Below the diagonal stands anything: half of the memory is never touched.
+    """
+    width = columns.shape[1]
+    room = np.empty((width, width), order="F")
+    return dsyrk(scale, columns.T, beta=0.0, c=room, lower=1, overwrite_c=1).T
 
 
 def is_optimisable(module: Layer, d: int, reshape: Reshape = None) -> bool:

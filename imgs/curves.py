@@ -1,0 +1,99 @@
+"""Draws imgs/search.png and imgs/clustering.png from what the benchmarks measured. Command: `python -m imgs.curves`.
+
+Score over time for each permutation search, distortion over time for each clustering; the figures come from
+benchmarks/results/search.json and clustering.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SEARCHES = {
+    "plain": ("plain formulation, 10 to 1,000 swaps", "#777777", "s", "--"),
+    "published": ("search: published, 10 to 1,000,000 swaps", "#0072B2", "o", "-"),
+    "best": ("search: best", "#D55E00", "*", ""),
+}
+CLUSTERINGS = {
+    "plain": ("plain k-means (n x k distances, one-hot update)", "#777777", "s", "--"),
+    "scikit-learn": ("scikit-learn KMeans", "#009E73", "v", "--"),
+    "faiss": ("faiss.Kmeans", "#56B4E9", "^", "--"),
+    "kmeans (ours)": ("kmeans", "#8C4C8A", "D", "-"),
+    "src (ours)": ("src (SR-C)", "#0072B2", "o", "-"),
+    "src, tolerance 0.005 (ours)": ("src, k_means_tolerance 0.005", "#D55E00", "*", "-"),
+}
+"""Name in the JSON -> legend, colour (after Okabe and Ito), marker, line."""
+
+
+def draw(
+    axes: Axes, series: dict[str, list[dict[str, float]]], styles: dict[str, tuple[str, str, str, str]], value: str, factor: float
+) -> None:
+    """One line per method, time on a logarithmic axis."""
+    for name, (label, colour, marker, line) in styles.items():
+        points = series.get(name, [])
+        axes.plot(
+            [point["s"] for point in points], [factor * point[value] for point in points], marker=marker, linestyle=line or "none", color=colour,
+            label=label, markersize=15 if marker == "*" else 7, linewidth=2,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds, set-up included")
+    axes.grid(visible=True, which="major", color="#DDDDDD")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def search_figure(results: dict[str, Any]) -> Figure:
+    """log det(Cov) against the order as given."""
+    found = results["curves"]
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
+    draw(axes, found["searches"], SEARCHES, "score", 1.0)
+    axes.set_ylabel("change of log det(Cov), lower is better")
+    shape = " x ".join(str(n) for n in found["shape"] if n > 1)
+    axes.set_title(f"Searching the order of the input channels of {found['layer']} ({shape}, d = {found['d']})", loc="left")
+    return figure
+
+
+def clustering_figure(results: dict[str, Any]) -> Figure:
+    """Distortion above the lowest that any method reached; each point is a clustering with a number of iterations of its own."""
+    found = results["curves"]
+    lowest = min(point["distortion"] for points in found["methods"].values() for point in points)
+    series = {
+        name: [{"s": point["s"], "above": point["distortion"] / lowest - 1} for point in points]
+        for name, points in found["methods"].items()
+    }
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
+    draw(axes, series, CLUSTERINGS, "above", 100.0)
+    axes.set_ylabel("distortion above the lowest found, percent")
+    axes.set_ylim(-0.4, 12)
+    axes.set_title(
+        f"Clustering n = {found['n']:,} subvectors, d = {found['d']}, k = {found['k']}; a point is a whole clustering", loc="left"
+    )
+    return figure
+
+
+def main() -> None:
+    """Draw and write both pictures."""
+    parser = argparse.ArgumentParser(prog="python -m imgs.curves", description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the measurements")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the pictures")
+    options = parser.parse_args()
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 11, "text.color": "#111111"})
+    for name, make in (("search", search_figure), ("clustering", clustering_figure)):
+        results = json.loads((options.results / f"{name}.json").read_text(encoding="utf-8"))
+        path = options.output / f"{name}.png"
+        make(results).savefig(path, metadata={"Software": None})
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
