@@ -14,7 +14,7 @@ SRC = ROOT / "src"
 EVERYONE = ("errors", "paths", "progress", "randomness")
 """Small things without arrows of their own (but for paths, which raises errors)."""
 
-ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "__main__")
+ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "convert", "inspect", "__main__")
 
 # The longest name that a module's own starts with decides; a part may always import itself and its own files.
 # `a.b` allows that module and what is below it.
@@ -36,7 +36,25 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compression.quantize": (*EVERYONE, "compression.subvectors"),
     "compression.finetune": EVERYONE,
     "compression.size": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
-    "compression.files": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
+    "compression.caution": EVERYONE,
+    "compression.packing": (),
+    "compression.entropy": ("compression.packing",),
+    "compression.container": EVERYONE,
+    "compression.files": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.caution", "compression.quantize.layers"),
+    "compression.model_info": (*EVERYONE, "compression.packing", "compression.quantize.layers"),
+    "compression.packed": (
+        *EVERYONE,
+        "compression.subvectors",
+        "compression.norms",
+        "compression.files",
+        "compression.packing",
+        "compression.entropy",
+        "compression.container",
+        "compression.model_info",
+        "compression.quantize.layers",
+        "compression.quantize.plan",
+    ),
+    "compression.onnx_file": (*EVERYONE, "compression.subvectors", "compression.quantize.layers"),
 }
 ENTRY_MAY = (*EVERYONE, "command", "recipes", "settings")
 DEMO_MAY = (*ENTRY_MAY, "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .. import architectures, engines
-from ..compression.files import save_compressed, save_dense
 from ..compression.finetune.loop import Outcome, finetune
 from ..compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from ..compression.finetune.task import Engine, Task
@@ -22,6 +21,8 @@ from ..tasks.classification import check_classes
 from .compressing import carry_out, intend
 from .images import classification_task, read_images
 from .models import dense_model, model_to_evaluate, n_outputs, weights_source
+from .saving import ModelWriter
+from .stored import architecture_to_evaluate
 
 
 def train_classification(settings: Settings) -> int:
@@ -46,7 +47,7 @@ def train_classification(settings: Settings) -> int:
 
     output.begin()
     write_text(output.path / "config.yaml", to_yaml(settings))
-    recorder = RunRecorder(output, save_compressed if compressed else save_dense, task.metric_name, say)
+    recorder = RunRecorder(output, ModelWriter(settings, architecture, output), task.metric_name, say)
     try:
         recorder.text("config", to_yaml(settings))
         size: dict[str, float] = {}
@@ -84,7 +85,7 @@ def evaluate_classification(settings: Settings) -> int:
     """Evaluate a compressed (or dense) classification network; returns status 1 if `expected` is missed."""
     engine = engines.make(settings.engine, engines.pick_device(settings.device))
     say = _printer(engine)
-    architecture = architectures.get(settings.model.arch, "classification")
+    architecture = architecture_to_evaluate(settings, "classification")
     model, source = model_to_evaluate(settings, architecture, engine.is_main)
     (validation,) = read_images(settings, ("val",), engine.is_main)
     check_classes(len(validation.classes), n_outputs(architecture, model))

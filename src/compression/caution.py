@@ -1,0 +1,92 @@
+"""What a model file may contain before it is read, and what came out of it: nothing may cost more than the file's size warrants.
+
+`torch.load(weights_only=True)` executes no code, but allows calls that fill any amount of memory (`bytearray(10**10)`), compressed
+archives that unpack to a thousand times their size, and tensors that are a number repeated 10^12 times.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+LARGEST_FACTOR = 16
+LARGEST_FREE = 64 << 20
+"""A file may unpack to LARGEST_FACTOR times its size and LARGEST_FREE bytes: names that share a tensor are common."""
+
+_LEGACY_PICKLES = 5
+"""Magic number, version, system, contents, storage keys; the storages follow."""
+_CONTAINERS = {
+    "collections OrderedDict", "torch Size", "torch device", "torch.nn.parameter Parameter", "torch._utils _rebuild_tensor",
+    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+}  # fmt: skip
+_DTYPES = {f"torch {name}" for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
+
+
+def refuse_strange_archive(path: Path) -> None:
+    """Look through a `.pth` file without building anything from it.
+
+    Raises:
+        CheckpointError: its pickle names anything but tensors and containers, or it would unpack to far more than its size.
+        Exception: it is damaged; any kind.
+    """
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            for _ in range(_LEGACY_PICKLES):
+                _check_pickle(file, path)
+            return
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if sum(entry.file_size for entry in entries) > _limit(path):
+                raise CheckpointError(f"{path} was refused: it would unpack to far more than its size.")
+            for entry in entries:
+                if entry.filename.endswith(".pkl"):
+                    with archive.open(entry) as contents:
+                        _check_pickle(contents, path)  # type: ignore[arg-type]
+
+
+def _check_pickle(file: BinaryIO, path: Path) -> None:
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in ("GLOBAL", "INST") and not _is_known(str(argument)):
+            raise CheckpointError(
+                f"{path} was refused: it holds Python objects ({str(argument)[:80]!r}), which could execute code or fill the memory when read. "
+                "Expected a dict of tensors saved with torch.save, or a .safetensors file."
+            )
+
+
+def _is_known(name: str) -> bool:
+    module, _, leaf = name.partition(" ")
+    is_storage = module in ("torch", "torch.cuda", "torch.storage") and leaf.endswith("Storage")
+    return is_storage or name in _CONTAINERS or name in _DTYPES
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that what was read are plain tensors with values, of no more bytes than the file warrants.
+
+    Raises:
+        CheckpointError: one is sparse, quantized, without values, or there are too many bytes.
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        if (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.is_quantized
+        ):
+            raise CheckpointError(f"{path}: {name!r} is not a plain tensor of numbers")
+        total += tensor.numel() * tensor.element_size()
+    if total > _limit(path):
+        raise CheckpointError(f"{path} was refused: its tensors would take {total:,} bytes, far more than the file has")
+
+
+def _limit(path: Path) -> int:
+    return LARGEST_FACTOR * path.stat().st_size + LARGEST_FREE
