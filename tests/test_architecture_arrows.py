@@ -54,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compression.quantize.layers",
         "compression.quantize.plan",
     ),
+    "compression.decoded": (*EVERYONE, "compression.quantize.layers"),
     "compression.onnx_file": (*EVERYONE, "compression.subvectors", "compression.quantize.layers"),
 }
 ENTRY_MAY = (*EVERYONE, "command", "recipes", "settings")

@@ -2,6 +2,8 @@
 
 from .classification import evaluate_classification, train_classification
 from .compressing import coding_spec
+from .converting import convert
+from .inspecting import inspect
 from .models import load_compressed
 
-__all__ = ["coding_spec", "evaluate_classification", "load_compressed", "train_classification"]
+__all__ = ["coding_spec", "convert", "evaluate_classification", "inspect", "load_compressed", "train_classification"]

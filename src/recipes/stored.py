@@ -55,6 +55,8 @@ def read_model(path: Path, arch: str | None = None) -> StoredModel:
     Raises:
         CheckpointError: it cannot be read, or is no known architecture.
     """
+    if path.suffix == ".onnx":
+        raise CheckpointError(f"{path}: ONNX files are written, not read; name the .pth or .safetensors file it came from")
     if is_packed(path):
         packed = load_packed(path)
         architecture = architecture_of(packed)
