@@ -41,8 +41,11 @@ def find(path: str | Path, what: str, advice: str = "") -> Path:
     """
     tried = candidates(path)
     for place in tried:
-        if place.exists():
-            return place
+        try:
+            if place.exists():
+                return place
+        except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
+            continue
     listing = "\n".join(f"  tried {place}" for place in tried)
     raise SettingsError(f"{what}: {path} does not exist.\n{listing}" + (f"\n  {advice}" if advice else ""))
 

@@ -1,7 +1,9 @@
 """What a model file may contain before it is read, and what came out of it: nothing may cost more than the file's size warrants.
 
 `torch.load(weights_only=True)` executes no code, but allows calls that fill any amount of memory (`bytearray(10**10)`), compressed
-archives that unpack to a thousand times their size, and tensors that are a number repeated 10^12 times.
+archives that unpack to a thousand times their size, and tensors that are a number repeated 10^12 times. Nor does it look at the
+checksums of the archive: nearly every flipped bit of a `.pth` file would give a wrong network without a word. (Files in torch's format
+from before version 1.6, the authors' among them, have no checksum; packed files have one of their own.)
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ LARGEST_FACTOR = 16
 LARGEST_FREE = 64 << 20
 """A file may unpack to LARGEST_FACTOR times its size and LARGEST_FREE bytes: names that share a tensor are common."""
 
+_FOLDER = 0x10
+"""Attribute by which torch takes an entry for a folder, and gives memory with arbitrary contents for its tensor."""
 _LEGACY_PICKLES = 5
 """Magic number, version, system, contents, storage keys; the storages follow."""
 _CONTAINERS = {
@@ -34,7 +38,8 @@ def refuse_strange_archive(path: Path) -> None:
     """Look through a `.pth` file without building anything from it.
 
     Raises:
-        CheckpointError: its pickle names anything but tensors and containers, or it would unpack to far more than its size.
+        CheckpointError: its pickle names anything but tensors and containers, it would unpack to far more than its size, or its
+            contents do not have their checksums.
         Exception: it is damaged; any kind.
     """
     with open(path, "rb") as file:
@@ -47,6 +52,12 @@ def refuse_strange_archive(path: Path) -> None:
             entries = archive.infolist()
             if sum(entry.file_size for entry in entries) > _limit(path):
                 raise CheckpointError(f"{path} was refused: it would unpack to far more than its size.")
+            damaged = next((e.filename for e in entries if e.external_attr & _FOLDER or e.compress_type != zipfile.ZIP_STORED), None)
+            damaged = damaged or archive.testzip()
+            if damaged is not None:
+                raise CheckpointError(
+                    f"{path} cannot be read: damaged ({damaged[:80]!r} in it is not as torch.save writes it, or does not have its checksum)."
+                )
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
                     with archive.open(entry) as contents:

@@ -107,7 +107,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
             tensors[_key(prefix, stored)] = torch.from_numpy(codes)
         else:
             tensors[name] = tensor
-    for prefix, module in modules.items():
+    for prefix, module in model.named_modules():  # a layer used twice once
         if isinstance(module, CodedLayer):
             layers[prefix] = [_NAME_OF[type(module)], list(module.weight_shape), module.d, module.k]
     groups = None
