@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import clustering, compress, cost, search
+from . import clustering, compress, cost, packed, search
 
 MEASUREMENTS = {
     "cost": (cost.main, ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"]),
     "search": (search.main, ["--small"]),
     "clustering": (clustering.main, ["--small"]),
+    "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
 }
 """Name -> (entry, arguments of a smoke run)."""

@@ -26,4 +26,10 @@ def test_the_figure_of_the_readme_is_drawn_from_the_real_search(tmp_path: Path) 
 @pytest.mark.slow
 def test_every_benchmark_runs(tmp_path: Path) -> None:
     run("benchmarks", "--small", "--results", str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clustering.json", "compress.json", "cost.json", "search.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "clustering.json",
+        "compress.json",
+        "cost.json",
+        "packed.json",
+        "search.json",
+    ]

@@ -144,7 +144,7 @@ def _first_line(error: Exception) -> str:
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:
     """Whether the tensors are those of a network with coded layers."""
-    return any(name.rpartition(".")[2] == "codes_matrix" for name in state)
+    return any(name.rpartition(".")[2] in ("codes_matrix", "codes_packed", "codes_entropy") for name in state)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

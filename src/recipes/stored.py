@@ -122,7 +122,7 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
         k, d = codebook.shape if fits and codebook is not None else (0, 1)
         if k < 2 or k & (k - 1) or module.weight[0].numel() % d:
             raise CheckpointError(
-                f"{source}: layer {name!r} cannot be a coded {type(module).__name__} with the codebook that the file holds"
+                f"{source} does not fit the network: layer {name!r} cannot be a coded {type(module).__name__} with the codebook that the file holds"
             )
         layers[name] = LayerPlan(name, d, k, "kmeans", 0)
     return Plan(layers, ())
