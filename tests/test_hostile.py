@@ -115,7 +115,7 @@ def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def read(path: Path) -> nn.Module | None:
     """The model that a file gives, or None where it is refused."""
-    error, found = complaint(lambda: read_model(path))
+    error, found = complaint(lambda: read_model(path, None if path.suffix == ".safetensors" else "tiny"))
     assert error is None or str(path) in error
     return None if found is None else found.model
 
@@ -131,7 +131,7 @@ def same(found: nn.Module, wanted: nn.Module) -> bool:
 @pytest.mark.parametrize("name", ["packed.safetensors", "entropy.safetensors"])
 def test_a_packed_file_with_any_byte_altered_is_refused(name: str, whole: dict[str, bytes], tmp_path: Path) -> None:
     contents, path, draw = whole[name], tmp_path / "model.safetensors", random.Random(0)
-    for case in range(1500):
+    for case in range(1000):
         damaged = bytearray(contents)
         for _ in range(draw.choice([1, 1, 1, 2, 20])):
             damaged[case if case < 200 else draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
@@ -243,12 +243,12 @@ def test_forged_metadata_with_right_checksums_are_refused_or_change_nothing(
         tree = json.loads(text) if field in ("model", "layers", "permutations", "tied") else text
         forgeries = [json.dumps(altered(tree, at, value)) for at in places(tree) for value in NASTY]
         forgeries += ["", "{", "[" * 50_000, "1" * 5000, '{"a":1,"a":2}', "NaN", text[:-1], "\ud800"]
-        for forgery in forgeries if len(forgeries) < 350 else draw.sample(forgeries, 350):
+        for forgery in forgeries if len(forgeries) < 200 else draw.sample(forgeries, 200):
             path.write_bytes(forged(altered(header, ("__metadata__", field), forgery), data))
             found = read(path)
             cases += 1
             assert found is None or same(found, model), forgery
-    assert cases > 1000
+    assert cases > 600
 
 
 def test_headers_that_are_bombs_are_refused(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_pth_file_with_any_byte_altered_is_refused_or_gives_the_same_model(
     model: nn.Module, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     contents, path, draw, kept = whole["model.pth"], tmp_path / "model.pth", random.Random(4), 0
-    for case in range(1200):
+    for case in range(1000):
         damaged = bytearray(contents)
         for _ in range(draw.choice([1, 1, 3])):
             damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
@@ -324,7 +324,7 @@ def test_a_pth_file_with_any_byte_altered_is_refused_or_gives_the_same_model(
         found = read(path)
         kept += found is not None
         assert found is None or same(found, model), case
-    assert kept < 900  # what is altered most often is the padding of the archive
+    assert kept < 800  # what is altered most often is the padding of the archive
 
 
 def test_a_pth_file_truncated_anywhere_is_refused(whole: dict[str, bytes], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_text_map(found: object) -> bool:
+def _is_text_map(found: object) -> TypeGuard[dict[str, str]]:
     return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
 
 

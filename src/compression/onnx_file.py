@@ -41,7 +41,7 @@ def dense_graph(model: nn.Module, image_size: int) -> Any:
     """
     onnx = _needed("onnx")
     free = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch"}}
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this exporter is the old one; the new one needs one more package and gives larger graphs
         torch.onnx.export(
@@ -64,7 +64,7 @@ def put_codes(graph: Any, coded: nn.Module) -> Any:
     onnx = _needed("onnx")
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
     aliases = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type == "Identity"}
-    nodes = []
+    nodes: list[Any] = []
     for prefix, layer in coded.named_modules():
         if not isinstance(layer, CodedLayer):
             continue

@@ -160,11 +160,11 @@ def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
     Raises:
         CheckpointError: one is not.
     """
-    modules: dict[str, Layer] = dict(model.named_modules(remove_duplicate=False))
+    modules: Mapping[str, Layer] = dict(model.named_modules(remove_duplicate=False))
     for name, layer in packed.layers.items():
-        module = modules.get(name)
-        is_alike = module is not None and can_be_coded(module) and type(module) is LAYER_TYPES[layer.kind]
-        if not is_alike or tuple(module.weight.shape) != layer.shape:
+        module: Layer = modules.get(name)
+        shape = tuple(module.weight.shape) if can_be_coded(module) else None
+        if shape != layer.shape or type(module) is not LAYER_TYPES[layer.kind]:
             found = "no such layer" if module is None else f"a {type(module).__name__} of another shape or kind"
             raise CheckpointError(f"{packed.source}: layer {name!r} is a {layer.kind} {layer.shape} in the file, {found} in the network")
 

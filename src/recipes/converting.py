@@ -88,11 +88,12 @@ def _check_target(source: Path, target: Path, dense: bool, entropy_coding: bool,
 
 
 def _decoded(stored: StoredModel) -> nn.Module:
-    """The dense network of a stored one, with memory of its own."""
+    """The dense network of a stored one; it may share what is not coded with it."""
     if not stored.coded:
         return stored.model
-    model = stored.architecture.build(stored.info.num_classes or stored.architecture.n_classes)
-    model.load_state_dict(decoded_state(stored.model))
+    with torch.device("meta"):
+        model = stored.architecture.build(stored.info.num_classes or stored.architecture.n_classes)
+    model.load_state_dict(decoded_state(stored.model), assign=True)
     return model.eval()
 
 

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture
-from ..compression.files import is_compressed, load_state, read_tensors
+from ..compression.files import is_compressed, read_tensors
 from ..compression.norms import is_folded_norm
 from ..compression.packed import AppliedPermutation, ModelInfo
 from ..compression.permute.groups import Group, resolve
 from ..compression.quantize.layers import CODED_LAYERS, CodedLayer
 from ..compression.size import CODEBOOK_BITS, ModelSize, model_size
-from ..compression.subvectors import bits_per_code
+from ..compression.subvectors import Layer, bits_per_code
 from ..errors import CheckpointError, GroupError, SettingsError
 from ..paths import find, write_text
+from .building import build_and_load
 from .inspection_page import page
 from .stored import StoredModel, read_model
 
@@ -150,7 +151,7 @@ def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> I
     )
 
 
-def _row(name: str, module: nn.Module) -> Row | None:
+def _row(name: str, module: Layer) -> Row | None:
     """The row of a module; None where it holds nothing itself."""
     if isinstance(module, CodedLayer):
         counts = torch.bincount(module.codes_matrix.reshape(-1), minlength=module.k)
@@ -166,7 +167,7 @@ def _row(name: str, module: nn.Module) -> Row | None:
         width = module.running_mean
         return Row(name, type(module).__name__, tuple(width.shape), other_bits=2 * _bits(width))
     skipped = module._non_persistent_buffers_set
-    own = [p for p in module._parameters.values() if p is not None]
+    own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
     own += [b for key, b in module._buffers.items() if b is not None and key not in skipped]
     if not own:
         return None
@@ -184,8 +185,8 @@ def _dense_in_order(path: Path, stored: StoredModel) -> tuple[nn.Module, list[st
     if is_compressed(state):
         raise CheckpointError(f"--against: {path} is a compressed model, and the dense one is wanted here")
     architecture: Architecture = architectures.ARCHITECTURES[stored.architecture.name]
-    model = architecture.build(architecture.classes_of(state) or architecture.n_classes)
-    load_state(model, state, str(path))
+    n_classes = architecture.classes_of(state) or architecture.n_classes
+    model = build_and_load(lambda: architecture.build(n_classes), None, state, str(path))
     permutations = stored.info.permutations
     if permutations is None:
         return model, ["the permutations that were applied are not known: the dense network is compared in its own order of channels"]
@@ -206,11 +207,12 @@ def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path:
 def _compared(row: Row, coded: nn.Module, dense: nn.Module) -> Row:
     if row.k is None:
         return row
-    layer, original = coded.get_submodule(row.name), dense.get_submodule(row.name)
-    if not isinstance(layer, CodedLayer) or tuple(original.weight.shape) != row.shape:  # type: ignore[union-attr, arg-type]
+    layer: Layer = coded.get_submodule(row.name)
+    original: Layer = dense.get_submodule(row.name)
+    if tuple(original.weight.shape) != row.shape:
         raise CheckpointError(f"--against: {row.name} has another shape in the dense network than {row.shape}")
     with torch.no_grad():
-        weight = original.weight.double()  # type: ignore[union-attr, operator]
+        weight = original.weight.double()
         signal, noise = float(weight.square().sum()), float((weight - layer.decode_stored().double()).square().sum())
     sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
     return replace(row, sqnr=sqnr)

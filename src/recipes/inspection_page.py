@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -118,7 +118,7 @@ def _composition(found: Inspection) -> str:
 
 def _layers(rows: Sequence[Row], found: Inspection) -> str:
     """One line per layer, with columns: bits, entropy of the codes, frequencies of the codes, SQNR."""
-    columns = [("bits", 330, _bits_cell)]
+    columns: list[tuple[str, int, Callable[[Row, float, float, float, float], str]]] = [("bits", 330, _bits_cell)]
     if found.size.codes:
         columns += [("entropy, share of log2(k)", 190, _entropy_cell), ("frequencies of the codes", 170, _frequency_cell)]
     if found.against:
@@ -139,11 +139,11 @@ def _layers(rows: Sequence[Row], found: Inspection) -> str:
     return _svg(x, height, parts, "bits, entropy, code frequencies and noise of each layer")
 
 
-def _bits_cell(row: Row, x: float, y: float, width: float, most: float) -> str:
+def _bits_cell(row: Row, x: float, y: float, width: float, largest: float) -> str:
     at, parts = x, []
     for name, attribute, colour in PARTS:
         bits = getattr(row, attribute)
-        length = width * bits / most
+        length = width * bits / largest
         if bits:
             parts.append(
                 f'<g><title>{escape(row.name)}, {name}: {bits:,} bits</title><rect class="{colour}" x="{at:.1f}" y="{y + 4}" width="{max(length, 0.5):.1f}" height="{ROW - 8}"/></g>'
@@ -152,7 +152,7 @@ def _bits_cell(row: Row, x: float, y: float, width: float, most: float) -> str:
     return "".join(parts) + f'<text class="soft" x="{at + 6:.1f}" y="{y + 14}">{row.bits:,}</text>'
 
 
-def _entropy_cell(row: Row, x: float, y: float, width: float, _: float) -> str:
+def _entropy_cell(row: Row, x: float, y: float, width: float, largest: float) -> str:
     if row.k is None or row.entropy is None:
         return ""
     log2k = bits_per_code(row.k)
@@ -164,7 +164,7 @@ def _entropy_cell(row: Row, x: float, y: float, width: float, _: float) -> str:
     )
 
 
-def _frequency_cell(row: Row, x: float, y: float, width: float, _: float) -> str:
+def _frequency_cell(row: Row, x: float, y: float, width: float, largest: float) -> str:
     """The frequencies as an area, most frequent code first, averaged over as many columns as are visible."""
     if not row.frequencies or not row.frequencies[0]:
         return ""
@@ -185,10 +185,10 @@ def _frequency_cell(row: Row, x: float, y: float, width: float, _: float) -> str
     return f'<g><title>{escape(title)}</title><polygon class="c4" points="{" ".join(points)}"/></g>'
 
 
-def _sqnr_cell(row: Row, x: float, y: float, width: float, loudest: float) -> str:
+def _sqnr_cell(row: Row, x: float, y: float, width: float, largest: float) -> str:
     if row.sqnr is None:
         return ""
-    length = width * min(max(row.sqnr, 0.0) / max(loudest, 1e-9), 1.0)
+    length = width * min(max(row.sqnr, 0.0) / max(largest, 1e-9), 1.0)
     return (
         f"<g><title>{escape(row.name)}: {row.sqnr:.2f} dB</title>"
         f'<rect class="c2" x="{x}" y="{y + 4}" width="{length:.1f}" height="{ROW - 8}"/></g>'

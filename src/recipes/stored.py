@@ -71,7 +71,7 @@ def read_model(path: Path, arch: str | None = None) -> StoredModel:
         lambda: architecture.build(n_classes), (lambda dense: plan_of(dense, state, source)) if coded else None, state, source
     )
     info = ModelInfo(architecture.name, n_classes)
-    return StoredModel(model, architecture, replace(info, **_left_by_the_run(path)), coded, "published" if coded else "dense")
+    return StoredModel(model, architecture, replace(info, permutations=_left_by_the_run(path)), coded, "published" if coded else "dense")
 
 
 def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture:
@@ -162,11 +162,9 @@ def _classes(architecture: Architecture, state: Mapping[str, Tensor]) -> int:
     return min(architecture.classes_of(state) or architecture.n_classes, MOST_CLASSES)
 
 
-def _left_by_the_run(path: Path) -> dict[str, object]:
-    """What the run that wrote `path` left beside it: the permutations it applied."""
-    if path.parent.name != "trained_models":
-        return {}
-    return {"permutations": read_permutations(path.parent.parent / "compression.json")}
+def _left_by_the_run(path: Path) -> tuple[AppliedPermutation, ...] | None:
+    """The permutations that the run which wrote `path` applied, if it left a table of them."""
+    return read_permutations(path.parent.parent / "compression.json") if path.parent.name == "trained_models" else None
 
 
 def read_permutations(table: Path) -> tuple[AppliedPermutation, ...] | None:
