@@ -492,7 +492,7 @@ def test_damaged_settings_files_load_or_are_refused(tmp_path: Path) -> None:
 def test_yaml_bombs_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-    merges = "m0: &m0 {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}], y{n}: 1}}\n" for n in range(1, 8))
+    merges = "m0: &m0 {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}], y{n}: 1}}\n" for n in range(1, 40))
     into_a_key = laughs + "model: {compression_parameters: {ignored_modules: *a11, layer_specs: {fc: *a11}}, permutations: *a11}\n"
     for text in (
         laughs,
