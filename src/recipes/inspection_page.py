@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..compression.subvectors import bits_per_code
@@ -118,11 +119,15 @@ def _composition(found: Inspection) -> str:
 
 def _layers(rows: Sequence[Row], found: Inspection) -> str:
     """One line per layer, with columns: bits, entropy of the codes, frequencies of the codes, SQNR."""
-    columns: list[tuple[str, int, Callable[[Row, float, float, float, float], str]]] = [("bits", 330, _bits_cell)]
+    wide = not found.against  # the page has room for 1180 pixels
+    columns: list[tuple[str, int, Callable[[Row, float, float, float, float], str]]] = [("bits", 370 if wide else 250, _bits_cell)]
     if found.size.codes:
-        columns += [("entropy, share of log2(k)", 190, _entropy_cell), ("frequencies of the codes", 170, _frequency_cell)]
+        columns += [
+            ("entropy of log2(k)", 190 if wide else 120, _entropy_cell),
+            ("frequencies of codes", 170 if wide else 130, _frequency_cell),
+        ]
     if found.against:
-        columns.append(("SQNR, dB", 150, _sqnr_cell))
+        columns.append(("SQNR, dB", 140, _sqnr_cell))
     most = max((row.bits for row in rows), default=1)
     loudest = max((row.sqnr for row in rows if row.sqnr is not None and math.isfinite(row.sqnr)), default=1.0)
     height = TOP + ROW * len(rows) + 4
@@ -203,7 +208,7 @@ def _caption(found: Inspection) -> str:
         parts.append("Frequencies: how often each code occurs, the most frequent first, relative to it.")
     if found.against:
         parts.append(
-            f"SQNR: power of the weights of {escape(found.against)} over power of the difference; above 10 dB less than a tenth is lost."
+            f"SQNR: power of the weights of {escape(Path(found.against).name)} over power of the difference; above 10 dB less than a tenth is lost."
         )
     return " ".join(parts)
 
