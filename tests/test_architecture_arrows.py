@@ -40,7 +40,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compression.packing": (),
     "compression.entropy": ("compression.packing",),
     "compression.container": EVERYONE,
-    "compression.files": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.caution", "compression.quantize.layers"),
+    "compression.files": (
+        *EVERYONE,
+        "compression.subvectors",
+        "compression.norms",
+        "compression.caution",
+        "compression.container",
+        "compression.quantize.layers",
+    ),
     "compression.model_info": (*EVERYONE, "compression.packing", "compression.quantize.layers"),
     "compression.packed": (
         *EVERYONE,

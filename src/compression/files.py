@@ -16,16 +16,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..paths import write_atomically
 from .caution import check_tensors, refuse_strange_archive
+from .container import read_container, read_metadata, write_container
 from .norms import NORM_STATISTICS, NORM_VECTORS, fold_norm, is_folded_norm, norm_problem, unfold_norm
 from .quantize.layers import CodedLayer
 from .subvectors import Layer
 
+_OURS = {"written_by": "pqf"}
+"""Metadata of dense `.safetensors` files with a checksum."""
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -80,15 +82,11 @@ def save_dense(model: nn.Module, path: Path) -> None:
 
 
 def save_dense_safetensors(model: nn.Module, path: Path) -> None:
-    """Write the ordinary state dict of `model` as safetensors, for any framework, atomically. Raises RunError as `save_compressed`."""
-    # copies: the format has no tensors that share memory
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    contents = serialize(state, {"format": "pt"})
+    """Write the ordinary state dict of `model` as safetensors, for any framework, atomically; with a checksum.
 
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(contents)
-
-    write_atomically(path, write)
+    Raises RunError as `save_compressed`.
+    """
+    write_container(path, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, {"format": "pt", **_OURS})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -99,7 +97,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            contents: object = load_file(path)
+            ours = _OURS.items() <= read_metadata(path).items()
+            contents: object = read_container(path)[0] if ours else load_file(path)
         else:
             refuse_strange_archive(path)
             contents = torch.load(path, map_location="cpu", weights_only=True)
