@@ -49,10 +49,13 @@ setup(
     extras_require={
         "demo": ["scikit-learn>=1.3"],
         "faster": ["faster-coco-eval>=1.8"],
+        "onnx": ["onnx>=1.16", "onnxruntime>=1.18"],
         "horovod": ["horovod>=0.28.1"],
         "dev": [
             "scikit-learn>=1.3",
             "faster-coco-eval>=1.8",
+            "onnx>=1.16",
+            "onnxruntime>=1.18",
             "matplotlib>=3.8",
             "pytest>=8",
             "pytest-timeout>=2.3",

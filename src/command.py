@@ -35,7 +35,8 @@ def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_conf
         The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 141 when
         the reader of the output went away. Any other exception is a defect and propagates.
     """
-    try:
+
+    def whole() -> int:
         arguments = sys.argv[1:] if argv is None else argv
         if "-h" in arguments or "--help" in arguments:
             print(help_text(prog, default_config, purpose), end="", flush=True)
@@ -45,9 +46,21 @@ def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_conf
         if launch.here().is_main:
             for warning in ineffective(settings):
                 print(f"warning: {warning}", file=sys.stderr)
+        return job(settings)
+
+    return guarded(whole)
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Run `job`; errors for people become one message, warnings one line.
+
+    Returns:
+        As `run`.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = job(settings)
+            status = job()
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -74,6 +87,18 @@ def _whose(error: UserError) -> str:
     elif not here.is_main:
         time.sleep(SAME_ERROR_SECONDS)
     return f"process {here.rank} of {here.world_size}: "
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1 from a command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = int(text)
+    if not 1 <= number <= 1 << 16:
+        raise ValueError
+    return number
 
 
 def split_config(arguments: list[str], default_config: str) -> tuple[str, list[str]]:

@@ -41,10 +41,17 @@ def find(path: str | Path, what: str, advice: str = "") -> Path:
     """
     tried = candidates(path)
     for place in tried:
-        if place.exists():
+        if _exists(place):
             return place
     listing = "\n".join(f"  tried {place}" for place in tried)
     raise SettingsError(f"{what}: {path} does not exist.\n{listing}" + (f"\n  {advice}" if advice else ""))
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
+        return False
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

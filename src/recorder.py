@@ -23,6 +23,9 @@ from .compression.finetune.loop import Outcome
 from .errors import SettingsError
 from .paths import write_text
 
+Save = Callable[[nn.Module, Path, Mapping[str, float] | None], None]
+"""Model, path, what the last validation measured on this model (None: nothing)."""
+
 VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5", "BoxAP", "MaskAP")
 """Metrics that go to TensorBoard and to the screen; all of them are kept in results.json."""
 LEAVINGS = ("tensorboard", "trained_models", "results.txt", "results.json", "config.yaml", "compression.json")
@@ -83,12 +86,12 @@ class OutputFolder:
 class RunRecorder:
     """Keeps figures in TensorBoard and models on disk."""
 
-    def __init__(self, folder: OutputFolder, save: Callable[[nn.Module, Path], None], metric_name: str, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: OutputFolder, save: Save, metric_name: str, say: Callable[[str], None]) -> None:
         """Open the log.
 
         Args:
             folder: of the run.
-            save: writes a model to a path.
+            save: writes a model to a path, with what was measured on it if anything was.
             metric_name: the metric that counts.
             say: prints a line.
         """
@@ -96,6 +99,7 @@ class RunRecorder:
         self._save = save
         self._metric = metric_name
         self._say = say
+        self._measured: Mapping[str, float] | None = None
         self._started = datetime.now().astimezone()
         self._writer = SummaryWriter(str(folder.path / "tensorboard"), flush_secs=10)
 
@@ -118,6 +122,7 @@ class RunRecorder:
 
     def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a validation, under `Validation/`, at the step count of the epoch's end."""
+        self._measured = metrics
         for name in VALIDATION_TAGS:
             if name in metrics:
                 self._writer.add_scalar(f"Validation/{name}", metrics[name], step)
@@ -132,11 +137,11 @@ class RunRecorder:
 
     def model(self, epoch: int, model: nn.Module) -> None:
         """Write `trained_models/<epoch>.pth`."""
-        self._save(model, self.folder.models / f"{epoch}.pth")
+        self._save(model, self.folder.models / f"{epoch}.pth", None)
 
     def best(self, epoch: int, model: nn.Module) -> None:
         """Write `trained_models/best.pth`."""
-        self._save(model, self.folder.models / "best.pth")
+        self._save(model, self.folder.models / "best.pth", self._measured)
 
     def finish(self, outcome: Outcome, more: Mapping[str, Any]) -> None:
         """Write results.txt and results.json and close the log."""

@@ -14,7 +14,7 @@ SRC = ROOT / "src"
 EVERYONE = ("errors", "launch", "machine", "paths", "progress", "randomness")
 """Small things without arrows of their own (but for launch, machine and paths: errors are raised, and a machine may be shared)."""
 
-ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "__main__")
+ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "convert", "inspect", "__main__")
 
 # The longest name that a module's own starts with decides; a part may always import itself and its own files.
 # `a.b` allows that module and what is below it.
@@ -38,7 +38,33 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compression.quantize": (*EVERYONE, "compression.subvectors"),
     "compression.finetune": EVERYONE,
     "compression.size": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
-    "compression.files": (*EVERYONE, "compression.subvectors", "compression.norms", "compression.quantize.layers"),
+    "compression.caution": EVERYONE,
+    "compression.packing": (),
+    "compression.entropy": ("compression.packing",),
+    "compression.container": EVERYONE,
+    "compression.files": (
+        *EVERYONE,
+        "compression.subvectors",
+        "compression.norms",
+        "compression.caution",
+        "compression.container",
+        "compression.quantize.layers",
+    ),
+    "compression.model_info": (*EVERYONE, "compression.packing", "compression.quantize.layers"),
+    "compression.packed": (
+        *EVERYONE,
+        "compression.subvectors",
+        "compression.norms",
+        "compression.files",
+        "compression.packing",
+        "compression.entropy",
+        "compression.container",
+        "compression.model_info",
+        "compression.quantize.layers",
+        "compression.quantize.plan",
+    ),
+    "compression.decoded": (*EVERYONE, "compression.quantize.layers"),
+    "compression.onnx_file": (*EVERYONE, "compression.subvectors", "compression.quantize.layers"),
 }
 ENTRY_MAY = (*EVERYONE, "command", "recipes", "settings")
 DEMO_MAY = (*ENTRY_MAY, "demo_steps", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn")

@@ -20,9 +20,15 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..paths import write_atomically
+from .caution import check_tensors, refuse_strange_archive
+from .container import read_container, read_metadata, write_container
 from .norms import NORM_STATISTICS, NORM_VECTORS, fold_norm, is_folded_norm, norm_problem, unfold_norm
 from .quantize.layers import CodedLayer
 from .subvectors import Layer
+
+_OURS = {"written_by": "pqf"}
+"""Metadata of dense `.safetensors` files with a checksum."""
+CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _key(prefix: str, name: str) -> str:
@@ -75,6 +81,14 @@ def save_dense(model: nn.Module, path: Path) -> None:
     write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
+def save_dense_safetensors(model: nn.Module, path: Path) -> None:
+    """Write the ordinary state dict of `model` as safetensors, for any framework, atomically; with a checksum.
+
+    Raises RunError as `save_compressed`.
+    """
+    write_container(path, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, {"format": "pt", **_OURS})
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU, without executing anything the file may carry.
 
@@ -83,9 +97,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            contents: object = load_file(path)
+            ours = _OURS.items() <= read_metadata(path).items()
+            contents: object = read_container(path)[0] if ours else load_file(path)
         else:
+            refuse_strange_archive(path)
             contents = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         reason = (
             "it holds Python objects, which could execute code when read"
@@ -107,6 +125,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in contents.items())
     ):
         raise CheckpointError(f"{path} does not hold named tensors; expected a state dict or a compressed model")
+    check_tensors(contents, path)
     return _without_prefix(dict(contents))
 
 
@@ -124,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:
     """Whether the tensors are those of a network with coded layers."""
-    return any(name.rpartition(".")[2] == "codes_matrix" for name in state)
+    return any(name.rpartition(".")[2] in ("codes_matrix", "codes_packed", "codes_entropy") for name in state)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -136,8 +155,28 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         source: the file, for messages.
 
     Raises:
-        CheckpointError: keys are missing or left over, shapes differ, a code is not below k, or a value is not finite. The
-            message lists every one of them. The model is unchanged.
+        CheckpointError: as `check_state`. The model is unchanged.
+    """
+    check_state(model, state, source)
+    expected, optional, norms = _expected(model, state)
+    with torch.no_grad():
+        for name, target in expected.items():
+            if isinstance(target, Tensor):
+                target.copy_(_unsigned(state[name]) if name.endswith("codes_matrix") else state[name])
+        for name in optional & set(state):
+            optional_target = _buffer(model, name)
+            if optional_target is not None:
+                optional_target.copy_(state[name])
+        for prefix, norm in norms:
+            unfold_norm(norm, state[_key(prefix, "weight")], state[_key(prefix, "bias")])
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Check that the tensors of a file fit `model`, which may be on the meta device: nothing is allocated for it yet.
+
+    Raises:
+        CheckpointError: keys are missing or left over, shapes or kinds of numbers differ, a code is not below k, or a value is not
+            finite. The message lists every one of them.
     """
     expected, optional, norms = _expected(model, state)
     problems = _key_problems(state, expected, optional, source)
@@ -151,16 +190,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{source} does not fit the network:\n  " + "\n  ".join(problems[:12]) + more)
     check_codes(state, source)
-    with torch.no_grad():
-        for name, target in expected.items():
-            if isinstance(target, Tensor):
-                target.copy_(_unsigned(state[name]) if name.endswith("codes_matrix") else state[name])
-        for name in optional & set(state):
-            optional_target = _buffer(model, name)
-            if optional_target is not None:
-                optional_target.copy_(state[name])
-        for prefix, norm in norms:
-            unfold_norm(norm, state[_key(prefix, "weight")], state[_key(prefix, "bias")])
 
 
 def _buffer(model: nn.Module, name: str) -> Tensor | None:
@@ -226,8 +255,8 @@ def _some(names: list[str], most: int = 40) -> str:
 
 
 def _unsigned(codes: Tensor) -> Tensor:
-    """Codes as int32; what was stored as int16 is unsigned."""
-    wide = codes.to(torch.int32)
+    """Codes as int64, so that none wraps before it is looked at; what was stored as int16 is unsigned."""
+    wide = codes.to(torch.int64)
     return wide & 0xFFFF if codes.dtype == torch.int16 else wide
 
 
@@ -241,9 +270,10 @@ def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | 
             advice = f": the file is for {value.shape[0]} outputs"
         return f"{name} is {tuple(value.shape)} in the file, {tuple(target.shape)} in the network{advice}"
     if leaf == "codes_matrix":
-        if value.dtype.is_floating_point or value.dtype == torch.bool:
-            return f"{name} holds {value.dtype}, expected integers"
-        return None
+        return None if value.dtype in CODE_DTYPES else f"{name} holds {value.dtype}, expected integers"
+    wanted = target.dtype.is_floating_point if isinstance(target, Tensor) else True
+    if wanted != value.dtype.is_floating_point or value.dtype.is_complex:
+        return f"{name} holds {value.dtype}, expected {'floating-point' if wanted else 'whole'} numbers"
     if value.dtype.is_floating_point and not torch.isfinite(value).all():
         return f"{name} holds values that are not finite"
     return None
@@ -266,7 +296,7 @@ def check_codes(state: Mapping[str, Tensor], source: str) -> None:
     """
     for name, codes in state.items():
         prefix, _, leaf = name.rpartition(".")
-        if leaf != "codes_matrix" or codes.dtype.is_floating_point or not codes.numel():
+        if leaf != "codes_matrix" or codes.dtype not in CODE_DTYPES or not codes.numel():
             continue
         codebook = state.get(_key(prefix, "codebook"))
         if codebook is None or codebook.dim() != 2:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from .. import architectures
 from ..architectures.architecture import Architecture
 from ..compression.finetune.task import Engine
 from ..compression.quantize.layers import set_memory_format
@@ -16,6 +15,7 @@ from ..tasks.classification import check_classes
 from .images import classification_task, read_images
 from .models import dense_model, model_to_evaluate, n_outputs
 from .running import first_here, printer, processes
+from .stored import architecture_to_evaluate
 from .training import Prepared, train, verdict
 
 
@@ -37,7 +37,7 @@ def evaluate_classification(settings: Settings) -> int:
     """Evaluate a compressed (or dense) classification network; returns status 1 if `expected` is missed."""
     with processes(settings) as engine:
         say = printer(engine)
-        architecture = architectures.get(settings.model.arch, "classification")
+        architecture = architecture_to_evaluate(settings, "classification")
         with first_here(engine):
             model, source = model_to_evaluate(settings, architecture, engine.is_main)
         (validation,) = read_images(settings, ("val",), engine)

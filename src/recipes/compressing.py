@@ -111,7 +111,7 @@ def carry_out(
     for layer in layers:
         recorder.scalar(f"Distortion/{layer.name or 'model'}", layer.relative_error)
     say(_coding_summary(layers))
-    recorder.file("compression.json", _table(layers, permuted))
+    recorder.file("compression.json", _table(layers, permuted, intent))
     counted = model_size(model)
     say(f"size: {counted.summary()}")
     size = {"bits": counted.bits, "megabytes": round(counted.megabytes, 4), "ratio": round(counted.ratio, 4)}
@@ -139,17 +139,22 @@ def _coding_summary(layers: Sequence[LayerResult]) -> str:
     return f"quantize: {len(layers)} layers coded, {100 * lost:.2f} % of the weights' energy lost ({most})"
 
 
-def _table(layers: Sequence[LayerResult], permuted: Sequence[GroupResult]) -> str:
+def _table(layers: Sequence[LayerResult], permuted: Sequence[GroupResult], intent: Intent) -> str:
     """Distortion per layer and the permutations as applied, for later analysis."""
     groups = [
         {
             "group": result.label,
+            "parents": group.parents,
+            "readers": group.children,
+            "reshapes": {
+                name: intent.specs[name].reshape for name in group.children if name in intent.specs and intent.specs[name].reshape
+            },
             "children": result.children,
             "before": result.before,
             "after": result.after,
             "permutation": None if result.permutation is None else result.permutation.tolist(),
         }
-        for result in permuted
+        for group, result in zip(intent.groups, permuted, strict=True)
     ]
     table = {"layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers], "groups": groups}
     return json.dumps(table, indent=1) + "\n"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import architectures
 from ..architectures.architecture import Architecture
 from ..architectures.maskrcnn import set_box_numbers, set_image_size
 from ..compression.finetune.task import Engine
@@ -27,6 +26,7 @@ from .models import dense_model, model_to_evaluate, n_outputs
 from .names import with_current_names
 from .pictures import Pictures
 from .running import Say, first_here, once, open_output, printer, processes
+from .stored import architecture_to_evaluate
 from .training import Prepared, train, verdict
 
 EXAMPLE_SIDE = 64
@@ -66,7 +66,7 @@ def evaluate_detection(settings: Settings) -> int:
     """
     with processes(settings) as engine:
         say = printer(engine)
-        architecture = architectures.get(settings.model.arch, "detection")
+        architecture = architecture_to_evaluate(settings, "detection")
         settings = with_current_names(settings, architecture)
         output = None if is_placeholder(settings.output_path) else open_output(settings, engine, EVALUATION_LEAVINGS)
         if settings.evaluation.detections is None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..architectures.architecture import Architecture
-from ..compression.files import check_codes, is_compressed, load_state, read_tensors
-from ..compression.quantize.compress import build_coded
+from ..compression.files import is_compressed, load_state, read_tensors
 from ..compression.quantize.plan import CodingSpec, make_plan
 from ..compression.subvectors import Layer
 from ..errors import CheckpointError, SettingsError
 from ..paths import find
 from ..settings import Settings, require
+from .building import build_and_load
 from .compressing import coding_spec
+from .stored import load_packed_for, packed_file_of
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
 
@@ -31,17 +31,10 @@ def load_compressed(path: Path, architecture: Architecture, spec: CodingSpec) ->
         PlanError: the coding settings do not fit the architecture.
     """
     state = architecture.current_state(read_tensors(path))
-    with torch.device("meta"):
-        model = architecture.build_for(state)
-    if is_compressed(state):
-        check_codes(state, str(path))
-        model = build_coded(model, make_plan(model, spec))
-    model = model.to_empty(device="cpu").eval()
-    for name, buffer in model.named_buffers():
-        if name.endswith("num_batches_tracked"):
-            buffer.zero_()
-    load_state(model, state, str(path))
-    return model
+    coded = is_compressed(state)
+    return build_and_load(
+        lambda: architecture.build_for(state), (lambda dense: make_plan(dense, spec)) if coded else None, state, str(path)
+    )
 
 
 def weights_source(settings: Settings) -> str | Path:
@@ -103,6 +96,9 @@ def model_to_evaluate(settings: Settings, architecture: Architecture, is_main: b
     if settings.model.state_dict_compressed is None:
         raise SettingsError("model.state_dict_compressed: the file to evaluate is not set; use --model.state_dict_compressed PATH")
     require(settings, "model.state_dict_compressed")
+    packed = packed_file_of(settings)
+    if packed is not None:
+        return load_packed_for(settings, packed, architecture, is_main), f"{architecture.name}, {packed}"
     path = find(settings.model.state_dict_compressed, "model.state_dict_compressed", PAPER_MODELS_ADVICE)
     return load_compressed(path, architecture, coding_spec(settings)), f"{architecture.name}, {path}"
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture
-from ..compression.files import save_compressed, save_dense
 from ..compression.finetune.loop import Outcome, finetune
 from ..compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from ..compression.finetune.task import Engine, Task
@@ -24,6 +23,7 @@ from .compressing import carry_out, intend
 from .models import weights_source
 from .names import with_current_names
 from .running import Say, open_output, printer, processes
+from .saving import ModelWriter
 
 
 class WatchedTask(Task, Protocol):
@@ -69,10 +69,9 @@ def train(settings: Settings, kind: str, prepare: Prepare) -> int:
         torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
         prepared = prepare(settings, architecture, weights, engine)
         model, task = prepared.model, prepared.task
-        compressed = settings.model.use_compression
-        intent = intend(settings, architecture, model, prepared.example) if compressed else None
+        intent = intend(settings, architecture, model, prepared.example) if settings.model.use_compression else None
 
-        recorder = _start_recording(settings, engine, output, save_compressed if compressed else save_dense, task.metric_name, say)
+        recorder = _start_recording(settings, architecture, engine, output, task.metric_name, say)
         try:
             results: dict[str, Any] = dict(prepared.more)
             if intent is not None:
@@ -91,13 +90,13 @@ def train(settings: Settings, kind: str, prepare: Prepare) -> int:
 
 
 def _start_recording(
-    settings: Settings, engine: Engine, output: OutputFolder, save: Callable[[nn.Module, Path], None], metric_name: str, say: Say
+    settings: Settings, architecture: Architecture, engine: Engine, output: OutputFolder, metric_name: str, say: Say
 ) -> AnyRecorder:
     """Clear the folder, keep the settings in it and open the log, on the first process."""
     if not engine.is_main:
         return NoRecorder()
     output.begin()
-    recorder = RunRecorder(output, save, metric_name, say)
+    recorder = RunRecorder(output, ModelWriter(settings, architecture, output), metric_name, say)
     recorder.file("config.yaml", to_yaml(settings))
     recorder.text("config", to_yaml(settings))
     return recorder

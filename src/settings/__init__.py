@@ -1,6 +1,6 @@
 """Settings: what a file and the command line say, parsed once into frozen typed objects."""
 
-from .checks import explicit_keys, ineffective, is_placeholder, require, to_yaml, value_of
+from .checks import explicit_keys, given_on_command_line, ineffective, is_placeholder, require, to_yaml, value_of
 from .help import help_text
 from .load import load
 from .schema import (
@@ -28,6 +28,7 @@ __all__ = [
     "SchedulerSettings",
     "Settings",
     "explicit_keys",
+    "given_on_command_line",
     "help_text",
     "ineffective",
     "is_placeholder",

@@ -122,6 +122,12 @@ def _dump(tree: dict[str, Any], allow_unicode: bool) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120, allow_unicode=allow_unicode)
 
 
+def given_on_command_line(settings: Settings, dotted_key: str) -> bool:
+    """Whether the command line set a key, or one below it, or the section that holds it."""
+    wanted = tuple(dotted_key.split("."))
+    return any(path[: len(wanted)] == wanted[: len(path)] for path in settings.command_line)
+
+
 def explicit_keys(settings: Settings) -> list[str]:
     """Dotted keys that the file or the command line set, layers' own keys left out."""
 

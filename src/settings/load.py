@@ -46,6 +46,7 @@ def load(config_path: str, overrides: Sequence[str] = ()) -> Settings:
         more = [f"... and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
         raise SettingsError("\n".join([*problems[:MOST_PROBLEMS], *more]))
     settings._file = str(path)
+    settings._command_line = frozenset(touched)
     return settings
 
 

@@ -216,6 +216,9 @@ class Settings(Section):
     skip_initial_validation: Flag = Field(False, description="Do not validate before the first epoch.")
     output_path: Text = Field("<your_output_path_here>", description="Folder that receives everything a run writes.")
     overwrite: Flag = Field(False, description="Replace a run that output_path already holds.")
+    save_format: Literal["pth", "safetensors", "both"] = Field(
+        "pth", description="Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both."
+    )
     log_every_n_steps: Positive = Field(10, description="Training steps between two entries in TensorBoard.")
     seed: Natural = Field(0, description="Seed of every random choice.")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
@@ -232,6 +235,7 @@ class Settings(Section):
     model: ModelSettings = Field(default_factory=ModelSettings, description="The network.")
 
     _file: str = PrivateAttr(default="")
+    _command_line: frozenset[tuple[str, ...]] = PrivateAttr(default=frozenset())
 
     def __eq__(self, other: object) -> bool:
         """Equal values are equal settings, from whichever file and in however many keys they were written."""
@@ -248,3 +252,8 @@ class Settings(Section):
     def file(self) -> str:
         """Absolute path of the file these settings came from; empty if there was none."""
         return self._file
+
+    @property
+    def command_line(self) -> frozenset[tuple[str, ...]]:
+        """Paths of the keys that the command line set."""
+        return self._command_line

@@ -24,7 +24,9 @@ def read_number(value: object) -> int | float:
     """
     if isinstance(value, str) and value.isascii():
         value = _spelled(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    if isinstance(value, float) and not math.isfinite(value):  # a whole number of 400 digits fits no float
         raise ValueError
     return value
 

@@ -12,6 +12,9 @@ from ..errors import SettingsError
 _INT, _FLOAT, _TIMESTAMP = ("tag:yaml.org,2002:" + name for name in ("int", "float", "timestamp"))
 
 
+MOST_KEYS = 10_000
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without its traps: repeated keys, `010` (octal), `1:30` (base 60), dates, self-reference."""
 
@@ -47,6 +50,11 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:merge":
                 key.tag = "tag:yaml.org,2002:str"  # a layer may be called 0 or 1.10
         return node
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_KEYS:  # merges of merges multiply
+            raise yaml.MarkedYAMLError(None, None, f"more than {MOST_KEYS:,} keys in one place", node.start_mark)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -1,0 +1,60 @@
+"""Turn a model file into another form: python -m src.convert IN OUT."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import command
+
+PURPOSE = """Turn a model file into another form. IN is any model file (.pth or .safetensors: published, packed or dense); the
+ending of OUT says what is written:
+
+  .pth          the published format
+  .safetensors  packed: codes at log2(k) bits, with everything that rebuilds the network
+  .onnx         weights as codebook and codes (Gather), checked with onnxruntime
+
+With --dense the weights are decoded first, for programs that know nothing of codes."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.convert", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN", help="the model file to read")
+    parser.add_argument("target", metavar="OUT", help="the file to write")
+    parser.add_argument("--dense", action="store_true", help="write decoded weights")
+    parser.add_argument(
+        "--entropy", action="store_true", help="entropy-code the codes of a packed file, layer by layer, where that is smaller"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="the architecture (default: what the file says, or the first that its tensors fit)")
+    parser.add_argument(
+        "--image_size",
+        type=command.positive,
+        default=224,
+        metavar="N",
+        help="side of the images that trace and check an ONNX graph (default: 224)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    options = parser.parse_args(argv)
+
+    def job() -> int:
+        """Torch takes seconds to load: only when the command line is known to be good."""
+        from . import recipes
+
+        return recipes.convert(
+            options.source,
+            options.target,
+            dense=options.dense,
+            entropy_coding=options.entropy,
+            arch=options.arch,
+            image_size=options.image_size,
+            overwrite=options.overwrite,
+        )
+
+    return command.guarded(job)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
