@@ -14,7 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src import evaluate_maskrcnn, train_maskrcnn
 from src.architectures import ARCHITECTURES
+from src.architectures.maskrcnn import FC6
 from src.compression.files import read_tensors, save_dense
+from src.compression.packed import load_packed
 from src.tasks.coco_data import read_coco
 from src.tasks.coco_metrics import write_results
 from tests.coco_helpers import contents, entry, rectangle, small_coco, write
@@ -36,9 +38,9 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished training run of one epoch on four images."""
+    """A finished training run of one epoch on four images, which writes its models in both formats."""
     output = tmp_path_factory.mktemp("run")
-    assert train_maskrcnn.main([*QUICK, *paths(coco, output), "--epochs", "1"]) == 0
+    assert train_maskrcnn.main([*QUICK, *paths(coco, output), "--epochs", "1", "--save_format", "both"]) == 0
     return output
 
 
@@ -76,7 +78,8 @@ def rle(api, annotation) -> dict:
 
 
 def test_a_run_leaves_what_the_readme_promises(run: Path) -> None:
-    assert sorted(p.name for p in (run / "trained_models").iterdir()) == ["0.pth", "1.pth", "best.pth"]
+    names = sorted(p.name for p in (run / "trained_models").iterdir())
+    assert names == sorted(f"{stem}.{suffix}" for stem in ("0", "1", "best") for suffix in ("pth", "safetensors"))
     results = json.loads((run / "results.json").read_text())
     assert results["metric"] == "BoxAP+MaskAP"
     assert (results["bits"], results["training images"]) == (results["bits"], 4)
@@ -169,6 +172,33 @@ def test_evaluation_of_the_saved_file_keeps_detections_and_figures_and_draws(
     again = ["--dataloader.coco_path", str(coco), "--evaluation.detections", str(tmp_path / "out" / "detections.json")]
     assert f"box AP {metrics['BoxAP']:.1f} " in evaluated(capsys, *again)
     refused(capsys, evaluate_maskrcnn.main, [*SMALL, *flags], "already holds", "detections.json", "--overwrite True")
+
+
+def test_a_packed_file_says_what_the_run_did_and_is_evaluated_without_settings_of_the_coding(
+    run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "trained_models" / "best.safetensors"
+    results = json.loads((run / "results.json").read_text())
+    packed = load_packed(path)
+    assert path.stat().st_size <= results["bits"] / 8 * 1.01 + 8 * 1024
+    assert packed.info.arch == "maskrcnn"
+    assert packed.info.metric is not None
+    assert packed.info.metric["BoxAP+MaskAP"] == results["best"]
+    groups = [g for g in json.loads((run / "compression.json").read_text())["groups"] if g["permutation"] is not None]
+    assert packed.info.permutations is not None
+    assert [p.permutation.tolist() for p in packed.info.permutations] == [g["permutation"] for g in groups]
+    assert any(FC6 in p.reshapes for p in packed.info.permutations)
+    (tmp_path / "other.yaml").write_text("model: {arch: maskrcnn, compression_parameters: {k: 64}}\n")
+    flags = ["--config", str(tmp_path / "other.yaml"), "--dataloader.coco_path", str(coco)]
+    assert evaluate_maskrcnn.main([*SMALL, *flags, "--model.state_dict_compressed", str(path)]) == 0
+    printed = capsys.readouterr()
+    metrics = results["history"][str(results["best epoch"])]
+    assert f"model: maskrcnn, {path}" in printed.out
+    assert "what the settings file says about that is not used" in printed.err
+    assert f"box AP {metrics['BoxAP']:.1f} " in printed.out
+    assert f"mask AP {metrics['MaskAP']:.1f} " in printed.out
+    command = [*SMALL, *flags, "--model.state_dict_compressed", str(path), "--model.arch", "resnet18"]
+    refused(capsys, evaluate_maskrcnn.main, command, "holds a maskrcnn", "--model.arch resnet18")
 
 
 def test_a_file_that_repeats_the_ground_truth_scores_100_and_is_checked_against_what_is_expected(

@@ -17,7 +17,7 @@ from ...errors import GroupError
 from ...machine import own_processors
 from ...progress import bar
 from ...randomness import stream
-from ..subvectors import to_subvectors
+from ..subvectors import Layer, to_subvectors
 from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
 from .objective import ChildObjective, Ints, child_objective, is_optimisable
@@ -143,7 +143,7 @@ def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: M
     """What `measure` finds for the children, their inputs reordered, together."""
     total = 0.0
     for child in children:
-        layer = copy.deepcopy(child.module)
+        layer: Layer = copy.deepcopy(child.module)
         child.side.permute(layer, torch.from_numpy(permutation), child.reshape)
         total += measure(child.name, to_subvectors(layer.weight.detach(), sizes[child.name]))
     return total
