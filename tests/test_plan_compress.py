@@ -330,7 +330,7 @@ def test_layers_side_by_side_give_what_they_give_one_after_the_other(monkeypatch
     dense = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Linear(16, 32), nn.Linear(32, 8))
     found = []
     for processors in (1, 4):
-        monkeypatch.setattr("src.compression.quantize.compress.available_processors", lambda processors=processors: processors)
+        monkeypatch.setattr("src.compression.quantize.compress.own_processors", lambda processors=processors: processors)
         model, layers = compress(copy.deepcopy(dense), make_plan(dense, spec(8, "src", 20)), seed=3, show_progress=False)
         found.append((model.state_dict(), layers))
     assert found[0][1] == found[1][1]
@@ -340,7 +340,7 @@ def test_layers_side_by_side_give_what_they_give_one_after_the_other(monkeypatch
 
 def test_a_layer_that_cannot_be_clustered_ends_the_others_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The large layer alone would take hours."""
-    monkeypatch.setattr("src.compression.quantize.compress.available_processors", lambda: 2)
+    monkeypatch.setattr("src.compression.quantize.compress.own_processors", lambda: 2)
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 8))
     with torch.no_grad():
         model[1].weight[0, 0] = float("nan")
