@@ -99,8 +99,11 @@ def permute(
     deadline = None if seconds is None else time.monotonic() + seconds
     search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
     workers = ThreadPoolExecutor(min(available_processors(), MOST_WORKERS))
+    longest_first = sorted(range(len(resolved)), key=lambda number: -resolved[number].width * len(resolved[number].children))
     try:
-        results = list(bar(workers.map(search_one, resolved), "permute", len(resolved), show_progress, "group"))
+        found = workers.map(search_one, [resolved[number] for number in longest_first])
+        by_number = dict(zip(longest_first, bar(found, "permute", len(resolved), show_progress, "group"), strict=True))
+        results = [by_number[number] for number in range(len(resolved))]
     finally:
         workers.shutdown(cancel_futures=True)  # after Ctrl-C only the groups under way are finished
     for group, result in zip(resolved, results, strict=True):

@@ -97,14 +97,14 @@ def search(
 
 
 CHUNK_PER_CHANNEL = 200
-MOST_TRIES = 1_000_000
 SMALL_GAIN = 1e-5
 """Per subvector: a chunk of swaps that gains less ends a local search."""
 
 ANNEALING_PER_CHANNEL = 4000
-ANNEALING_TRIES = 1_600_000
-ANNEALING_WORK = 150_000_000
-"""Swaps of an annealing: so many per channel and in all, fewer where one costs more: tries * (sum over children of d^2) stays below the last."""
+MOST_TRIES = 1_600_000
+MOST_WORK = 80_000_000
+"""Swaps of an annealing: so many per channel and in all, fewer where one costs more: tries * (sum over children of d^2) stays below the last.
+A local search tries no more than these either."""
 
 HOTTEST, COLDEST = 3.0, 0.1
 """Temperatures of an annealing, in units of the mean |change| that random swaps make."""
@@ -180,11 +180,15 @@ def _descend(objective: GroupObjective, n_blocks: int, generator: torch.Generato
     enough = SMALL_GAIN * float(objective.weights.sum())
     chunk = CHUNK_PER_CHANNEL * objective.n_channels
     assign_channels(objective, order, rounds=4)
-    for _ in range(max(1, MOST_TRIES // chunk)):
+    for _ in range(max(1, _most_tries(objective) // chunk)):
         before = objective.value
         objective.run(*_pairs(objective, n_blocks, chunk, generator))
         if before - objective.value < enough or _late(deadline):
             break
+
+
+def _most_tries(objective: GroupObjective) -> int:
+    return min(MOST_TRIES, MOST_WORK // sum(child.d**2 for child in objective.children))
 
 
 def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
@@ -192,9 +196,7 @@ def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator
     typical = _typical_change(objective, n_blocks, generator)
     if not np.isfinite(typical) or typical <= 0:
         return
-    tries = min(
-        ANNEALING_TRIES, ANNEALING_PER_CHANNEL * objective.n_channels, ANNEALING_WORK // sum(child.d**2 for child in objective.children)
-    )
+    tries = min(ANNEALING_PER_CHANNEL * objective.n_channels, _most_tries(objective))
     if deadline is not None:
         tries = min(tries, _tries_until(deadline, objective, n_blocks, generator))
     first, second = _pairs(objective, n_blocks, tries, generator)

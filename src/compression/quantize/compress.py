@@ -84,7 +84,8 @@ def compress(
 
 
 QUICK_VECTORS = 96
-"""Per centroid, in a quick look at a layer's distortion."""
+QUICK_VISITS = 3000
+"""Per centroid, in a quick look at a layer's distortion: vectors, and vectors times iterations."""
 
 
 def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float]:
@@ -102,7 +103,8 @@ def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float]:
         most = QUICK_VECTORS * layer.k
         if n > most:
             vectors = vectors[torch.randperm(n, generator=generator)[:most].sort().values]
-        found = cluster("src", vectors.float().cpu(), layer.k, LONGEST, generator, 1.0)  # one short annealing
+        iterations = min(QUICK_VISITS * layer.k // vectors.shape[0], LONGEST)
+        found = cluster("src", vectors.float().cpu(), layer.k, iterations, generator, 1.0)  # one short annealing
         return found.distortion * n
 
     return measure
