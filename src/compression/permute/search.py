@@ -112,8 +112,8 @@ HOTTEST, COLDEST = 3.0, 0.1
 MARGIN = 0.01
 """Share by which a candidate has to be better than the one of the lowest score to replace it."""
 
-Judge = Callable[[Ints], float]
-"""A permutation -> what it is worth; lower is better."""
+Judge = Callable[[Ints], float | None]
+"""A permutation -> what it is worth, lower is better; None for all where it cannot say."""
 
 
 def search_best(
@@ -165,8 +165,12 @@ def search_best(
 
 def _judged(chosen: Ints, candidates: Sequence[Ints], judge: Judge) -> Ints:
     """`chosen`, unless another candidate is worth more by a margin that chance does not explain."""
-    worth = [judge(candidate) for candidate in candidates]
-    return candidates[int(np.argmin(worth))] if min(worth) < (1 - MARGIN) * judge(chosen) else chosen
+    own = judge(chosen)
+    if own is None:
+        return chosen
+    worth = [(judge(candidate) or 0.0, number) for number, candidate in enumerate(candidates)]
+    lowest, number = min(worth)
+    return candidates[number] if lowest < (1 - MARGIN) * own else chosen
 
 
 def _late(deadline: float | None) -> bool:

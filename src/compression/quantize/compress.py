@@ -16,7 +16,7 @@ from ...progress import bar
 from ...randomness import stream
 from ..subvectors import Layer, to_subvectors
 from .assign import one_thread
-from .kmeans import LONGEST, Clustering, cluster
+from .kmeans import Clustering, cluster
 from .layers import CODED_LAYERS, CODES_DTYPE, CodedLayer
 from .plan import LayerPlan, Plan
 
@@ -83,28 +83,26 @@ def compress(
     return _replace(model, plan, code), results
 
 
-QUICK_VECTORS = 96
-QUICK_VISITS = 3000
-"""Per centroid, in a quick look at a layer's distortion: vectors, and vectors times iterations."""
+FEW_VECTORS = 64
+QUICK_VISITS, QUICK_ITERATIONS = 3000, 150
+"""Per centroid, of a layer that a quick look is worth: fewer subvectors than this; subvectors times iterations; at most so many of these."""
 
 
-def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float]:
-    """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion.
+def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float | None]:
+    """A measure of how well a small layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion.
 
-    A short annealing of some of the vectors, always those at the same places and from the same start, so that two orders of the
-    channels are compared on equal terms.
+    A short annealing, always from the same start, so that two orders of the channels are compared on equal terms. None for a layer with
+    `FEW_VECTORS` per centroid or more: there the score of the search is the better judge, as clusterings differ by more than orders do.
     """
 
-    def measure(name: str, vectors: Tensor) -> float:
-        one_thread()  # groups are searched side by side
+    def measure(name: str, vectors: Tensor) -> float | None:
         layer = plan.layers[name]
-        generator = stream(seed, "quick look", name)
         n = vectors.shape[0]
-        most = QUICK_VECTORS * layer.k
-        if n > most:
-            vectors = vectors[torch.randperm(n, generator=generator)[:most].sort().values]
-        iterations = min(QUICK_VISITS * layer.k // vectors.shape[0], LONGEST)
-        found = cluster("src", vectors.float().cpu(), layer.k, iterations, generator, 1.0)  # one short annealing
+        if n >= FEW_VECTORS * layer.k:
+            return None
+        one_thread()  # groups are searched side by side
+        iterations = min(QUICK_VISITS * layer.k // n, QUICK_ITERATIONS)
+        found = cluster("src", vectors.float().cpu(), layer.k, iterations, stream(seed, "quick look", name), 1.0)  # one short annealing
         return found.distortion * n
 
     return measure
