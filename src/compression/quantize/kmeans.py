@@ -35,7 +35,7 @@ PATIENCE = 10
 """Updates of Lloyd's k-means over which the distortion must fall by more than the tolerance."""
 
 RELAXATION = 1.8
-"""How far an update of `src` with a tolerance goes, in units of the way to the mean: two iterations' worth of progress in one."""
+"""How far an update of `src` with a tolerance goes, in units of the way to the mean (over-relaxation; below 2, where Lloyd's stays stable)."""
 
 QUIET = 3
 """Plain updates without noise at the end of each annealing of `src` with a tolerance."""
@@ -220,8 +220,7 @@ def src(
     """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`.
 
     With a tolerance, shorter annealings follow each other, each from the codebook that the one before reached, until one gains
-    less than `tolerance` or T iterations are spent; their updates are over-relaxed, which finds in one iteration about what
-    takes two otherwise. The length depends on n/k: with many vectors per centroid the noise of a mean is small, and little is
+    less than `tolerance` or T iterations are spent; their updates are over-relaxed. The length depends on n/k: with many vectors per centroid the noise of a mean is small, and little is
     left for a long annealing to find.
     """
     noise = partial(_noise, vectors.std(dim=0, correction=0), generator)
