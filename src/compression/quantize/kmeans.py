@@ -86,17 +86,18 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor, *, thorough: bool = False) -> int:
     """Move the centroids without members to the worst coded vectors, distinct ones, in place.
 
-    Crowds of equal vectors that come first can hide the others; `thorough` looks behind them.
+    Crowds of equal vectors that come first can hide the others; `thorough` looks behind them, however many they are.
 
     Returns the number that was moved: fewer than were empty only where there are not enough distinct badly coded vectors.
     """
     empty = torch.nonzero(counts == 0).flatten()
     if empty.numel() == 0:
         return 0
-    looked_at = 64 * empty.numel()
+    looked_at = 2 * empty.numel()
+    most = distances.numel() if thorough else 64 * empty.numel()
     candidates = _worst(vectors, distances, looked_at)
-    while thorough and candidates.shape[0] < empty.numel() and looked_at < distances.numel():
-        looked_at *= 8
+    while candidates.shape[0] < empty.numel() and looked_at < most:
+        looked_at *= 4
         candidates = _worst(vectors, distances, looked_at)
     moved = min(empty.numel(), candidates.shape[0])
     codebook[empty[:moved]] = candidates[:moved]
