@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -360,10 +361,10 @@ def test_a_quick_look_ranks_orders_as_a_whole_clustering_does() -> None:
     first, again, worse = (measure("0", to_subvectors(weight, 2)) for weight in (paired, paired, shuffled))
     assert first is not None
     assert worse is not None
-    assert first == again
-    assert first < 0.7 * worse
+    assert np.array_equal(first, again)
+    assert (first < 0.7 * worse).all()
     with torch.no_grad():
         model[0].weight.copy_(paired)
     (layer,) = compress(model, make_plan(model, spec(16, "src", 100, fc=2)), show_progress=False)[1]
-    assert first == pytest.approx(layer.distortion, rel=0.2)
-    assert measure("0", torch.randn(64 * 16, 2)) is None
+    assert first.mean() == pytest.approx(layer.distortion, rel=0.25)
+    assert measure("0", torch.randn(1024 * 16, 2)) is None

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +21,10 @@ from ...randomness import stream
 from ..subvectors import Layer, to_subvectors
 from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
-from .objective import ChildObjective, Ints, child_objective, is_optimisable
+from .objective import ChildObjective, Floats, Ints, child_objective, is_optimisable
 from .search import PUBLISHED, SearchResult, search, search_best
 
-Measure = Callable[[str, Tensor], float | None]
+Measure = Callable[[str, Tensor], Floats | None]
 
 MOST_WORKERS = 8
 """Groups searched at a time: each holds the Gram matrices of its children."""
@@ -84,8 +85,9 @@ def permute(
         seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no limit.
         specs: `permutation_specs` by name of the child.
         seed: the run's seed; each group draws from its own stream.
-        measure: (name of a child, its subvectors (n, d)) -> distortion, or None where the score is to be trusted; where the sum over
-            the children says so clearly, `best` takes another of its candidates than the one of the lowest score. None: never.
+        measure: (name of a child, its subvectors (n, d)) -> some measurements of its distortion, always as many, or None where the
+            score is to be trusted; where the sum over the children says so by more than its standard error, `best` takes another
+            of its candidates than the one of the lowest score. None: never.
         show_progress: show a progress bar.
 
     Raises:
@@ -142,16 +144,16 @@ def _search_group(
     return GroupResult(group.label, names, result.before, result.after, result.permutation)
 
 
-def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints) -> float | None:
+def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints) -> Floats | None:
     """What `measure` finds for the children, their inputs reordered, together; None where it does not say."""
-    total = 0.0
+    total: Floats = np.zeros(1)
     for child in children:
         layer: Layer = copy.deepcopy(child.module)
         child.side.permute(layer, torch.from_numpy(permutation), child.reshape)
         found = measure(child.name, to_subvectors(layer.weight.detach(), sizes[child.name]))
         if found is None:
             return None
-        total += found
+        total = total + found
     return total
 
 

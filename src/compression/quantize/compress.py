@@ -7,7 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import PlanError
@@ -83,27 +85,31 @@ def compress(
     return _replace(model, plan, code), results
 
 
-FEW_VECTORS = 64
-QUICK_VISITS, QUICK_ITERATIONS = 3000, 150
-"""Per centroid, of a layer that a quick look is worth: fewer subvectors than this; subvectors times iterations; at most so many of these."""
+MANY_VECTORS = 1024
+QUICK_STARTS, QUICK_VISITS, QUICK_ITERATIONS = 4, 1500, (6, 60)
+"""A quick look at a layer with fewer subvectors per centroid than the first: clusterings; subvectors times iterations of each, per
+centroid; at least and at most so many iterations."""
 
 
-def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float | None]:
-    """A measure of how well a small layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion.
+def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
+    """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion, (`QUICK_STARTS`,).
 
-    A short annealing, always from the same start, so that two orders of the channels are compared on equal terms. None for a layer with
-    `FEW_VECTORS` per centroid or more: there the score of the search is the better judge, as clusterings differ by more than orders do.
+    Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal terms. None
+    for a layer with `MANY_VECTORS` per centroid or more: there the score of the search is close enough, and the look costs more.
     """
 
-    def measure(name: str, vectors: Tensor) -> float | None:
+    def measure(name: str, vectors: Tensor) -> NDArray[np.float64] | None:
         layer = plan.layers[name]
         n = vectors.shape[0]
-        if n >= FEW_VECTORS * layer.k:
+        if n >= MANY_VECTORS * layer.k:
             return None
         one_thread()  # groups are searched side by side
-        iterations = min(QUICK_VISITS * layer.k // n, QUICK_ITERATIONS)
-        found = cluster("src", vectors.float().cpu(), layer.k, iterations, stream(seed, "quick look", name), 1.0)  # one short annealing
-        return found.distortion * n
+        least, most = QUICK_ITERATIONS
+        iterations = min(max(least, QUICK_VISITS * layer.k // n), most)
+        ready = vectors.float().cpu()
+        starts = [stream(seed, f"quick look {number}", name) for number in range(QUICK_STARTS)]
+        found = [cluster("src", ready, layer.k, iterations, start, 1.0) for start in starts]  # each one short annealing
+        return n * np.array([clustering.distortion for clustering in found])
 
     return measure
 
