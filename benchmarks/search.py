@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 import timeit
@@ -227,6 +228,7 @@ def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict
         spent[how] = time.perf_counter() - began
         _, layers = compress(model, plan, show_progress=False)
         lost[how] = sum(layer.distortion for layer in layers) / sum(layer.power for layer in layers)
+    print(f"{arch}, {path.name}, {'large' if large else 'small'} blocks: lost {lost}, seconds {spent}", flush=True)
     return {
         "network": arch,
         "file": path.name,
@@ -264,6 +266,24 @@ def curves(layer: Layer, d: int, budgets: Sequence[int], plain_budgets: Sequence
     return found
 
 
+def compare_networks(networks: Sequence[str], small: bool) -> list[dict[str, Any]]:
+    """(c) for every ARCH=PATH, with both kinds of blocks; prints the table."""
+    files = [(arch, Path(path)) for arch, path in (item.split("=", 1) for item in networks)]
+    left = [distortion_left(arch, path, large, 3 if small else 50) for arch, path in files for large in (False, True)]
+    if left:
+        print_table(
+            f"(c) share of the weights' energy lost after {left[0]['iterations']} SR-C iterations; s: seconds of the search",
+            ["network", "blocks", "as given", "published", "default", "published s", "default s", "lower"],
+            [
+                [f"{c['network']} {c['file']}", c["blocks"], *(f"{100 * c['energy_lost'][how]:.3f} %" for how in ("none", "published", "best")),
+                 f"{c['seconds']['published']:.1f}", f"{c['seconds']['best']:.1f}",
+                 "yes" if c["energy_lost"]["best"] < c["energy_lost"]["published"] else "NO"]
+                for c in left
+            ],
+        )  # fmt: skip
+    return left
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every layer, print and write the results."""
     parser = argparse.ArgumentParser(
@@ -272,12 +292,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tries", type=int, default=10_000, help="swaps of our search; the published number")
     parser.add_argument("--plain-tries", type=int, default=300, help="swaps of the plain search, the first of the same pairs")
     parser.add_argument("--networks", nargs="*", default=[], metavar="ARCH=PATH", help="trained networks, dense or compressed, for (c)")
+    parser.add_argument("--only-networks", action="store_true", help="only (c), kept beside what the JSON file already holds")
     parser.add_argument("--small", action="store_true", help="only check that it runs")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/search.json"), help="where the results are written")
     options = parser.parse_args(argv)
     tries, plain_tries = (200, 100) if options.small else (options.tries, min(options.plain_tries, options.tries))
     found = machine()
     print_machine(found)
+    if options.only_networks:
+        kept = json.loads(options.json.read_text(encoding="utf-8"))
+        write_json(options.json, {**kept, "machine_of_distortion": found, "distortion": compare_networks(options.networks, options.small)})
+        return
     results = [measure(case, tries, plain_tries) for case in (SMALL_CASES if options.small else CASES)]
     rows = [
         [r["layer"], "x".join(map(str, r["shape"])), str(r["d"]), f"{r['ours_per_s']:,.0f}", f"{r['plain_float64_per_s']:,.1f}",
@@ -315,19 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for w in whole
         ],
     )  # fmt: skip
-    files = [(arch, Path(path)) for arch, path in (item.split("=", 1) for item in options.networks)]
-    left = [distortion_left(arch, path, large, 3 if options.small else 50) for arch, path in files for large in (False, True)]
-    if left:
-        print_table(
-            f"(c) share of the weights' energy lost after {left[0]['iterations']} SR-C iterations; s: seconds of the search",
-            ["network", "blocks", "as given", "published", "default", "published s", "default s", "lower"],
-            [
-                [f"{c['network']} {c['file']}", c["blocks"], *(f"{100 * c['energy_lost'][how]:.3f} %" for how in ("none", "published", "best")),
-                 f"{c['seconds']['published']:.1f}", f"{c['seconds']['best']:.1f}",
-                 "yes" if c["energy_lost"]["best"] < c["energy_lost"]["published"] else "NO"]
-                for c in left
-            ],
-        )  # fmt: skip
+    left = compare_networks(options.networks, options.small)
     case, budgets = (SMALL_CASES[0], [10, 100]) if options.small else (CASES[1], [10, 100, 1000, 10_000, 100_000, 1_000_000])
     drawn = {
         "layer": case.name,

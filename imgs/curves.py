@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 SEARCHES = {
     "plain": ("plain formulation, 10 to 1,000 swaps", "#777777", "s", "--"),
-    "published": ("search: published, 10 to 1,000,000 swaps", "#0072B2", "o", "-"),
+    "published": ("search: published, greedy start and 10 to 1,000,000 swaps", "#0072B2", "o", "-"),
     "best": ("search: best", "#D55E00", "*", ""),
 }
 CLUSTERINGS = {
@@ -59,7 +59,7 @@ def search_figure(results: dict[str, Any]) -> Figure:
     draw(axes, found["searches"], SEARCHES, "score", 1.0)
     axes.set_ylabel("change of log det(Cov), lower is better")
     shape = " x ".join(str(n) for n in found["shape"] if n > 1)
-    axes.set_title(f"Searching the order of the input channels of {found['layer']} ({shape}, d = {found['d']})", loc="left")
+    axes.set_title(f"Order of the input channels of {found['layer']} ({shape}, d = {found['d']})", loc="left")
     return figure
 
 
@@ -89,7 +89,11 @@ def main() -> None:
     options = parser.parse_args()
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 11, "text.color": "#111111"})
     for name, make in (("search", search_figure), ("clustering", clustering_figure)):
-        results = json.loads((options.results / f"{name}.json").read_text(encoding="utf-8"))
+        measured = options.results / f"{name}.json"
+        if not measured.exists():
+            print(f"left out: {measured} does not exist; it is written by: python -m benchmarks.{name}")
+            continue
+        results = json.loads(measured.read_text(encoding="utf-8"))
         path = options.output / f"{name}.png"
         make(results).savefig(path, metadata={"Software": None})
         print(f"written: {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,7 @@ def folder_and_flags(argv: Sequence[str], folder: str) -> tuple[Path, list[str]]
 def data_flags(flags: Sequence[str]) -> list[str]:
     """Those of the flags that say where the data is and how it is read, with their values."""
     found: list[str] = []
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, value in zip_longest(flags, flags[1:], fillvalue=""):
         if flag.startswith("--dataloader."):
             found += [flag] if "=" in flag else [flag, value]
     return found

@@ -68,11 +68,16 @@ def test_the_demo_runs(tmp_path, capsys, monkeypatch):
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 16
 
 
+COMMITTED = ROOT / "compressed_models" / "digits_maskrcnn.pth"
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not COMMITTED.exists(), reason="no trained model of the digit scenes is in compressed_models/")
 def test_the_committed_model_has_the_expected_precision(tmp_path, capsys):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     flags = ["--config", str(ROOT / "config" / "digits" / "evaluate_maskrcnn.yaml"), "--dataloader.coco_path", str(tmp_path / "scenes")]
     flags += ["--dataloader.num_workers", "0", "--device", "cpu", "--output_path", str(tmp_path / "out")]
+    flags += ["--model.state_dict_compressed", str(COMMITTED)]
     assert evaluate_maskrcnn.main(flags) == 0
     printed = capsys.readouterr().out
     assert printed.count("as expected: ") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -350,18 +351,20 @@ def test_a_layer_that_cannot_be_clustered_ends_the_others_too(monkeypatch: pytes
 
 
 def test_a_quick_look_ranks_orders_as_a_whole_clustering_does() -> None:
-    """Equal channels side by side are coded better than shuffled ones; a quick look at some of the vectors sees it."""
+    """Equal channels side by side are coded better than shuffled ones; layers with many subvectors per centroid are left to the score."""
     torch.manual_seed(0)
-    base = torch.randn(512, 16)
-    paired = torch.stack([base, base + 0.01 * torch.randn_like(base)], dim=2).reshape(512, 32)
-    model = nn.Sequential(nn.Linear(32, 512))
+    base = torch.randn(64, 8)
+    paired = torch.stack([base, base + 0.01 * torch.randn_like(base)], dim=2).reshape(64, 16)
+    model = nn.Sequential(nn.Linear(16, 64))
     measure = quick_distortion(make_plan(model, spec(16, fc=2)), seed=0)
-    shuffled = paired[:, torch.randperm(32)]
-    first, again = measure("0", to_subvectors(paired, 2)), measure("0", to_subvectors(paired, 2))
-    assert first == again
-    assert first < 0.7 * measure("0", to_subvectors(shuffled, 2))
-    # a quarter of the vectors were looked at; the whole clustering finds about the same distortion
+    shuffled = paired[:, torch.randperm(16)]
+    first, again, worse = (measure("0", to_subvectors(weight, 2)) for weight in (paired, paired, shuffled))
+    assert first is not None
+    assert worse is not None
+    assert np.array_equal(first, again)
+    assert (first < 0.7 * worse).all()
     with torch.no_grad():
         model[0].weight.copy_(paired)
     (layer,) = compress(model, make_plan(model, spec(16, "src", 100, fc=2)), show_progress=False)[1]
-    assert first == pytest.approx(layer.distortion, rel=0.1)
+    assert first.mean() == pytest.approx(layer.distortion, rel=0.25)
+    assert measure("0", torch.randn(1024 * 16, 2)) is None

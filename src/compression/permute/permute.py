@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +21,10 @@ from ...randomness import stream
 from ..subvectors import Layer, to_subvectors
 from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
-from .objective import ChildObjective, Ints, child_objective, is_optimisable
+from .objective import ChildObjective, Floats, Ints, child_objective, is_optimisable
 from .search import PUBLISHED, SearchResult, search, search_best
 
-Measure = Callable[[str, Tensor], float]
+Measure = Callable[[str, Tensor], Floats | None]
 
 MOST_WORKERS = 8
 """Groups searched at a time: each holds the Gram matrices of its children."""
@@ -84,8 +85,9 @@ def permute(
         seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no limit.
         specs: `permutation_specs` by name of the child.
         seed: the run's seed; each group draws from its own stream.
-        measure: (name of a child, its subvectors (n, d)) -> distortion; where the sum over the children says so clearly, `best`
-            takes another of its candidates than the one of the lowest score. None: the score alone.
+        measure: (name of a child, its subvectors (n, d)) -> some measurements of its distortion, always as many, or None where the
+            score is to be trusted; where the sum over the children says so by more than its standard error, `best` takes another
+            of its candidates than the one of the lowest score. None: never.
         show_progress: show a progress bar.
 
     Raises:
@@ -99,8 +101,11 @@ def permute(
     deadline = None if seconds is None else time.monotonic() + seconds
     search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
     workers = ThreadPoolExecutor(min(own_processors(), MOST_WORKERS))
+    longest_first = sorted(range(len(resolved)), key=lambda number: -resolved[number].width * len(resolved[number].children))
     try:
-        results = list(bar(workers.map(search_one, resolved), "permute", len(resolved), show_progress, "group"))
+        found = workers.map(search_one, [resolved[number] for number in longest_first])
+        by_number = dict(zip(longest_first, bar(found, "permute", len(resolved), show_progress, "group"), strict=True))
+        results = [by_number[number] for number in range(len(resolved))]
     finally:
         workers.shutdown(cancel_futures=True)  # after Ctrl-C only the groups under way are finished
     for group, result in zip(resolved, results, strict=True):
@@ -139,13 +144,16 @@ def _search_group(
     return GroupResult(group.label, names, result.before, result.after, result.permutation)
 
 
-def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints) -> float:
-    """What `measure` finds for the children, their inputs reordered, together."""
-    total = 0.0
+def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints) -> Floats | None:
+    """What `measure` finds for the children, their inputs reordered, together; None where it does not say."""
+    total: Floats = np.zeros(1)
     for child in children:
         layer: Layer = copy.deepcopy(child.module)
         child.side.permute(layer, torch.from_numpy(permutation), child.reshape)
-        total += measure(child.name, to_subvectors(layer.weight.detach(), sizes[child.name]))
+        found = measure(child.name, to_subvectors(layer.weight.detach(), sizes[child.name]))
+        if found is None:
+            return None
+        total = total + found
     return total
 
 

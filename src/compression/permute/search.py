@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .assignment import assign_channels, positions
 from .group_objective import GroupObjective
-from .objective import Ints
+from .objective import Floats, Ints
 
 Search = Callable[[GroupObjective, int, int, torch.Generator], None]
 
@@ -97,23 +97,20 @@ def search(
 
 
 CHUNK_PER_CHANNEL = 200
-MOST_TRIES = 1_000_000
 SMALL_GAIN = 1e-5
 """Per subvector: a chunk of swaps that gains less ends a local search."""
 
 ANNEALING_PER_CHANNEL = 4000
-ANNEALING_TRIES = 1_600_000
-ANNEALING_WORK = 150_000_000
-"""Swaps of an annealing: so many per channel and in all, fewer where one costs more: tries * (sum over children of d^2) stays below the last."""
+MOST_TRIES = 1_600_000
+MOST_WORK = 80_000_000
+"""Swaps of an annealing: so many per channel and in all, fewer where one costs more: tries * (sum over children of d^2) stays below the last.
+A local search tries no more than these either."""
 
 HOTTEST, COLDEST = 3.0, 0.1
 """Temperatures of an annealing, in units of the mean |change| that random swaps make."""
 
-MARGIN = 0.01
-"""Share by which a candidate has to be better than the one of the lowest score to replace it."""
-
-Judge = Callable[[Ints], float]
-"""A permutation -> what it is worth; lower is better."""
+Judge = Callable[[Ints], Floats | None]
+"""A permutation -> measurements of what it costs, the same number for all and each taken alike; None for all where it cannot say."""
 
 
 def search_best(
@@ -131,8 +128,8 @@ def search_best(
     amount of work depends on the group alone, so that the same seed gives the same result, unless there is a `deadline` (of
     time.monotonic) to keep.
 
-    The score is that of Gaussian subvectors, which small layers with few vectors per centroid are far from. Where `judge` is given, a
-    candidate (the identity is one) that it finds better by more than `MARGIN` replaces the one of the lowest score.
+    The score is that of Gaussian subvectors, which real ones are more or less far from. Where `judge` is given, the identity or the
+    published candidate replaces the one of the lowest score if it is measured to be better, by more than the standard error.
     """
     identity = np.arange(objective.n_channels)
     objective.reset(identity)
@@ -158,15 +155,24 @@ def search_best(
         keep()
     chosen = min(found, key=lambda candidate: candidate[0])[1]
     if judge is not None and not _late(deadline):
-        chosen = _judged(chosen, [permutation for _, permutation in found], judge)
+        chosen = _judged([chosen, found[1][1], identity], judge)
     objective.reset(chosen)
     return SearchResult(torch.from_numpy(objective.permutation.copy()), before, objective.value)
 
 
-def _judged(chosen: Ints, candidates: Sequence[Ints], judge: Judge) -> Ints:
-    """`chosen`, unless another candidate is worth more by a margin that chance does not explain."""
-    worth = [judge(candidate) for candidate in candidates]
-    return candidates[int(np.argmin(worth))] if min(worth) < (1 - MARGIN) * judge(chosen) else chosen
+def _judged(candidates: Sequence[Ints], judge: Judge) -> Ints:
+    """The first of `candidates`, or the one that is measured to cost less by the most, if by more than one standard error."""
+    chosen, most = candidates[0], 0.0
+    own = judge(chosen)
+    for other in candidates[1:]:
+        theirs = judge(other) if own is not None and not np.array_equal(other, candidates[0]) else None
+        if own is None or theirs is None:
+            continue
+        gains = own - theirs
+        gain, error = float(gains.mean()), float(gains.std() / max(1, gains.size - 1) ** 0.5)
+        if gain > max(most, error):
+            chosen, most = other, gain
+    return chosen
 
 
 def _late(deadline: float | None) -> bool:
@@ -180,11 +186,15 @@ def _descend(objective: GroupObjective, n_blocks: int, generator: torch.Generato
     enough = SMALL_GAIN * float(objective.weights.sum())
     chunk = CHUNK_PER_CHANNEL * objective.n_channels
     assign_channels(objective, order, rounds=4)
-    for _ in range(max(1, MOST_TRIES // chunk)):
+    for _ in range(max(1, _most_tries(objective) // chunk)):
         before = objective.value
         objective.run(*_pairs(objective, n_blocks, chunk, generator))
         if before - objective.value < enough or _late(deadline):
             break
+
+
+def _most_tries(objective: GroupObjective) -> int:
+    return min(MOST_TRIES, MOST_WORK // sum(child.d**2 for child in objective.children))
 
 
 def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
@@ -192,9 +202,7 @@ def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator
     typical = _typical_change(objective, n_blocks, generator)
     if not np.isfinite(typical) or typical <= 0:
         return
-    tries = min(
-        ANNEALING_TRIES, ANNEALING_PER_CHANNEL * objective.n_channels, ANNEALING_WORK // sum(child.d**2 for child in objective.children)
-    )
+    tries = min(ANNEALING_PER_CHANNEL * objective.n_channels, _most_tries(objective))
     if deadline is not None:
         tries = min(tries, _tries_until(deadline, objective, n_blocks, generator))
     first, second = _pairs(objective, n_blocks, tries, generator)

