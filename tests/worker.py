@@ -161,8 +161,8 @@ def nothing_here(engine: Engine, coco: Path) -> list[bool]:
     model = detector().train()
     model.rpn.score_thresh = 1.1
     trained = engine.wrap_model(model)
-    dataset = CocoDataset(read_coco(coco, "val"), 0, flip=False)
-    batch = collate_detection([dataset[1, 0 if engine.is_main else 2]])
+    dataset = CocoDataset(read_coco(coco, "train" if engine.is_main else "val"), 0, flip=False)  # those of validation bring no objects
+    batch = collate_detection([dataset[1, 0]])
     for _ in range(2):
         model.zero_grad(set_to_none=True)
         detection(engine, coco).training_loss(trained, batch).loss.backward()
