@@ -36,6 +36,7 @@ setup(
         "torchvision>=0.21",
         "numpy>=1.26",
         "scipy>=1.11",
+        "threadpoolctl>=3.1",
         "numba>=0.60",
         "faiss-cpu>=1.8",
         "pillow>=10",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from src.tasks.coco_metrics import BACKENDS, Detections, coco_figures, read_results, write_results
 
-from .report import machine, print_machine, print_table, verdict, write_json
+from .report import largest_resident_set, machine, print_machine, print_table, verdict, write_json
 
 HEIGHT, WIDTH = 480, 640
 N_CATEGORIES = 80
@@ -95,7 +94,7 @@ def output_like(api: COCO, image_id: int, truth: Tensor, count: int, draw: np.ra
 
 def peak_gb() -> float:
     """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return largest_resident_set() / 2**30
 
 
 def measure(n_images: int, per_image: int, backend: str) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +30,7 @@ from src.compression.quantize.compress import compress, quick_distortion
 from src.compression.quantize.plan import CodingSpec, LayerSpec, make_plan
 
 from .cost import published_spec
-from .report import machine, print_machine, print_table, write_json
+from .report import largest_resident_set, machine, print_machine, print_table, write_json
 
 SWAPS = {"maskrcnn": 1000}
 """Per group, in the published settings; 10,000 elsewhere."""
@@ -81,7 +79,7 @@ def run(arch: str, weights: str | None, how: str, iterations: int, tolerance: fl
     searched = time.perf_counter()
     _, layers = compress(model, plan, show_progress=False)
     done = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    peak = largest_resident_set() / 2**20
     return {
         "network": arch,
         "weights": "random" if weights is None else Path(weights).name,

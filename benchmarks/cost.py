@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -38,7 +36,19 @@ from src.compression.quantize.plan import CodingSpec, LayerPlan, LayerSpec, Plan
 from src.compression.subvectors import to_subvectors
 from src.recipes import load_compressed
 
-from .report import Pair, machine, pick_device, print_machine, print_table, seconds, synchronize, time_pairs, verdict, write_json
+from .report import (
+    Pair,
+    largest_resident_set,
+    machine,
+    pick_device,
+    print_machine,
+    print_table,
+    seconds,
+    synchronize,
+    time_pairs,
+    verdict,
+    write_json,
+)
 
 FC_CENTROIDS = {"resnet18": 2048, "resnet50": 1024}
 """k of the last layer in the published models; 256 elsewhere."""
@@ -156,7 +166,7 @@ def measure_memory(arch: str, options: argparse.Namespace, path: Path, device: t
 
 def _peak_of_step(arch: str, path: Path | None, size: int, pixels: int, device: str) -> int:
     """Bytes at the peak of a training step, weights and optimizer state included."""
-    imports = _largest_resident_set()
+    imports = largest_resident_set()
     # the coded network comes from a file: made from a dense one, the dense weights would count
     model = dense_model(arch) if path is None else load_compressed(path, architectures.get(arch, "classification"), published_spec(arch))
     step = training_step(model.to(device), *batch(size, pixels, device))
@@ -167,16 +177,7 @@ def _peak_of_step(arch: str, path: Path | None, size: int, pixels: int, device: 
         step()
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return _largest_resident_set() - imports
-
-
-def _largest_resident_set() -> int:
-    """Bytes. The kernel's own count of this process: `ru_maxrss` of a spawned process begins at the size of its parent."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return largest_resident_set() - imports
 
 
 def measure_decoding(arch: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

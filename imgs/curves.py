@@ -49,7 +49,8 @@ def draw(
     axes.set_xlabel("seconds, set-up included")
     axes.grid(visible=True, which="major", color="#DDDDDD")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.get_figure(root=True).legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
 
 
 def search_figure(results: dict[str, Any]) -> Figure:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from src.architectures import ARCHITECTURES
+from src.compression.permute import gram
 from src.compression.permute.assignment import assign_channels, linearised, positions
 from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import Group
@@ -214,3 +215,15 @@ def test_a_judge_overrules_the_score_only_clearly() -> None:
     assert torch.equal(free, hair)
     assert not torch.equal(free, torch.from_numpy(identity))
     assert torch.equal(far, torch.from_numpy(identity))
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_half_a_gram_matrix_is_that_of_a_plain_product(released: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the routine that other threads do not wait for, and without it; also for columns that do not lie one after the other."""
+    routine = gram._without_lock()
+    assert routine is not None  # else this test compares the same function twice
+    monkeypatch.setattr(gram, "_without_lock", lambda: routine if released else None)
+    weight = np.random.default_rng(0).normal(size=(40, 70))
+    for columns in (weight, weight[:, ::2], weight[:3], np.asfortranarray(weight), weight[:1, :1]):
+        found = np.triu(gram.upper_gram(columns, 0.25))
+        np.testing.assert_allclose(found, np.triu(columns.T @ columns) / 4, atol=1e-12)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
 from ...errors import GroupError
 from ..subvectors import Layer, kernel_area
+from .gram import upper_gram
 from .operations import Reshape, is_depthwise
 
 Floats = NDArray[np.float64]
@@ -72,7 +72,7 @@ class ChildObjective:
             self._keep_what_can_meet(columns)
         else:
             # one Gram per group; columns of different groups never share a subvector
-            grams = [_upper_gram(part, 1.0 / self.n_subvectors) for part in grouped]
+            grams = [upper_gram(part, 1.0 / self.n_subvectors) for part in grouped]
             self.gram = np.stack(grams) if n_groups > 1 else grams[0][None]
             self.table = self.gram.reshape(-1)
         self.column_sum = (grouped.sum(axis=1) / self.n_subvectors).reshape(-1)
@@ -194,16 +194,6 @@ class ChildObjective:
     def _logdet(self, moment: Floats, mean: Floats) -> float:
         sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self.ridge)
         return float(value) if sign > 0 else float("inf")
-
-
-def _upper_gram(columns: Floats, scale: float) -> Floats:
-    """(W, W) with `scale` times the inner products of columns (R, W) on and above the diagonal, half the arithmetic of a whole product.
-
-    Below the diagonal stands anything: half of the memory is never touched.
-    """
-    width = columns.shape[1]
-    room = np.empty((width, width), order="F")
-    return dsyrk(scale, columns.T, beta=0.0, c=room, lower=1, overwrite_c=1).T
 
 
 def is_optimisable(module: Layer, d: int, reshape: Reshape = None) -> bool:

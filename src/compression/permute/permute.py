@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from ...errors import GroupError
@@ -100,14 +101,16 @@ def permute(
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
     deadline = None if seconds is None else time.monotonic() + seconds
     search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
-    workers = ThreadPoolExecutor(min(own_processors(), MOST_WORKERS))
     longest_first = sorted(range(len(resolved)), key=lambda number: -resolved[number].width * len(resolved[number].children))
-    try:
-        found = workers.map(search_one, [resolved[number] for number in longest_first])
-        by_number = dict(zip(longest_first, bar(found, "permute", len(resolved), show_progress, "group"), strict=True))
-        results = [by_number[number] for number in range(len(resolved))]
-    finally:
-        workers.shutdown(cancel_futures=True)  # after Ctrl-C only the groups under way are finished
+    # as many groups at a time as there are processors, each on one: two teams of BLAS's threads would be in each other's way
+    with threadpool_limits(1, "blas"):
+        workers = ThreadPoolExecutor(min(own_processors(), MOST_WORKERS))
+        try:
+            found = workers.map(search_one, [resolved[number] for number in longest_first])
+            by_number = dict(zip(longest_first, bar(found, "permute", len(resolved), show_progress, "group"), strict=True))
+        finally:
+            workers.shutdown(cancel_futures=True)  # after Ctrl-C only the groups under way are finished
+    results = [by_number[number] for number in range(len(resolved))]
     for group, result in zip(resolved, results, strict=True):
         if result.permutation is not None:
             group.apply(result.permutation)
