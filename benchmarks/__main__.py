@@ -15,7 +15,7 @@ MEASUREMENTS = {
     "processes": (processes.main, ["--batch", "2", "--size", "32", "--steps", "1", "--rounds", "1", "--archs", "resnet18"]),
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
-    "maskrcnn_cost": (maskrcnn_cost.main, ["--batch", "1", "--size", "64", "--repeats", "1", "--iterations", "1"]),
+    "maskrcnn_cost": (maskrcnn_cost.main, ["--batch", "1", "--size", "64", "--repeats", "1"]),
 }
 """Name -> (entry, arguments of a smoke run)."""
 

@@ -1,9 +1,8 @@
-"""What a coded Mask R-CNN costs beside the dense one, and how long it takes to compress.
+"""What a coded Mask R-CNN costs beside the dense one (how long it takes to compress: `benchmarks.compress`).
 
-Claims: (a) evaluation takes at most 1.03 times as long; (b) a training step (forward, losses, backward, Adam) at most 1.15 times;
-(c) permuting and coding with the published settings takes less than 600 s.
+Claims: (a) evaluation takes at most 1.03 times as long; (b) a training step (forward, losses, backward, Adam) at most 1.15 times.
 
-    python -m benchmarks.maskrcnn_cost [--size 320] [--repeats 7] [--iterations 1000]
+    python -m benchmarks.maskrcnn_cost [--size 320] [--repeats 7]
 
 Dense and coded run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. The dense network has the decoded
 weights of the coded one, so that both propose and detect the same boxes: the work after the backbone depends on their number. Weights and
@@ -14,7 +13,6 @@ images are random; the norms' statistics are those of the network's own activati
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,19 +24,17 @@ from torch import Tensor, nn
 from src import architectures
 from src.architectures.maskrcnn import set_image_size
 from src.compression.finetune.optimizers import OptimizerSpec, make_optimizer
-from src.compression.permute.permute import permute
-from src.compression.quantize.compress import build_coded, compress
+from src.compression.quantize.compress import build_coded
 from src.compression.quantize.layers import CodedLayer
 from src.compression.quantize.plan import Plan, make_plan
 from src.recipes import coding_spec
-from src.recipes.compressing import permutation_specs
 from src.settings import load
 
 from .cost import set_random_codes
 from .report import machine, pick_device, print_machine, print_table, time_pairs, verdict, write_json
 
 CLASSES = 91
-LIMITS = {"evaluation": 1.03, "train": 1.15, "compress": 600.0}
+LIMITS = {"evaluation": 1.03, "train": 1.15}
 OBJECTS = 8
 """Objects per training image; COCO has 7 on average."""
 
@@ -73,10 +69,9 @@ def networks(size: int) -> tuple[nn.Module, nn.Module]:
     return dense, coded
 
 
-def published_plan(model: nn.Module, iterations: int | None = None) -> Plan:
+def published_plan(model: nn.Module) -> Plan:
     """The settings of config/train_maskrcnn.yaml."""
-    key = "--model.compression_parameters.k_means_n_iters"
-    return make_plan(model, coding_spec(load("../config/train_maskrcnn.yaml", [] if iterations is None else [key, str(iterations)])))
+    return make_plan(model, coding_spec(load("../config/train_maskrcnn.yaml")))
 
 
 def batch(n_images: int, size: int, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -133,26 +128,8 @@ def measure_cost(options: argparse.Namespace, device: torch.device) -> dict[str,
     return {"evaluation": asdict(forward), "train": asdict(train), "detections": found, "detections_coded": same}
 
 
-def measure_compression(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """(c): seconds of both stages with the settings of config/train_maskrcnn.yaml and `--iterations` of clustering."""
-    settings = load("../config/train_maskrcnn.yaml")
-    architecture = architectures.get("maskrcnn", "detection")
-    torch.manual_seed(0)
-    model = architecture.build(CLASSES)
-    plan, specs = published_plan(model, options.iterations), permutation_specs(settings, architecture)
-    started = time.perf_counter()
-    permute(
-        model, architecture.groups(model), plan.sizes, how=settings.model.search, n_tries=settings.model.sls_iterations, specs=specs,
-        show_progress=False,
-    )  # fmt: skip
-    permuting = time.perf_counter() - started
-    started = time.perf_counter()
-    compress(model, plan, device=device, show_progress=False)
-    return {"search_s": permuting, "iterations": options.iterations, "clustering_s": time.perf_counter() - started}
-
-
 def report(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Print both tables."""
+    """Print the table."""
     rows = []
     for part, title in (("evaluation", "(a) evaluation"), ("train", "(b) training step with Adam")):
         pair = results[part]
@@ -162,13 +139,6 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
         f"Mask R-CNN, batch {options.batch}, {options.size}x{options.size}, {options.repeats} pairs, detections {results['detections']}",
         ["", "dense s", "coded s", "coded/dense", "pairs", "claim"],
         rows,
-    )
-    stages = results["compress"]
-    total = stages["search_s"] + stages["clustering_s"]
-    print_table(
-        "(c) compressing with the published settings, seconds",
-        ["", "search", f"{stages['iterations']} iterations", "both", "claim"],
-        [["Mask R-CNN", f"{stages['search_s']:.1f}", f"{stages['clustering_s']:.1f}", f"{total:.1f}", verdict(total, LIMITS["compress"])]],
     )
 
 
@@ -180,14 +150,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--size", type=int, default=320, help="height and width of an image")
     parser.add_argument("--repeats", type=int, default=7, help="pairs that are timed")
-    parser.add_argument("--iterations", type=int, default=1000, help="clustering iterations; the published settings have 1,000")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/maskrcnn_cost.json"), help="where the results are written")
     options = parser.parse_args(argv)
     device = pick_device(options.device)
     found = machine(device)
     print_machine(found)
-    results = {**measure_cost(options, device), "compress": measure_compression(options, device)}
+    results = measure_cost(options, device)
     report(results, options)
     settings = {"batch": options.batch, "size": options.size, "pairs": options.repeats}
     write_json(
