@@ -22,6 +22,8 @@ def test_flags_are_told_apart():
     assert rest == ["--epochs", "1", "--dataloader.coco_path", "scenes", "--dataloader.num_workers=0"]
     assert data_flags(rest) == ["--dataloader.coco_path", "scenes", "--dataloader.num_workers=0"]
     assert folder_and_flags([], "output/demo") == (Path("output/demo"), [])
+    assert data_flags([]) == []
+    assert data_flags(["--epochs", "1"]) == []
 
 
 def test_help_starts_nothing(capsys):
