@@ -64,9 +64,10 @@ def test_the_entries_find_their_settings_files(installed: Path) -> None:
     assert "config/train_resnet50.yaml" in refused.stderr
 
 
-def test_the_committed_model_comes_along(installed: Path) -> None:
-    assert (installed / "pqf" / "compressed_models" / "digits_resnet18.pth").stat().st_size < 2 << 20
-    assert (installed / "pqf" / "config" / "digits" / "evaluate_resnet18.yaml").is_file()
+def test_the_committed_models_come_along(installed: Path) -> None:
+    for name, megabytes in (("resnet18", 2), ("maskrcnn", 10)):
+        assert (installed / "pqf" / "compressed_models" / f"digits_{name}.pth").stat().st_size < megabytes << 20
+        assert (installed / "pqf" / "config" / "digits" / f"evaluate_{name}.yaml").is_file()
 
 
 def test_requirements_txt_pins_what_setup_py_asks_for() -> None:
