@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from src.machine import available_processors
+
 VERSION = "0.28.1"
 BUILD_REQUIREMENTS = ("setuptools<81", "wheel", "packaging", "psutil", "cloudpickle", "pyyaml", "cffi", "numpy")
 """setuptools 81 has no pkg_resources any more, which Horovod's setup reads; the others are imported while it builds."""
@@ -138,7 +140,12 @@ def build(folder: Path, environment: dict[str, str]) -> Path:
         for patch in PATCHES if for_gpu(environment) else (*PATCHES, CPU_PATCH):
             apply(source, patch)
         # CMake 4 refuses the old policies of Horovod's third-party folders
-        settings = {"CMAKE_POLICY_VERSION_MINIMUM": "3.5", "MAKEFLAGS": f"-j{processors()}", **environment, **options(environment)}
+        settings = {
+            "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
+            "MAKEFLAGS": f"-j{available_processors()}",
+            **environment,
+            **options(environment),
+        }
         settings["PATH"] = os.pathsep.join([str(Path(python).parent), environment.get("PATH", "")])
         wheel = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(work / "wheel"), str(source)]
         run([python, "-m", "pip", *wheel], settings, log=folder / "build.log")
@@ -173,11 +180,6 @@ def apply(source: Path, patch: Patch) -> None:
     if patch.old not in text:
         raise BuildError(f"{patch.file} of Horovod {VERSION} does not contain {patch.old!r}: the source is not the expected release")
     path.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
-
-
-def processors() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(command: list[str], environment: dict[str, str], log: Path | None = None) -> None:

@@ -214,24 +214,17 @@ def _compared(row: Row, coded: nn.Module, dense: nn.Module) -> Row:
     return replace(row, sqnr=sqnr)
 
 
+def header(found: Inspection) -> list[str]:
+    """What stands above the columns of `cells`."""
+    names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
+    return [*names, *(["SQNR dB"] if found.against else [])]
+
+
 def text(found: Inspection) -> list[str]:
     """The report as lines for a terminal."""
     lines = [f"{found.path}: {found.kind}, {found.architecture}, {found.file_bytes:,} bytes", *about(found), ""]
-    header = [
-        "layer",
-        "type",
-        "shape",
-        "d",
-        "k",
-        "codes",
-        "bits",
-        "share",
-        "blocks used",
-        "entropy",
-        *(["SQNR dB"] if found.against else []),
-    ]
-    table = [header, *(cells(row, found) for row in found.rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    table = [header(found), *(cells(row, found) for row in found.rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     for number, row in enumerate(table):
         padded = [
             cell.ljust(width) if column < 3 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))

@@ -48,24 +48,11 @@ th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
 
 def page(found: Inspection) -> str:
     """The page as HTML text; every name from the file is escaped."""
-    from .inspecting import about, cells, totals
+    from .inspecting import about, cells, header, totals
 
     rows = [row for row in found.rows if row.k is not None or row.bits >= SMALL_SHARE * found.size.bits]
     title = escape(f"{found.path.name}: {found.architecture}")
     coded = [row for row in found.rows if row.k is not None]
-    header = [
-        "layer",
-        "type",
-        "shape",
-        "d",
-        "k",
-        "codes",
-        "bits",
-        "share",
-        "blocks used",
-        "entropy",
-        *(["SQNR dB"] if found.against else []),
-    ]
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row, found))}</tr>\n" for row in found.rows)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -79,7 +66,7 @@ def page(found: Inspection) -> str:
 <h2>Layers</h2>
 <figure>{_layers(rows, found)}<figcaption>{_caption(found)}</figcaption></figure>
 <h2>Table</h2>
-<div class="table"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in header)}</tr></thead><tbody>
+<div class="table"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in header(found))}</tr></thead><tbody>
 {body}</tbody></table></div>
 {"".join(f"<p>{escape(line)}</p>" for line in totals(found))}
 </body></html>

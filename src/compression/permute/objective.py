@@ -38,8 +38,9 @@ class ChildObjective:
         width: W, columns of a row (of a convolution group).
         gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n; only entries on
             and above the diagonal are filled, `products` reads them. Where a subvector holds values of two neighbouring
-            channels at most (1 < d <= a), only those that can meet are kept, in two views of `table`: `within` (C, a, a), of the columns of one channel, and `cross` (C*(d-1), C*(d-1)), of the last d-1 columns
-            of every channel with the first d-1 of every channel; `gram` then has no entries.
+            channels at most (1 < d <= a), only those that can meet are kept, in two views of `table`: `within` (C, a, a), of the
+            columns of one channel, and `cross` (C*(d-1), C*(d-1)), of the last d-1 columns of every channel with the first d-1 of
+            every channel; `gram` then has no entries.
         table: all of these, flat.
         tail: d-1 in that case, else 0.
         column_sum: (G*W,), sums of the columns, divided by n.

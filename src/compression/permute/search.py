@@ -164,10 +164,12 @@ def _judged(candidates: Sequence[Ints], judge: Judge) -> Ints:
     """The first of `candidates`, or the one that is measured to cost less by the most, if by more than one standard error."""
     chosen, most = candidates[0], 0.0
     own = judge(chosen)
+    if own is None:
+        return chosen
     for other in candidates[1:]:
-        theirs = judge(other) if own is not None and not np.array_equal(other, candidates[0]) else None
-        if own is None or theirs is None:
-            continue
+        theirs = own if np.array_equal(other, candidates[0]) else judge(other)
+        if theirs is None:
+            return candidates[0]
         gains = own - theirs
         gain, error = float(gains.mean()), float(gains.std() / max(1, gains.size - 1) ** 0.5)
         if gain > max(most, error):
