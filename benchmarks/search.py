@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = machine()
     print_machine(found)
     if options.only_networks:
-        kept = json.loads(options.json.read_text(encoding="utf-8"))
+        kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
         write_json(options.json, {**kept, "machine_of_distortion": found, "distortion": compare_networks(options.networks, options.small)})
         return
     results = [measure(case, tries, plain_tries) for case in (SMALL_CASES if options.small else CASES)]
