@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from . import launch
 from .errors import LostContactError, SettingsError, UserError
 from .settings import Settings, help_text, ineffective, load
+from .stopping import Terminated
 
 INTERRUPTED = 130
+TERMINATED = 143
 BROKEN_PIPE = 141
 SAME_ERROR_SECONDS = 3.0
 """How long a process other than the first keeps an error back: if all of them have it, the first one's message ends the run."""
@@ -32,8 +35,8 @@ def run(job: Callable[[Settings], int], *, prog: str, purpose: str, default_conf
         argv: arguments without the program's name; None: those of this process.
 
     Returns:
-        The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 141 when
-        the reader of the output went away. Any other exception is a defect and propagates.
+        The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 143 after
+        SIGTERM where the job handles it, 141 when the reader of the output went away. Any other exception is a defect and propagates.
     """
 
     def whole() -> int:
@@ -58,7 +61,7 @@ def guarded(job: Callable[[], int]) -> int:
         As `run`.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_threads():
             warnings.showwarning = _show_warning
             status = job()
         sys.stdout.flush()
@@ -66,12 +69,29 @@ def guarded(job: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {_whose(error)}{error}", file=sys.stderr, flush=True)
         return error.status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        if launch.here().is_main:
+            print(": ".join(["interrupted", *filter(None, [str(interrupt)])]), file=sys.stderr, flush=True)
+        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
     except BrokenPipeError:
         _silence_output()
         return BROKEN_PIPE
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """No traceback for a full disk that TensorBoard's own thread meets: it reaches the main thread as an error too."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _whose(error: UserError) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,10 +66,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=BINARY_TEMPORARY_SUFFIX)
-        temporary = Path(name)
-        os.fchmod(handle, 0o666 & ~_umask())
-        os.close(handle)
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{BINARY_TEMPORARY_SUFFIX}"
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -94,10 +92,10 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, write)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def remove_half_written(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`."""
+    for stray in folder.glob(f".*{BINARY_TEMPORARY_SUFFIX}"):
+        stray.unlink(missing_ok=True)
 
 
 def _disk_reason(error: Exception, path: Path) -> str:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def bar(items: Iterable[T], label: str, total: int | None = None, show: bool = True, unit: str = "it") -> Iterator[T]:
+def bar(items: Iterable[T], label: str, total: int | None = None, show: bool = True, unit: str = "it", done: int = 0) -> Iterator[T]:
     """Iterate over `items` with a progress bar on standard error.
 
     Args:
@@ -19,6 +19,8 @@ def bar(items: Iterable[T], label: str, total: int | None = None, show: bool = T
         total: number of items where `items` has no length.
         show: False on processes other than the first.
         unit: what an item is called.
+        done: how many of `total` were done before.
     """
     # disable=None asks tqdm to stay silent when the stream is not a terminal
-    return iter(tqdm(items, desc=label, total=total, unit=unit, disable=None if show else True, leave=False, dynamic_ncols=True))
+    hidden = None if show else True
+    return iter(tqdm(items, desc=label, total=total, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, initial=done))

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from .compression.finetune.loop import Outcome
-from .errors import SettingsError
+from .errors import RunError
+from .output_folder import OutputFolder
 from .paths import write_text
 
 Save = Callable[[nn.Module, Path, Mapping[str, float] | None], None]
@@ -28,65 +29,20 @@ Save = Callable[[nn.Module, Path, Mapping[str, float] | None], None]
 
 VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5", "BoxAP", "MaskAP")
 """Metrics that go to TensorBoard and to the screen; all of them are kept in results.json."""
-LEAVINGS = ("tensorboard", "trained_models", "results.txt", "results.json", "config.yaml", "compression.json")
-EVALUATION_LEAVINGS = ("results.json", "detections.json")
-
-
-class OutputFolder:
-    """The folder of a run: checked before any work, cleared only when the work begins."""
-
-    def __init__(self, path: Path, overwrite: bool, leavings: Sequence[str] = LEAVINGS, is_main: bool = True) -> None:
-        """Check that the run can be written to `path`, where it will leave `leavings`.
-
-        Args:
-            path: of the folder, made if it is not there.
-            overwrite: accept a folder that holds a run.
-            leavings: names in the folder that a run writes, and replaces.
-            is_main: False where another process writes; nothing is checked then.
-
-        Raises:
-            SettingsError: it cannot be written, or already holds a run and `overwrite` is False.
-        """
-        self.path = path.expanduser().absolute()
-        self.leavings = leavings
-        if not is_main:
-            return
-        held = [name for name in leavings if (self.path / name).exists()]
-        if held and not overwrite:
-            raise SettingsError(
-                f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or replace that run with --overwrite True"
-            )
-        probe = self.path / ".write_test"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"pqf")
-            probe.unlink()
-        except OSError as error:
-            raise SettingsError(
-                f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
-            ) from error
-
-    def begin(self) -> None:
-        """Remove what an earlier run left (only the files and folders of a run), and make the folder of this one."""
-        for name in self.leavings:
-            place = self.path / name
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
-            elif place.exists():
-                place.unlink()
-        if "trained_models" in self.leavings:
-            self.models.mkdir(parents=True)
-
-    @property
-    def models(self) -> Path:
-        """Where models go."""
-        return self.path / "trained_models"
 
 
 class RunRecorder:
     """Keeps figures in TensorBoard and models on disk."""
 
-    def __init__(self, folder: OutputFolder, save: Save, metric_name: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: OutputFolder,
+        save: Save,
+        metric_name: str,
+        say: Callable[[str], None],
+        started: datetime | None = None,
+        after_step: int | None = None,
+    ) -> None:
         """Open the log.
 
         Args:
@@ -94,22 +50,48 @@ class RunRecorder:
             save: writes a model to a path, with what was measured on it if anything was.
             metric_name: the metric that counts.
             say: prints a line.
+            started: when the run began, if that was in an earlier process.
+            after_step: TensorBoard is to hide what an earlier process logged for later steps than this one.
+
+        Raises:
+            RunError: the log cannot be written.
         """
         self.folder = folder
         self._save = save
         self._metric = metric_name
         self._say = say
         self._measured: Mapping[str, float] | None = None
-        self._started = datetime.now().astimezone()
-        self._writer = SummaryWriter(str(folder.path / "tensorboard"), flush_secs=10)
+        self._started = started or datetime.now().astimezone()
+        purge = None if after_step is None else after_step + 1
+        self._log = folder.path / "tensorboard"
+        with self._disk():
+            self._writer = SummaryWriter(str(self._log), purge_step=purge, flush_secs=10)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What the writer of the log meets, as an error for people."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._log}: {error.strerror or error}; the models and states that were saved are kept. "
+                "Free some space or choose another output_path."
+            ) from error
 
     def text(self, name: str, text: str) -> None:
         """Keep a text, shown as it is."""
-        self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
+        with self._disk():
+            self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:
         """Keep one figure."""
-        self._writer.add_scalar(tag, value, step)
+        with self._disk():
+            self._writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """See to it that what was logged is on the disk."""
+        with self._disk():
+            self._writer.flush()
 
     def file(self, name: str, text: str) -> None:
         """Write a text file into the folder of the run."""
@@ -118,15 +100,15 @@ class RunRecorder:
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a training step, under `Train/`."""
         for name, value in figures.items():
-            self._writer.add_scalar(f"Train/{name}", value, step)
+            self.scalar(f"Train/{name}", value, step)
 
     def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a validation, under `Validation/`, at the step count of the epoch's end."""
         self._measured = metrics
         for name in VALIDATION_TAGS:
             if name in metrics:
-                self._writer.add_scalar(f"Validation/{name}", metrics[name], step)
-        self._writer.flush()
+                self.scalar(f"Validation/{name}", metrics[name], step)
+        self.flush()
         when = "before training" if epoch == 0 else f"epoch {epoch}"
         shown = ", ".join(
             f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %"
@@ -156,6 +138,7 @@ class RunRecorder:
             "seconds per step": None if math.isnan(outcome.seconds_per_step) else round(outcome.seconds_per_step, 4),
             **more,
         }
+        self.flush()
         lines = [f"{name}: {'-' if value is None else value}" for name, value in results.items()]
         write_text(self.folder.path / "results.txt", "\n".join(lines) + "\n")
         write_text(self.folder.path / "results.json", json.dumps({**results, "history": outcome.history}, indent=1) + "\n")
@@ -163,7 +146,8 @@ class RunRecorder:
 
     def close(self) -> None:
         """Close the log."""
-        self._writer.close()
+        with suppress(OSError):  # `flush` has said what there is to say
+            self._writer.close()
 
 
 class NoRecorder:
@@ -173,6 +157,9 @@ class NoRecorder:
         """Nothing."""
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def file(self, name: str, text: str) -> None:

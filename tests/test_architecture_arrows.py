@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 SRC = ROOT / "src"
 
-EVERYONE = ("errors", "launch", "machine", "paths", "progress", "randomness")
+EVERYONE = ("errors", "launch", "machine", "paths", "progress", "randomness", "stopping")
 """Small things without arrows of their own (but for launch, machine and paths: errors are raised, and a machine may be shared)."""
 
 ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "convert", "inspect", "__main__")
@@ -21,14 +21,16 @@ ENTRIES = ("train_", "evaluate_", "demo", "paper_models", "convert", "inspect", 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "errors": (),
     "progress": (),
+    "stopping": (),
+    "output_folder": EVERYONE,
     "randomness": (),
     "paths": ("errors",),
     "launch": ("errors",),
     "machine": ("launch",),
     "settings": EVERYONE,
     "command": (*EVERYONE, "settings"),
-    "recorder": (*EVERYONE, "compression.finetune.loop"),
-    "recipes": (*EVERYONE, "settings", "recorder", "tasks", "architectures", "engines", "compression"),
+    "recorder": (*EVERYONE, "output_folder", "compression.finetune.loop"),
+    "recipes": (*EVERYONE, "settings", "output_folder", "recorder", "tasks", "architectures", "engines", "compression"),
     "tasks": (*EVERYONE, "compression.finetune.task"),
     "engines": (*EVERYONE, "compression.finetune.task"),
     "architectures": (*EVERYONE, "compression.permute.groups"),

@@ -28,6 +28,7 @@ class Blobs:
 
     metric_name = "accuracy"
     steps_per_epoch = 6
+    position = 0
 
     def __init__(self, seed: int = 0, spoil_at: int | None = None) -> None:
         draw = stream(0, "blobs")
@@ -39,9 +40,11 @@ class Blobs:
         self.steps = 0
         self.modes: list[bool] = []
 
-    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(96, generator=stream(self.seed, "order", epoch))
-        for part in order.chunk(self.steps_per_epoch):
+        self.position = start
+        for part in order.chunk(self.steps_per_epoch)[start:]:
+            self.position += 1
             yield self.points[part], self.labels[part]
 
     def training_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepLoss:

@@ -19,7 +19,7 @@ from src.compression.finetune.loop import finetune
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.compression.finetune.task import Engine
 from src.compression.permute.groups import Group
-from src.compression.permute.permute import permute
+from src.compression.permute.permute import GroupResult, permute
 from src.compression.quantize.compress import compress
 from src.compression.quantize.plan import make_plan
 from src.engines.batch_norm import join_batch_norms
@@ -93,7 +93,10 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
     """Permute, code and fine-tune; what came out, on every process the same."""
     model = network()
     plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"]))
-    search = partial(permute, sizes=plan.sizes, seed=3, show_progress=False)
+
+    def search(part: nn.Module, groups: list[Group], numbers: list[int]) -> list[GroupResult]:
+        return permute(part, groups, plan.sizes, seed=3, show_progress=False)
+
     groups = permute_together(engine, model, GROUPS, {}, search)
     code = partial(compress, seed=3, show_progress=False)
     model, layers = compress_together(engine, model, plan, code)

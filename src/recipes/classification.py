@@ -12,7 +12,7 @@ from ..compression.quantize.layers import set_memory_format
 from ..compression.size import model_size
 from ..settings import Settings
 from ..tasks.classification import check_classes
-from .images import classification_task, read_images
+from .images import classification_task, images_mark, read_images
 from .models import dense_model, model_to_evaluate, n_outputs
 from .running import first_here, printer, processes
 from .stored import architecture_to_evaluate
@@ -30,7 +30,8 @@ def _prepare(settings: Settings, architecture: Architecture, weights: str | Path
         model = dense_model(architecture, weights, len(train_images.classes), engine.is_main)
     check_classes(len(train_images.classes), n_outputs(architecture, model))
     side = settings.dataloader.image_size
-    return Prepared(model, classification_task(settings, engine, train_images, validation), torch.randn(2, 3, side, side), {})
+    task = classification_task(settings, engine, train_images, validation)
+    return Prepared(model, task, torch.randn(2, 3, side, side), {}, images_mark(train_images, validation))
 
 
 def evaluate_classification(settings: Settings) -> int:

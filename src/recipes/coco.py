@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..compression.finetune.task import Engine
 from ..settings import Settings
@@ -11,7 +11,7 @@ from ..tasks.detection import Detection
 from ..tasks.images import BadFiles
 from ..tasks.sources import SCENES
 from .images import SAME_IMAGES, check_together, data_root, warn_of_skipped, workers
-from .running import check_same
+from .running import check_same, digest_of
 
 ADVICE = "Set it to the folder that holds annotations/, train2017/ and val2017/."
 
@@ -27,8 +27,7 @@ def read_splits(settings: Settings, splits: Sequence[str], engine: Engine, look_
     root = data_root(settings, "dataloader.coco_path", ADVICE, SCENES, engine)
     found = []
     for split in [read_coco(root, name) for name in splits]:
-        listed = (f"{image_id} {len(objects)}" for image_id, objects in zip(split.image_ids, split.annotations, strict=True))
-        check_same(engine, f"the list of images and objects in {split.source}", listed, SAME_IMAGES)
+        check_same(engine, f"the list of images and objects in {split.source}", _listed(split), SAME_IMAGES)
 
         def check(share: slice, split: CocoSplit = split) -> BadFiles:
             return unusable_images(split.keeping(split.image_ids[share]), data.verify_images, engine.is_main)
@@ -38,6 +37,16 @@ def read_splits(settings: Settings, splits: Sequence[str], engine: Engine, look_
         warn_of_skipped(bad, split.folder, engine.is_main)
         found.append(kept)
     return found
+
+
+def _listed(split: CocoSplit) -> Iterator[str]:
+    """Images and numbers of objects."""
+    return (f"{image_id} {len(objects)}" for image_id, objects in zip(split.image_ids, split.annotations, strict=True))
+
+
+def splits_mark(*splits: CocoSplit) -> str:
+    """A digest of which images there are, and of their numbers of objects."""
+    return digest_of(line for split in splits for line in _listed(split))
 
 
 def detection_task(settings: Settings, engine: Engine, train: CocoSplit | None, validation: CocoSplit) -> Detection:

@@ -20,6 +20,7 @@ from ..compression.size import model_size
 from ..compression.subvectors import BlockRule
 from ..recorder import AnyRecorder
 from ..settings import Settings
+from .resuming import Kept
 from .sharing import compress_together, permute_together
 
 
@@ -86,10 +87,8 @@ def intend(settings: Settings, architecture: Architecture, model: nn.Module, exa
     return Intent(plan, groups, specs, given.search, given.sls_iterations, given.search_seconds, settings.seed)
 
 
-def carry_out(
-    intent: Intent, model: nn.Module, engine: Engine, recorder: AnyRecorder, say: Callable[[str], None]
-) -> tuple[nn.Module, dict[str, float]]:
-    """Permute and code `model`, report distortion and size; returns the coded network and its size figures."""
+def carry_out(intent: Intent, model: nn.Module, engine: Engine, recorder: AnyRecorder, say: Callable[[str], None], kept: Kept) -> nn.Module:
+    """Permute and code `model` and report distortion; returns the coded network. Groups and layers that `kept` has are not done again."""
     for note in intent.plan.notes:
         say(f"note: {note}")
     search = partial(
@@ -104,20 +103,27 @@ def carry_out(
         show_progress=engine.is_main,
     )
     reshapes = {name: spec.reshape for name, spec in intent.specs.items() if spec.reshape}
-    permuted = permute_together(engine, model, intent.groups, reshapes, search)
+    permuted = permute_together(
+        engine, model, intent.groups, reshapes, lambda part, groups, numbers: search(part, groups, finished=kept.searches(numbers))
+    )
     say(_permutation_summary(permuted))
-    code = partial(compress, seed=intent.seed, device=engine.device, show_progress=engine.is_main)
+    code = partial(compress, seed=intent.seed, device=engine.device, show_progress=engine.is_main, finished=kept.clusterings)
     model, layers = compress_together(engine, model, intent.plan, code)
     for layer in layers:
         recorder.scalar(f"Distortion/{layer.name or 'model'}", layer.relative_error)
     say(_coding_summary(layers))
     recorder.file("compression.json", _table(layers, permuted, intent))
+    return model
+
+
+def report_size(model: nn.Module, recorder: AnyRecorder, say: Callable[[str], None]) -> dict[str, float]:
+    """Say and keep the size of a coded network; returns its figures."""
     counted = model_size(model)
     say(f"size: {counted.summary()}")
     size = {"bits": counted.bits, "megabytes": round(counted.megabytes, 4), "ratio": round(counted.ratio, 4)}
     for name, value in size.items():
         recorder.scalar(f"Size/{name}", value)
-    return model, size
+    return size
 
 
 def _permutation_summary(results: Sequence[GroupResult]) -> str:

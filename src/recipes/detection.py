@@ -15,13 +15,13 @@ from ..architectures.maskrcnn import set_box_numbers, set_image_size
 from ..compression.finetune.task import Engine
 from ..compression.quantize.layers import set_memory_format
 from ..compression.size import model_size
+from ..output_folder import EVALUATION_LEAVINGS, OutputFolder
 from ..paths import find, write_text
-from ..recorder import EVALUATION_LEAVINGS, OutputFolder
 from ..settings import Settings, is_placeholder
 from ..tasks.coco_data import CocoSplit, check_categories
 from ..tasks.coco_metrics import read_results, write_results
 from ..tasks.detection import Scores, score
-from .coco import detection_task, read_splits
+from .coco import detection_task, read_splits, splits_mark
 from .models import dense_model, model_to_evaluate, n_outputs
 from .names import with_current_names
 from .pictures import Pictures
@@ -51,7 +51,8 @@ def _prepare(settings: Settings, architecture: Architecture, weights: str | Path
     set_box_numbers(model, settings.model.boxes_per_image, settings.model.proposals)
     task = detection_task(settings, engine, train_split, validation)
     example = torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)
-    return Prepared(model, task, example, {"training images": len(train_split), "left out of training": str(train_split.dropped)})
+    more = {"training images": len(train_split), "left out of training": str(train_split.dropped)}
+    return Prepared(model, task, example, more, splits_mark(train_split, validation))
 
 
 def _classes(split: CocoSplit) -> int:
@@ -69,14 +70,18 @@ def evaluate_detection(settings: Settings) -> int:
         architecture = architecture_to_evaluate(settings, "detection")
         settings = with_current_names(settings, architecture)
         output = None if is_placeholder(settings.output_path) else open_output(settings, engine, EVALUATION_LEAVINGS)
-        if settings.evaluation.detections is None:
-            rows, image_ids, split, about = _detect(settings, architecture, engine)
-        else:
-            path = find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
-            (split,) = read_splits(settings, ("val",), engine, look_at_images=False)
-            rows, image_ids, about = list(read_results(path, split.api)), list(split.image_ids), {"detections": str(path)}
-            say(f"detections: {path}")
-        return int(once(engine, lambda: _report(settings, output, split, rows, image_ids, about, say)))
+        try:
+            if settings.evaluation.detections is None:
+                rows, image_ids, split, about = _detect(settings, architecture, engine)
+            else:
+                path = find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
+                (split,) = read_splits(settings, ("val",), engine, look_at_images=False)
+                rows, image_ids, about = list(read_results(path, split.api)), list(split.image_ids), {"detections": str(path)}
+                say(f"detections: {path}")
+            return int(once(engine, lambda: _report(settings, output, split, rows, image_ids, about, say)))
+        finally:
+            if output is not None:
+                output.close()
 
 
 def _report(

@@ -16,7 +16,7 @@ from ..settings import Settings, require
 from ..tasks.classification import Classification
 from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
 from ..tasks.sources import SOURCES, Sources, prepare
-from .running import check_same, first_here
+from .running import check_same, digest_of, first_here
 
 SAME_IMAGES = "Give every machine the same images, under the same path."
 
@@ -50,6 +50,11 @@ def read_images(settings: Settings, splits: Sequence[str], engine: Engine) -> li
         warn_of_skipped(bad, index.root, engine.is_main)
         readable.append(kept)
     return readable
+
+
+def images_mark(*indices: ImageFolderIndex) -> str:
+    """A digest of which images there are, by their paths below the folders of their splits."""
+    return digest_of(os.path.relpath(path, index.root) for index in indices for path in index.paths)
 
 
 def data_root(settings: Settings, key: str, advice: str, sources: Sources, engine: Engine) -> Path:

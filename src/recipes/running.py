@@ -7,7 +7,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from .. import __version__, engines
 from ..compression.finetune.task import Engine
 from ..errors import LostContactError, SettingsError
-from ..recorder import LEAVINGS, OutputFolder
+from ..output_folder import LEAVINGS, OutputFolder
 from ..settings import Settings, require
 
 Say = Callable[[str], None]
@@ -70,21 +70,22 @@ def check_same_settings(settings: Settings, engine: Engine) -> None:
     Raises:
         SettingsError: they differ; the message names the keys.
     """
-    flat = dict(_flat(settings.model_dump(mode="json"))) | {"(version of this program)": __version__}
-    digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+    own = dict(flat(settings.model_dump(mode="json"))) | {"(version of this program)": __version__}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     if len(set(engine.gather([digest]))) == 1:
         return
-    all_flat: list[dict[str, Any]] = engine.gather([flat])
+    all_flat: list[dict[str, Any]] = engine.gather([own])
     keys = sorted({key for one in all_flat for key in one if any(key not in other or other[key] != one[key] for other in all_flat)})
     listing = [f"  {key}: " + "; ".join(_values(key, all_flat)) for key in keys[:10]]
     more = [f"  and {len(keys) - 10} more"] if len(keys) > 10 else []
     raise SettingsError("\n".join(["the processes were started with different settings:", *listing, *more, "Start all with the same."]))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested sections."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -97,7 +98,15 @@ def _values(key: str, all_flat: list[dict[str, Any]]) -> list[str]:
     return [f"{value} (process {', '.join(ranks[:4])}{', ...' if len(ranks) > 4 else ''})" for value, ranks in who.items()]
 
 
-def check_same(engine: Engine, what: str, parts: Iterator[str], advice: str) -> None:
+def digest_of(parts: Iterable[str]) -> str:
+    """A digest of texts and their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
+
+
+def check_same(engine: Engine, what: str, parts: Iterable[str], advice: str) -> None:
     """Compare a hash of `parts` over all processes.
 
     Raises:
@@ -105,10 +114,7 @@ def check_same(engine: Engine, what: str, parts: Iterator[str], advice: str) -> 
     """
     if engine.world_size == 1:
         return
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    rows = engine.gather([[digest.hexdigest(), socket.gethostname()]])
+    rows = engine.gather([[digest_of(parts), socket.gethostname()]])
     other = next((rank for rank, (found, _) in enumerate(rows) if found != rows[0][0]), None)
     if other is not None:
         raise SettingsError(
@@ -116,14 +122,16 @@ def check_same(engine: Engine, what: str, parts: Iterator[str], advice: str) -> 
         )
 
 
-def open_output(settings: Settings, engine: Engine, leavings: Sequence[str] = LEAVINGS) -> OutputFolder:
+def open_output(settings: Settings, engine: Engine, leavings: Sequence[str] = LEAVINGS, may_go_on: bool = False) -> OutputFolder:
     """The run's folder, checked by the first process, and by the others to be the same folder; the run will leave `leavings` in it.
+
+    With `may_go_on` an unfinished run in it is accepted.
 
     Raises:
         SettingsError: it is not set, cannot be written, already holds a run, or is another folder on another machine.
     """
     require(settings, "output_path")
-    output = OutputFolder(Path(settings.output_path), settings.overwrite, leavings, engine.is_main)
+    output = OutputFolder(Path(settings.output_path), settings.overwrite, leavings, engine.is_main, may_go_on)
     mark = output.path / f".shared-{secrets.token_hex(8)}"
     if engine.is_main:
         mark.write_bytes(b"pqf")

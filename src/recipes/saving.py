@@ -12,7 +12,7 @@ from .. import __version__
 from ..architectures.architecture import Architecture
 from ..compression.files import save_compressed, save_dense, save_dense_safetensors
 from ..compression.packed import ModelInfo, save_packed
-from ..recorder import OutputFolder
+from ..output_folder import OutputFolder
 from ..settings import Settings
 from .models import n_outputs
 from .stored import read_permutations

@@ -27,7 +27,7 @@ def permute_together(
     model: nn.Module,
     groups: Sequence[Group],
     reshapes: dict[str, tuple[int, ...]],
-    search: Callable[[nn.Module, Sequence[Group]], list[GroupResult]],
+    search: Callable[[nn.Module, Sequence[Group], Sequence[int]], list[GroupResult]],
 ) -> list[GroupResult]:
     """Search every group on one of the processes and permute `model` alike on all, in place.
 
@@ -36,28 +36,30 @@ def permute_together(
         model: the dense network, the same everywhere.
         groups: of the network.
         reshapes: of flattened layers, by name.
-        search: permutes a network by some groups, in place.
+        search: permutes a network by some groups, in place; told which of all they are.
     """
     if engine.world_size == 1:
-        return search(model, groups)
+        return search(model, groups, range(len(groups)))
     mine = range(len(groups))[engine.rank :: engine.world_size]
-    found = search(copy.deepcopy(model), [groups[number] for number in mine])  # on a copy: all are applied at the end, in order
-    rows = [[number, _group_row(result)] for number, result in zip(mine, found, strict=True)]
+    found = search(copy.deepcopy(model), [groups[number] for number in mine], mine)  # on a copy: all are applied at the end, in order
+    rows = [[number, group_row(result)] for number, result in zip(mine, found, strict=True)]
     results = []
     for group, (_, row) in zip(resolve(model, groups, reshapes), sorted(engine.gather(rows)), strict=True):
-        result = _group_result(group.label, row)
+        result = group_result(group.label, row)
         if result.permutation is not None:
             group.apply(result.permutation)
         results.append(result)
     return results
 
 
-def _group_row(result: GroupResult) -> list[Any]:
+def group_row(result: GroupResult) -> list[Any]:
+    """A result as JSON can hold it; its label is left out."""
     permutation = None if result.permutation is None else result.permutation.tolist()
     return [result.children, result.before, result.after, permutation]
 
 
-def _group_result(label: str, row: list[Any]) -> GroupResult:
+def group_result(label: str, row: list[Any]) -> GroupResult:
+    """From `group_row`."""
     children, before, after, permutation = row
     return GroupResult(label, tuple(children), before, after, None if permutation is None else torch.tensor(permutation))
 

@@ -12,17 +12,21 @@ from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture
-from ..compression.finetune.loop import Outcome, finetune
+from ..compression.finetune.loop import Outcome, Resumed, finetune
 from ..compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from ..compression.finetune.task import Engine, Task
+from ..compression.quantize.compress import build_coded
 from ..compression.quantize.layers import set_memory_format
 from ..engines.batch_norm import join_batch_norms
-from ..recorder import AnyRecorder, NoRecorder, OutputFolder, RunRecorder
+from ..output_folder import OutputFolder
+from ..recorder import AnyRecorder, NoRecorder, RunRecorder
 from ..settings import Settings, to_yaml
-from .compressing import carry_out, intend
+from ..stopping import stopping
+from .compressing import Intent, carry_out, intend, report_size
 from .models import weights_source
 from .names import with_current_names
-from .running import Say, open_output, printer, processes
+from .resuming import IMAGES, PROCESSES, WEIGHTS, Kept, open_run, weights_mark
+from .running import Say, printer, processes
 from .saving import ModelWriter
 
 
@@ -43,12 +47,14 @@ class Prepared:
         task: data, loss and metric.
         example: images (B, 3, H, W) to try permutations on.
         more: further entries of the results, known before training.
+        mark: a digest of the lists of training and validation images.
     """
 
     model: nn.Module
     task: WatchedTask
     example: Tensor
     more: Mapping[str, Any]
+    mark: str
 
 
 Prepare = Callable[[Settings, Architecture, "str | Path", Engine], Prepared]
@@ -60,43 +66,73 @@ def train(settings: Settings, kind: str, prepare: Prepare) -> int:
 
     Everything that can be wrong with the input is found before anything is written.
     """
-    with processes(settings) as engine:
+    with processes(settings) as engine, stopping() as stop:
         say = printer(engine)
         architecture = architectures.get(settings.model.arch, kind)
         settings = with_current_names(settings, architecture)
         weights = weights_source(settings)
-        output = open_output(settings, engine)
-        torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
-        prepared = prepare(settings, architecture, weights, engine)
-        model, task = prepared.model, prepared.task
-        intent = intend(settings, architecture, model, prepared.example) if settings.model.use_compression else None
-
-        recorder = _start_recording(settings, architecture, engine, output, task.metric_name, say)
+        output, kept = open_run(settings, engine, stop, say)
         try:
-            results: dict[str, Any] = dict(prepared.more)
-            if intent is not None:
-                model, size = carry_out(intent, model, engine, recorder, say)
-                results.update(size)
-            model = set_memory_format(model.to(engine.device), settings.channels_last)
-            outcome = _train(settings, model, task, engine, recorder, say)
-            skipped = set(engine.gather(sorted(task.unreadable)))
-            if skipped:
-                results["skipped images"] = len(skipped)
-            recorder.finish(outcome, results)
+            torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
+            prepared = prepare(settings, architecture, weights, engine)
+            facts = {PROCESSES: engine.world_size, WEIGHTS: weights_mark(prepared.model), IMAGES: prepared.mark}
+            kept.check_facts(facts, settings)
+            coding = settings.model.use_compression
+            intent = intend(settings, architecture, prepared.model, prepared.example) if coding else None
+            resumed = kept.latest(settings.dataloader.batch_size)
+            recorder: AnyRecorder = NoRecorder()
+            if engine.is_main:
+                kept.make_ready()
+                recorder = _start_recording(settings, architecture, output, prepared.task.metric_name, say, kept, resumed)
+            try:
+                kept.begin(settings, facts, recorder)
+                outcome, size = _carry_out(settings, intent, prepared, engine, recorder, say, kept, resumed)
+                results = {**prepared.more, **size}
+                skipped = set(engine.gather(sorted(prepared.task.unreadable)))
+                if skipped:
+                    results["skipped images"] = len(skipped)
+                recorder.finish(outcome, results)
+                kept.finish()
+            finally:
+                recorder.close()
         finally:
-            recorder.close()
+            output.close()
         say(f"results in {output.path / 'results.txt'}; models in {output.models}")
     return 0
 
 
+def _carry_out(
+    settings: Settings,
+    intent: Intent | None,
+    prepared: Prepared,
+    engine: Engine,
+    recorder: AnyRecorder,
+    say: Say,
+    kept: Kept,
+    resumed: Resumed | None,
+) -> tuple[Outcome, dict[str, float]]:
+    """Compress and fine-tune, or go on where the run stopped; returns what it reached and, where it compressed, the size."""
+    model, size = prepared.model, {}
+    if intent is not None:
+        model = carry_out(intent, model, engine, recorder, say, kept) if resumed is None else build_coded(model, intent.plan)
+        size = report_size(model, recorder, say)
+    model = set_memory_format(model.to(engine.device), settings.channels_last)
+    return _train(settings, model, prepared.task, engine, recorder, say, kept, resumed), size
+
+
 def _start_recording(
-    settings: Settings, architecture: Architecture, engine: Engine, output: OutputFolder, metric_name: str, say: Say
-) -> AnyRecorder:
-    """Clear the folder, keep the settings in it and open the log, on the first process."""
-    if not engine.is_main:
-        return NoRecorder()
-    output.begin()
-    recorder = RunRecorder(output, ModelWriter(settings, architecture, output), metric_name, say)
+    settings: Settings,
+    architecture: Architecture,
+    output: OutputFolder,
+    metric_name: str,
+    say: Say,
+    kept: Kept,
+    resumed: Resumed | None,
+) -> RunRecorder:
+    """Keep the settings in the folder of the run and open the log."""
+    started = kept.stored.started if kept.stored else None
+    after_step = resumed.snapshot.position.step if resumed else 0 if kept.stored else None
+    recorder = RunRecorder(output, ModelWriter(settings, architecture, output), metric_name, say, started, after_step)
     recorder.file("config.yaml", to_yaml(settings))
     recorder.text("config", to_yaml(settings))
     return recorder
@@ -109,7 +145,16 @@ def rates(settings: Settings, world_size: int) -> tuple[OptimizerSpec, ScheduleS
     return optimizer, ScheduleSpec(**{**settings.lr_scheduler.model_dump(), "min_lr": factor * settings.lr_scheduler.min_lr})
 
 
-def _train(settings: Settings, model: nn.Module, task: Task, engine: Engine, recorder: AnyRecorder, say: Say) -> Outcome:
+def _train(
+    settings: Settings,
+    model: nn.Module,
+    task: Task,
+    engine: Engine,
+    recorder: AnyRecorder,
+    say: Say,
+    kept: Kept,
+    resumed: Resumed | None,
+) -> Outcome:
     """Fine-tune `model`, which is on the engine's device, as the settings say."""
     rate, schedule = rates(settings, engine.world_size)
     if engine.world_size > 1:
@@ -129,6 +174,8 @@ def _train(settings: Settings, model: nn.Module, task: Task, engine: Engine, rec
         skip_initial_validation=settings.skip_initial_validation,
         log_every=settings.log_every_n_steps,
         show_progress=engine.is_main,
+        keeper=kept,
+        resumed=resumed,
     )
 
 

@@ -216,6 +216,14 @@ class Settings(Section):
     skip_initial_validation: Flag = Field(False, description="Do not validate before the first epoch.")
     output_path: Text = Field("<your_output_path_here>", description="Folder that receives everything a run writes.")
     overwrite: Flag = Field(False, description="Replace a run that output_path already holds.")
+    resume: Text = Field(
+        "auto",
+        description="auto: go on with an unfinished run in output_path; none: never; or the folder (or saved state) of a run to go on from.",
+    )
+    resume_with_changes: Flag = Field(False, description="Go on with a run although settings of its training have changed since.")
+    checkpoint_every_n_steps: Natural = Field(
+        500, description="Training steps between two saved states to go on from; 0: only before and after validations."
+    )
     save_format: Literal["pth", "safetensors", "both"] = Field(
         "pth", description="Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both."
     )

@@ -107,7 +107,7 @@ class Classification:
         self._validation_order = EpochOrder(len(validation_index), validation_shuffle, seed, engine.rank, engine.world_size)
         self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
         self._train_loader: DataLoader | None = None
-        self.steps_per_epoch = 0
+        self.steps_per_epoch = self.position = 0
         if train_index is not None:
             check_same_classes(train_index, validation_index)
             per_process = images_per_process(len(train_index), batch_size, engine.world_size)
@@ -119,16 +119,18 @@ class Classification:
     def _loader(self, index: ImageFolderIndex, transform: Transform, order: EpochOrder) -> DataLoader:
         return make_loader(ImageDataset(index, transform, self.seed), order, *self._loading)
 
-    def training_batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch `epoch`, still on the CPU; `steps_per_epoch` of them, less those without a readable image.
+    def training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `epoch` after the first `start`, still on the CPU; less those without a readable image.
 
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or there are no training images.
         """
         if self._train_loader is None:
             raise DataError(f"{KEY}: this task was made without training images; give it the index of a training split")
-        self._train_order.set_epoch(epoch)
+        self._train_order.set_epoch(epoch, start * self._loading[0])
+        self.position = start
         for batch in batches(self._train_loader):
+            self.position += 1
             self._files.report(batch)
             if len(batch) > 1 or (len(batch) == 1 and not batch.unreadable):
                 yield batch

@@ -134,10 +134,14 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         order: the images that this process reads.
         groups: the group of each image; None: one group.
         batch_size: images per batch.
+
+    Attributes:
+        start: how many of the first batches the next iteration leaves out.
     """
 
     def __init__(self, order: EpochOrder, groups: list[int] | None, batch_size: int) -> None:
         self.order, self.groups, self.batch_size = order, groups, batch_size
+        self.start = 0
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
@@ -154,5 +158,5 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             chunks += [places[start : start + self.batch_size] for start in range(0, full, self.batch_size)]
             rest += places[full:]
         chunks += [rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)]
-        for chunk in sorted(chunks, key=min):
+        for chunk in sorted(chunks, key=min)[self.start :]:
             yield [keys[place] for place in chunk]

@@ -106,7 +106,7 @@ class Detection:
         dataset = CocoDataset(validation, seed, flip=False)
         self._validation_loader = make_loader(dataset, self._validation_order, batch_size, *loading)
         self._train_loader: DataLoader | None = None
-        self.steps_per_epoch = 0
+        self.steps_per_epoch = self.position = 0
         self._epoch = 0
         if train is not None:
             check_same_categories(train, validation)
@@ -114,12 +114,12 @@ class Detection:
             if not per_process:
                 raise DataError(f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start fewer")
             self._train_order = EpochOrder(len(train), train_shuffle, seed, engine.rank, engine.world_size, per_process)
-            grouped = EpochBatches(self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, batch_size)
-            self._train_loader = make_loader(CocoDataset(train, seed, horizontal_flip), grouped, None, *loading)
-            self.steps_per_epoch = len(grouped)
+            self._train_batches = EpochBatches(self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, batch_size)
+            self._train_loader = make_loader(CocoDataset(train, seed, horizontal_flip), self._train_batches, None, *loading)
+            self.steps_per_epoch = len(self._train_batches)
 
-    def training_batches(self, epoch: int) -> Iterator[DetectionBatch]:
-        """The batches of epoch `epoch`, still on the CPU; `steps_per_epoch` of them, less those without a readable image.
+    def training_batches(self, epoch: int, start: int = 0) -> Iterator[DetectionBatch]:
+        """The batches of epoch `epoch` after the first `start`, still on the CPU; less those without a readable image.
 
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or there are no training images.
@@ -127,8 +127,11 @@ class Detection:
         if self._train_loader is None:
             raise DataError(f"{KEY}: this task was made without training images; give it a training split")
         self._train_order.set_epoch(epoch)
+        self._train_batches.start = start
         self._epoch = epoch
+        self.position = start
         for batch in batches(self._train_loader):
+            self.position += 1
             self._files.report(batch)
             if len(batch):
                 yield batch

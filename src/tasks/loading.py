@@ -176,11 +176,11 @@ class EpochOrder(Sampler[tuple[int, int]]):
     def __init__(self, n_images: int, shuffle: bool, seed: int, rank: int, world_size: int, per_process: int | None = None) -> None:
         self.n_images, self.shuffle, self.seed = n_images, shuffle, seed
         self.rank, self.world_size, self.per_process = rank, world_size, per_process
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and how many of its first images it leaves out."""
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
         return len(range(self.n_images)[self.rank :: self.world_size][: self.per_process])
@@ -189,7 +189,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
         order = torch.arange(self.n_images)
         if self.shuffle:
             order = torch.randperm(self.n_images, generator=stream(self.seed, "order", self.epoch))
-        for i in order[self.rank :: self.world_size][: self.per_process].tolist():
+        for i in order[self.rank :: self.world_size][: self.per_process][self.start :].tolist():
             yield self.epoch, i
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ...errors import RunError
+from ...errors import RunError, UserError
 from ...progress import bar
+from .gradients import GradientWatch, explain
 from .optimizers import Schedule
+from .outcome import Outcome
+from .snapshot import Position, Snapshot, Training, restore, restore_own, take
 from .task import Engine, StepLoss, Task
+
+TIMED_STEPS = 10_000
+"""The last steps, whose median duration is reported."""
 
 
 class Recorder(Protocol):
@@ -32,25 +41,56 @@ class Recorder(Protocol):
         """The model after `epoch` epochs has the highest metric so far."""
 
 
-@dataclass
-class Outcome:
-    """What a run reached.
+class Keeper(Protocol):
+    """Keeps states of a training, and knows when it is to stop."""
+
+    every: int
+    """Steps from one state to the next within an epoch; 0: none."""
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keep a state. Every process calls this."""
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """In here the wish to stop waits until the loop asks for it."""
+
+    @property
+    def stop_wanted(self) -> bool:
+        """This process was asked to stop."""
+
+    def leave(self) -> None:
+        """Stop; the state has been kept. Raises."""
+
+
+class KeepNothing:
+    """A keeper for trainings that start anew after a crash."""
+
+    every = 0
+    stop_wanted = False
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Nothing."""
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """Nothing waits."""
+        return nullcontext()
+
+    def leave(self) -> None:
+        """Never called, as nobody asks for it."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A state to go on from.
 
     Attributes:
-        initial: the metric before training; None if it was not validated then.
-        last: the metric after the last epoch.
-        best: the highest metric.
-        best_epoch: the epoch that reached it (0: before training).
-        seconds_per_step: median over the run's steps, loading included.
-        history: all metrics by epoch.
+        snapshot: the state.
+        same_schedule: False: settings of the schedule have changed since.
+        batch: batches of the broken-off epoch that count as done, where that is another number than the state's.
     """
 
-    initial: float | None = None
-    last: float | None = None
-    best: float | None = None
-    best_epoch: int | None = None
-    seconds_per_step: float = math.nan
-    history: dict[int, dict[str, float]] = field(default_factory=dict)
+    snapshot: Snapshot
+    same_schedule: bool = True
+    batch: int | None = None
 
 
 def finetune(
@@ -66,6 +106,8 @@ def finetune(
     skip_initial_validation: bool = False,
     log_every: int = 10,
     show_progress: bool = True,
+    keeper: Keeper | None = None,
+    resumed: Resumed | None = None,
 ) -> Outcome:
     """Train `model` for `epochs` epochs, validating and saving after each.
 
@@ -81,80 +123,176 @@ def finetune(
         skip_initial_validation: do not validate before training.
         log_every: steps between figures.
         show_progress: show progress bars.
+        keeper: is given the whole state before the first step, every `keeper.every` steps, and before and after each validation;
+            says when to stop. None: nothing is kept.
+        resumed: state to go on from; the result is that of a training that was never interrupted, bit by bit on the CPU.
 
     Raises:
-        RunError: the loss is not a number; the last saved model is kept.
+        RunError: the loss or a gradient is not a number; what was saved is kept.
+        CheckpointError: `resumed` is the state of something else.
     """
-    outcome = Outcome()
-    durations: list[float] = []
+    scaler = torch.amp.GradScaler(engine.device.type, enabled=amp == "fp16")
+    training = Training(model, optimizer, schedule, scaler)
+    if resumed is not None:
+        restore(resumed.snapshot, training, _where(resumed, task), same_schedule=resumed.same_schedule)
+    # the optimizer's state goes to the other processes before the parameters: the other way round they would differ afterwards
     optimizer = engine.wrap_optimizer(optimizer, model)
     trained = engine.wrap_model(model)
-    scaler = torch.amp.GradScaler(engine.device.type, enabled=amp == "fp16")
-    recorder.model(0, model)
-    if not skip_initial_validation:
-        _validate(0, 0, model, task, recorder, outcome)
-    for epoch in range(1, epochs + 1):
+    if resumed is not None:
+        restore_own(resumed.snapshot, training, engine)
+    loop = _Loop(training, trained, optimizer, task, engine, recorder, keeper or KeepNothing(), epochs, log_every, show_progress)
+    if resumed is None:
+        recorder.model(0, model)
+        training.position = Position(validated=skip_initial_validation)
+        loop.keep()
+    return loop.run()
+
+
+def _where(resumed: Resumed, task: Task) -> Position:
+    """The place to go on from, in the steps and batches of this run."""
+    position = resumed.snapshot.position
+    if resumed.same_schedule and resumed.batch is None:
+        return position
+    batch = min(position.batch if resumed.batch is None else resumed.batch, task.steps_per_epoch)
+    return replace(position, batch=batch, step=position.epoch * task.steps_per_epoch + batch)
+
+
+@dataclass
+class _Loop:
+    training: Training
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    task: Task
+    engine: Engine
+    recorder: Recorder
+    keeper: Keeper
+    epochs: int
+    log_every: int
+    show_progress: bool
+
+    def __post_init__(self) -> None:
+        self.durations: deque[float] = deque(maxlen=TIMED_STEPS)
+        self.watch = GradientWatch(self.training.model)
+
+    def run(self) -> Outcome:
+        while True:
+            if not self.training.position.validated:
+                self._validate()
+            if self.training.position.epoch >= self.epochs:
+                self._time()
+                return self.training.outcome
+            with self.keeper.deferred():
+                self._train_epoch()
+
+    def keep(self) -> None:
+        self._time()
+        self.keeper.keep(take(self.training, self.engine))
+
+    def _time(self) -> None:
+        if self.durations:
+            self.training.outcome.seconds_per_step = sorted(self.durations)[len(self.durations) // 2]
+
+    def _train_epoch(self) -> None:
+        training, task, model = self.training, self.task, self.training.model
+        epoch, done = training.position.epoch + 1, training.position.batch
         model.train()
-        batches = bar(task.training_batches(epoch), f"epoch {epoch}/{epochs}", task.steps_per_epoch, show_progress, "batch")
-        started = time.perf_counter()
-        for number, batch in enumerate(batches, start=(epoch - 1) * task.steps_per_epoch + 1):
-            rate = schedule.learning_rate
-            loss = _step(trained, task, batch, optimizer, scaler, number)
-            schedule.after_step()
-            wanted = number % log_every == 0 or number == 1
-            figures, n_images = _over_processes(loss, engine) if wanted else ({}, 0)
-            if figures and not math.isfinite(figures["loss"]):
-                _raise_not_finite(number)
+        label, total = f"epoch {epoch}/{self.epochs}", task.steps_per_epoch
+        batches = bar(task.training_batches(epoch, done), label, total, self.show_progress, "batch", done)
+        before = (epoch - 1) * task.steps_per_epoch
+        first, started = True, time.perf_counter()
+        while (batch := self._next(batches)) is not None:
+            number = before + task.position
+            rate = training.schedule.learning_rate
+            loss = self._step(batch, number)
+            training.schedule.after_step()
+            wanted = number % self.log_every == 0 or number == 1
+            figures, n_images, stop = self._over_processes(loss) if wanted else ({}, 0, False)
+            if (figures and not math.isfinite(figures["loss"])) or (wanted and self.watch.first()):
+                self._raise_not_finite(number)
             now = time.perf_counter()
-            durations.append(now - started)
+            if not first or not done:  # the first step after a resume waits for the loader to start
+                self.durations.append(now - started)
             if wanted:
-                recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / (now - started)})
-            started = now
-        engine.average_buffers(model)
-        recorder.model(epoch, model)
-        metrics = _validate(epoch, epoch * task.steps_per_epoch, model, task, recorder, outcome)
-        schedule.after_epoch(metrics[task.metric_name])
-    outcome.seconds_per_step = sorted(durations)[len(durations) // 2] if durations else math.nan
-    return outcome
+                self.recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / (now - started)})
+            training.position = Position(epoch - 1, task.position, True, number)
+            stop = stop or (self.engine.world_size == 1 and self.keeper.stop_wanted)
+            due = self.keeper.every and number % self.keeper.every == 0 and task.position < task.steps_per_epoch
+            if due or stop:
+                self.keep()
+            if stop:
+                self.keeper.leave()
+            first, started = False, time.perf_counter()
+        self.engine.average_buffers(model)
+        self.recorder.model(epoch, model)
+        training.position = Position(epoch, 0, False, epoch * task.steps_per_epoch)
+        self.keep()
+        if self.engine.world_size == 1 and self.keeper.stop_wanted:
+            self.keeper.leave()
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None at the end. What was done before is kept if there is none to be had."""
+        try:
+            return next(batches, None)
+        except UserError:
+            if self.engine.world_size == 1:  # several processes would have to agree
+                self.keep()
+                if self.keeper.stop_wanted:  # Ctrl-C may have ended the loader's processes
+                    self.keeper.leave()
+            raise
+
+    def _step(self, batch: Any, number: int) -> StepLoss:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.task.training_loss(self.trained, batch)
+        scaler = self.training.scaler
+        scaler.scale(loss.loss).backward()
+        self.watch.end_of_pass()
+        # where reading from the device costs no synchronisation every step is looked at before it changes anything
+        at_once = not loss.loss.is_cuda
+        if scaler.is_enabled():  # gradients of a scaled loss may overflow: the scaler leaves such steps out
+            finite = torch.isfinite(loss.loss.detach())
+        else:
+            finite = self.watch.look(number)
+        if at_once and not (bool(finite) and math.isfinite(loss.loss.item())):
+            if scaler.is_enabled():
+                self.watch.look(number)
+            self._raise_not_finite(number)
+        scaler.step(self.optimizer)
+        scaler.update()
+        return StepLoss(loss.loss.detach(), loss.n_images, loss.scalars)
+
+    def _over_processes(self, loss: StepLoss) -> tuple[dict[str, float], float, bool]:
+        """The figures of a step as means over the images of all processes, the number of these images, and whether one is to stop."""
+        values = torch.stack([value.detach().cpu().double() for value in (loss.loss, *loss.scalars.values())])
+        own = torch.cat([values, torch.ones(1, dtype=torch.float64)]) * loss.n_images
+        stop = torch.tensor([float(self.keeper.stop_wanted)], dtype=torch.float64)
+        *means, n_images, stopping = self.engine.sum(torch.cat([own, stop])).tolist()
+        figures = dict(zip(("loss", *loss.scalars), (mean / n_images for mean in means), strict=True))
+        return figures, n_images, stopping > 0
+
+    def _raise_not_finite(self, number: int) -> None:
+        cause = explain(self.watch.first(), dict(self.training.model.named_modules()))
+        raise RunError(
+            f"the loss is no longer a number at step {number}. {cause}The last saved state and model are kept. "
+            "A smaller learning_rate, or amp: bf16 instead of fp16, usually helps."
+        )
+
+    def _validate(self) -> None:
+        training, outcome = self.training, self.training.outcome
+        epoch = training.position.epoch
+        metrics = self.task.validate(training.model, "validate before training" if epoch == 0 else f"validate epoch {epoch}")
+        value = metrics[self.task.metric_name]
+        outcome.history[epoch] = metrics
+        if epoch == 0:
+            outcome.initial = value
+        outcome.last = value
+        self.recorder.validation(epoch, training.position.step, metrics)
+        if outcome.best is None or value > outcome.best:
+            outcome.best, outcome.best_epoch = value, epoch
+            self.recorder.best(epoch, training.model)
+        if epoch:
+            training.schedule.after_epoch(value)
+        training.position = replace(training.position, validated=True)
+        self.keep()
 
 
-def _over_processes(loss: StepLoss, engine: Engine) -> tuple[dict[str, float], float]:
-    """The figures of a step as means over the images of all processes, and the number of these images."""
-    values = torch.stack([value.detach().cpu().double() for value in (loss.loss, *loss.scalars.values())])
-    own = torch.cat([values, torch.ones(1, dtype=torch.float64)]) * loss.n_images
-    *means, n_images = engine.sum(own).tolist()
-    return dict(zip(("loss", *loss.scalars), (mean / n_images for mean in means), strict=True)), n_images
-
-
-def _step(
-    model: nn.Module, task: Task, batch: object, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, number: int
-) -> StepLoss:
-    optimizer.zero_grad(set_to_none=True)
-    loss = task.training_loss(model, batch)
-    scaler.scale(loss.loss).backward()
-    if not loss.loss.is_cuda and not math.isfinite(loss.loss.item()):
-        _raise_not_finite(number)  # where reading the loss costs no synchronisation it is looked at in every step
-    scaler.step(optimizer)
-    scaler.update()
-    return StepLoss(loss.loss.detach(), loss.n_images, loss.scalars)
-
-
-def _raise_not_finite(number: int) -> None:
-    raise RunError(
-        f"the loss is no longer a number at step {number}; the last saved model is kept. A smaller learning_rate, or amp: bf16 instead of fp16, usually helps."
-    )
-
-
-def _validate(epoch: int, step: int, model: nn.Module, task: Task, recorder: Recorder, outcome: Outcome) -> dict[str, float]:
-    label = "validate before training" if epoch == 0 else f"validate epoch {epoch}"
-    metrics = task.validate(model, label)
-    value = metrics[task.metric_name]
-    outcome.history[epoch] = metrics
-    if epoch == 0:
-        outcome.initial = value
-    outcome.last = value
-    recorder.validation(epoch, step, metrics)
-    if outcome.best is None or value > outcome.best:
-        outcome.best, outcome.best_epoch = value, epoch
-        recorder.best(epoch, model)
-    return metrics
+__all__ = ["KeepNothing", "Keeper", "Outcome", "Recorder", "Resumed", "finetune"]

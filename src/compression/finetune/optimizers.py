@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +57,10 @@ class ScheduleSpec:
     last_epoch: int = -1
 
 
+MOVING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
+"""What changes in torch's schedules from step to step."""
+
+
 class Schedule:
     """A learning-rate schedule, told of every step and every epoch.
 
@@ -82,6 +88,29 @@ class Schedule:
             self._per_epoch = lrs.MultiStepLR(optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch)
         elif spec.type != "none":
             raise ValueError(f"unknown schedule {spec.type!r}; known: cosine, plateau, multistep, none")
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts = {"step": self._per_step, "epoch": self._per_epoch, "plateau": self._plateau}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What moves in the schedule, as JSON can hold it; the rest comes from the settings."""
+        return {name: {key: value for key, value in part.state_dict().items() if key in MOVING} for name, part in self._parts.items()}
+
+    def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put back what `state` gave. Raises KeyError if it was another kind of schedule."""
+        for name, part in self._parts.items():
+            part.load_state_dict({**part.state_dict(), **state[name]})
+
+    def go_to(self, step: int, epoch: int) -> None:
+        """Go to the rate after `step` steps and `epoch` epochs of a new schedule (plateau: its first rate, as metrics are not repeated)."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped meanwhile
+            for part, times in ((self._per_step, step), (self._per_epoch, epoch)):
+                for _ in range(times if part is not None else 0):
+                    assert part is not None
+                    part.step()
 
     @property
     def learning_rate(self) -> float:

@@ -86,8 +86,11 @@ class Task(Protocol):
     steps_per_epoch: int
     """Batches per epoch on this process."""
 
-    def training_batches(self, epoch: int) -> Iterator[Any]:
-        """The batches of epoch `epoch` (from 1), in an order that depends on the run's seed and the epoch alone."""
+    position: int
+    """Batches of the epoch that were taken so far, those included that were left out or had nothing readable in them."""
+
+    def training_batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of epoch `epoch` (from 1) after the first `start`, in an order that depends on the run's seed and the epoch alone."""
 
     def training_loss(self, model: nn.Module, batch: Any) -> StepLoss:
         """Loss of `model` (in training mode) on `batch`; moves the batch to the device itself."""

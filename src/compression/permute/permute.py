@@ -6,9 +6,10 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,16 @@ class GroupResult:
     permutation: Tensor | None
 
 
+class Searches(Protocol):
+    """Keeps the finished groups of a search, so that a run that goes on after a crash does not repeat them."""
+
+    def recall(self, number: int) -> GroupResult | None:
+        """The result of the group at `number` of the groups that `permute` was given, if it was kept."""
+
+    def keep(self, number: int, result: GroupResult) -> None:
+        """Keep one; called in the thread of `permute`'s caller."""
+
+
 def permute(
     model: nn.Module,
     groups: Sequence[Group],
@@ -70,6 +81,7 @@ def permute(
     seed: int = 0,
     measure: Measure | None = None,
     show_progress: bool = True,
+    finished: Searches | None = None,
 ) -> list[GroupResult]:
     """Choose and apply the permutation of every group, in place; the network's function stays the same.
 
@@ -90,6 +102,7 @@ def permute(
             score is to be trusted; where the sum over the children says so by more than its standard error, `best` takes another
             of its candidates than the one of the lowest score. None: never.
         show_progress: show a progress bar.
+        finished: is given every finished group, and asked for it first.
 
     Raises:
         GroupError: a group does not fit the network.
@@ -101,13 +114,22 @@ def permute(
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
     deadline = None if seconds is None else time.monotonic() + seconds
     search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
-    longest_first = sorted(range(len(resolved)), key=lambda number: -resolved[number].width * len(resolved[number].children))
+    by_number: dict[int, GroupResult] = {}
+    if finished is not None:
+        known = {number: finished.recall(number) for number in range(len(resolved))}
+        by_number = {number: replace(result, label=resolved[number].label) for number, result in known.items() if result is not None}
+    open_ones = [number for number in range(len(resolved)) if number not in by_number]
+    longest_first = sorted(open_ones, key=lambda number: -resolved[number].width * len(resolved[number].children))
     # as many groups at a time as there are processors, each on one: two teams of BLAS's threads would be in each other's way
     with threadpool_limits(1, "blas"):
         workers = ThreadPoolExecutor(min(own_processors(), MOST_WORKERS))
         try:
-            found = workers.map(search_one, [resolved[number] for number in longest_first])
-            by_number = dict(zip(longest_first, bar(found, "permute", len(resolved), show_progress, "group"), strict=True))
+            futures = {workers.submit(search_one, resolved[number]): number for number in longest_first}
+            for future in bar(as_completed(futures), "permute", len(resolved), show_progress, "group", len(by_number)):
+                number = futures[future]
+                by_number[number] = future.result()
+                if finished is not None:
+                    finished.keep(number, by_number[number])
         finally:
             workers.shutdown(cancel_futures=True)  # after Ctrl-C only the groups under way are finished
     results = [by_number[number] for number in range(len(resolved))]

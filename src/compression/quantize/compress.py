@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -51,8 +52,24 @@ class LayerResult:
         return self.distortion / self.power if self.power else 0.0
 
 
+class Clusterings(Protocol):
+    """Keeps finished clusterings, so that a run that goes on after a crash does not repeat them."""
+
+    def recall(self, name: str, weight: Tensor) -> Clustering | None:
+        """The clustering of layer `name` if it was kept for this very weight."""
+
+    def keep(self, name: str, weight: Tensor, clustering: Clustering) -> None:
+        """Keep one; called in the thread of `compress`'s caller."""
+
+
 def compress(
-    model: nn.Module, plan: Plan, *, seed: int = 0, device: torch.device | str | None = None, show_progress: bool = True
+    model: nn.Module,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+    finished: Clusterings | None = None,
 ) -> tuple[nn.Module, list[LayerResult]]:
     """Cluster and replace every planned layer, in place.
 
@@ -62,6 +79,7 @@ def compress(
         seed: the run's seed; each layer draws from its own stream.
         device: where to cluster; None: where the weight is.
         show_progress: show a progress bar.
+        finished: is given every finished layer, and asked for it first.
 
     Returns:
         The network with coded layers, and how well each was coded, in the network's order.
@@ -69,7 +87,7 @@ def compress(
     Raises:
         PlanError: a weight that cannot be clustered (not finite).
     """
-    found = _cluster_layers(model, plan, seed, device, show_progress)
+    found = _cluster_layers(model, plan, seed, device, show_progress, finished)
     results = []
 
     def code(plan: LayerPlan, dense: Layer) -> CodedLayer:
@@ -115,7 +133,12 @@ def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[n
 
 
 def _cluster_layers(
-    model: nn.Module, plan: Plan, seed: int, device: torch.device | str | None, show_progress: bool
+    model: nn.Module,
+    plan: Plan,
+    seed: int,
+    device: torch.device | str | None,
+    show_progress: bool,
+    finished: Clusterings | None,
 ) -> dict[str, Clustering]:
     """The clustering of every planned layer, of tied ones the first, by name.
 
@@ -126,6 +149,11 @@ def _cluster_layers(
     jobs = list({id(modules[name].weight): plan.layers[name] for name in reversed(list(plan.layers))}.values())
     jobs.sort(key=lambda job: -modules[job.name].weight.numel() * job.k * job.k_means_n_iters)
     on_cpu = all(torch.device(device or modules[job.name].weight.device).type == "cpu" for job in jobs)
+    clusterings: dict[str, Clustering] = {}
+    if finished is not None:
+        known = {job.name: finished.recall(job.name, modules[job.name].weight.detach()) for job in jobs}
+        clusterings = {name: clustering for name, clustering in known.items() if clustering is not None}
+        jobs = [job for job in jobs if job.name not in clusterings]
     workers = min(own_processors(), len(jobs)) if on_cpu else 1
     stop = threading.Event()
 
@@ -139,13 +167,22 @@ def _cluster_layers(
             raise PlanError(f"layer {job.name!r}: {error}") from None
         return job.name, replace(found, codes=found.codes.to(CODES_DTYPE))
 
+    def done(result: tuple[str, Clustering]) -> None:
+        name, clusterings[result[0]] = result
+        if finished is not None:
+            finished.keep(name, modules[name].weight.detach(), result[1])
+
+    n_known = len(clusterings)
     if workers <= 1:
-        return dict(map(run, bar(jobs, "quantize", show=show_progress, unit="layer")))
+        for job in bar(jobs, "quantize", n_known + len(jobs), show_progress, "layer", n_known):
+            done(run(job))
+        return clusterings
     with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
         futures = [pool.submit(run, job) for job in jobs]
         try:
-            finished = bar(as_completed(futures), "quantize", len(futures), show_progress, "layer")
-            return dict(future.result() for future in finished)
+            for future in bar(as_completed(futures), "quantize", n_known + len(futures), show_progress, "layer", n_known):
+                done(future.result())
+            return clusterings
         except BaseException:  # Ctrl-C and a layer that cannot be clustered end the others too
             stop.set()
             pool.shutdown(cancel_futures=True)

@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM: at once where nothing would be lost, and after the step under way where something would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+IMPATIENCE_SECONDS = 1.0
+"""A second Ctrl-C that comes so long after the first does not wait for anything."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: from `kill`, a batch system, or a launcher that ends its processes."""
+
+
+class Stop:
+    """Whether this process was asked to stop; made by `stopping`."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._waiting = False
+        self._asked: signal.Signals | None = None
+        self._asked_at = 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """A signal came while signals had to wait."""
+        return self._asked is not None
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait in here; whoever opened it looks at `wanted` and calls `leave`. A second Ctrl-C does not wait."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def leave(self, why: str = "") -> None:
+        """Do what the signal asked for.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, with `why` as its message.
+            Terminated: after SIGTERM.
+        """
+        raise (Terminated if self._asked == signal.SIGTERM else KeyboardInterrupt)(why)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """A signal came."""
+        if os.getpid() != self._owner:  # a loader's process that inherited this: the main process ends it when it is time
+            return
+        impatient = number == signal.SIGINT and self.wanted and time.monotonic() - self._asked_at > IMPATIENCE_SECONDS
+        if self._asked is None:
+            self._asked, self._asked_at = signal.Signals(number), time.monotonic()
+        if not self._waiting or impatient:
+            self.leave()
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Handle Ctrl-C and SIGTERM for a while; the old handlers come back at the end. Outside the main thread nothing is handled."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
