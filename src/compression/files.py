@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,13 +73,19 @@ def save_compressed(model: nn.Module, path: Path) -> None:
         CheckpointError: a codebook that 16-bit floats cannot hold.
     """
     state = compressed_state(model)
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_atomically(path, partial(_save, state))
+
+
+def _save(state: Mapping[str, Tensor], path: Path) -> None:
+    """Equal contents give equal bytes: into an open file, as torch would put the name of a path into the archive."""
+    with open(path, "wb") as file:
+        torch.save(dict(state), file)
 
 
 def save_dense(model: nn.Module, path: Path) -> None:
     """Write the ordinary state dict of `model`, atomically. Raises RunError as `save_compressed`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    write_atomically(path, partial(_save, state))
 
 
 def save_dense_safetensors(model: nn.Module, path: Path) -> None:

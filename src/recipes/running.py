@@ -17,6 +17,7 @@ from ..compression.finetune.task import Engine
 from ..errors import LostContactError, SettingsError
 from ..output_folder import LEAVINGS, OutputFolder
 from ..settings import Settings, require
+from ..tasks.loading import loader_death
 
 Say = Callable[[str], None]
 
@@ -33,6 +34,7 @@ def processes(settings: Settings) -> Iterator[Engine]:
     Raises:
         SettingsError: the engine does not fit or cannot start, or the settings differ.
         LostContactError: another process went away.
+        RunError: a process that loads images died.
     """
     engine = engines.make(settings.engine, engines.pick_device(settings.device))
     try:
@@ -41,7 +43,8 @@ def processes(settings: Settings) -> Iterator[Engine]:
     except Exception as error:
         if engine.lost_contact(error):
             raise LostContactError(f"another process of this run has ended, and its message says why ({_first_line(error)})") from error
-        raise
+        death = loader_death(error) if isinstance(error, RuntimeError) else None
+        raise error if death is None else death from error
     engine.close()
 
 

@@ -243,9 +243,18 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise RunError(
-            f"a process that loads images died: {str(error).splitlines()[0]}. This is usually a lack of memory or of shared "
-            "memory (/dev/shm): use fewer --dataloader.num_workers (0 loads in the main process) or a smaller --dataloader.batch_size"
-        ) from error
+        death = loader_death(error)
+        raise error if death is None else death from error
+
+
+def loader_death(error: RuntimeError) -> RunError | None:
+    """An error for people if `error` is torch's word for a loader process that died.
+
+    Torch raises it wherever the main process happens to be when the system tells it, not only where it waits for a batch.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return RunError(
+        f"a process that loads images died: {str(error).splitlines()[0]}. This is usually a lack of memory or of shared "
+        "memory (/dev/shm): use fewer --dataloader.num_workers (0 loads in the main process) or a smaller --dataloader.batch_size"
+    )

@@ -233,9 +233,12 @@ class _Loop:
         """The next batch, None at the end. What was done before is kept if there is none to be had."""
         try:
             return next(batches, None)
-        except UserError:
+        except UserError as error:
             if self.engine.world_size == 1:  # several processes would have to agree
-                self.keep()
+                try:
+                    self.keep()
+                except Exception as further:  # the first error says more; the state saved before is still there
+                    raise error from further
                 if self.keeper.stop_wanted:  # Ctrl-C may have ended the loader's processes
                     self.keeper.leave()
             raise
