@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import clustering, coco_memory, compress, cost, maskrcnn_cost, packed, processes, search
+from . import clustering, coco_memory, compress, cost, maskrcnn_cost, packed, processes, resume, search
 
 MEASUREMENTS = {
     "cost": (cost.main, ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"]),
@@ -15,6 +15,7 @@ MEASUREMENTS = {
     "processes": (processes.main, ["--batch", "2", "--size", "32", "--steps", "1", "--rounds", "1", "--archs", "resnet18"]),
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
+    "resume": (resume.main, ["--batch", "2", "--size", "64", "--repeats", "1", "--archs", "resnet18"]),
     "maskrcnn_cost": (maskrcnn_cost.main, ["--batch", "1", "--size", "64", "--repeats", "1"]),
 }
 """Name -> (entry, arguments of a smoke run)."""

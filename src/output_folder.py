@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,10 @@ FINISHED = "results.json"
 """What a training run writes last."""
 STARTED = "resume/run.json"
 """What a training run writes first."""
+
+
+PATIENCE_SECONDS = 2.0
+"""A process that was just killed may take so long to let go of its folder."""
 
 
 class OutputFolder:
@@ -124,11 +129,16 @@ def take(path: Path, advice: str) -> IO[str] | None:
     """
     if fcntl is None:
         return None
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() < deadline:
+                file.close()
+                time.sleep(0.05)
+                continue
             file.seek(0)
             holder = file.read(200).strip() or "another process"
             file.close()

@@ -46,19 +46,24 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     parts, at = [], 0
     for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):  # so that every tensor is aligned
         tensor = tensors[name].contiguous()
-        data = tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + len(data)]}
-        at += len(data)
-        parts.append(data)
+        n_bytes = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + n_bytes]}
+        at += n_bytes
+        if n_bytes:
+            parts.append(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    contents = b"".join([len(text).to_bytes(8, "little"), text, *parts])
-    place = contents.index(_NO_CHECKSUM.encode())  # the first value of the file
-    digest = hashlib.sha256(contents).hexdigest().encode()
-    contents = contents[:place] + digest + contents[place + 64 :]
+    beginning = len(text).to_bytes(8, "little") + text
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(contents)
+        digest = hashlib.sha256(beginning)
+        with open(temporary, "wb") as file:
+            file.write(beginning)
+            for data in parts:  # one after the other: nothing is copied
+                file.write(data)
+                digest.update(data)
+            file.seek(beginning.index(_NO_CHECKSUM.encode()))  # the first value of the file
+            file.write(digest.hexdigest().encode())
 
     write_atomically(path, write)
 

@@ -272,7 +272,7 @@ class Kept:
         for path in reversed(self._states(self.stored.folder)):
             if upto is not None and _number(path) > upto:
                 continue
-            found = _read_state(path)
+            found = read_state(path)
             if isinstance(found, Snapshot):
                 return self._resumed(found, batch_size)
             self._say(f"warning: {found} The state before it is used.")
@@ -442,7 +442,7 @@ def _adopt(source: Path, output: OutputFolder) -> None:
             raise RunError(f"cannot copy {source} to {output.path}: {error.strerror or error}; {source} is unchanged") from error
 
 
-def _read_state(path: Path) -> Snapshot | CheckpointError:
+def read_state(path: Path) -> Snapshot | CheckpointError:
     """The state, or why there is none."""
     try:
         tensors, metadata = read_container(path)
