@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.compression.files import load_state, read_tensors, save_compressed
+from src.compression.finetune.gradients import GradientWatch
 from src.compression.finetune.loop import Outcome, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.compression.finetune.task import StepLoss, evaluating
@@ -209,6 +210,47 @@ def test_a_loss_that_is_no_number_stops_the_run_naming_the_step_before_the_model
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert recorder.events[-1] in {("best", 1), ("validation", 1, 6)}
     assert all(torch.isfinite(t).all() for t in read_tensors(tmp_path / "1.pth").values())
+
+
+@pytest.mark.parametrize(("spoilt", "value"), [("0.codebook", float("nan")), ("3.codebook", float("inf")), ("1.weight", float("-inf"))])
+def test_the_layer_whose_gradient_went_first_is_named_and_the_step_is_not_taken(spoilt: str, value: float) -> None:
+    """A gradient is spoilt in step 8 while the loss is still a number: after a step with it the network would be lost."""
+    model, task, passes = network(), Blobs(), []
+    parameter = model.get_parameter(spoilt)
+
+    def spoil(gradient: Tensor) -> Tensor:
+        passes.append(copy.deepcopy(model.state_dict()))
+        return gradient.index_fill(0, torch.tensor([0]), value) if len(passes) == 8 else gradient
+
+    parameter.register_hook(spoil)
+    kind = type(model[int(spoilt[0])]).__name__
+    words = rf"no longer a number at step 8\. The gradient of layer '{spoilt[0]}' \({kind}, its {spoilt[2:]}\) went first, at step 8"
+    with pytest.raises(RunError, match=words):
+        run(model, task, Notes(), epochs=3)
+    assert all(torch.equal(p, passes[-1][name]) for name, p in model.named_parameters())
+
+
+def test_of_gradients_lost_in_one_step_the_one_nearest_to_the_loss_is_named() -> None:
+    with pytest.raises(RunError, match=r"The gradient of layer '5' \(Linear, its (bias|weight)\) went first, at step 9"):
+        run(network(), Blobs(spoil_at=9), Notes(), epochs=3)
+
+
+def test_where_looking_has_to_wait_the_first_step_is_still_known() -> None:
+    """On a GPU the gradients are read every `log_every` steps: the watch remembers what happened in between."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    watch = GradientWatch(model)
+    for step in range(1, 6):
+        model.zero_grad()
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        watch.end_of_pass()
+        with torch.no_grad():
+            if step == 3:
+                model[0].bias.grad[0] = torch.nan
+            if step > 3:
+                model[1].weight.grad[0] = torch.inf
+        watch.look(step)
+    assert watch.first() == (3, "0.bias")
 
 
 def test_a_step_is_the_optimizers_own_step() -> None:

@@ -22,12 +22,13 @@ from torch import nn
 
 from src import train_maskrcnn, train_resnet
 from src.architectures import ARCHITECTURES
-from src.compression.container import read_container
+from src.compression.container import read_container, write_container
 from src.compression.finetune.loop import Outcome, Resumed, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.compression.finetune.snapshot import Snapshot
 from src.engines.single import SingleProcess
 from src.errors import CheckpointError, RunError
+from src.recipes.resuming import read_state
 from tests.coco_helpers import small_coco
 from tests.conftest import ROOT, write_images
 from tests.helpers import coded, spec
@@ -184,16 +185,21 @@ SCHEDULES = {
 
 
 @given(
-    at=st.integers(1, 18), every=st.integers(1, 4), optimizer=st.sampled_from(["adam", "sgd"]), schedule=st.sampled_from(sorted(SCHEDULES))
+    amp=st.sampled_from(["none", "fp16"]),
+    at=st.integers(1, 18),
+    every=st.integers(1, 4),
+    optimizer=st.sampled_from(["adam", "sgd"]),
+    schedule=st.sampled_from(sorted(SCHEDULES)),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_state_leads_to_the_same_end(at: int, every: int, optimizer: str, schedule: str) -> None:
-    model, outcome, notes = train(StopsAt(every), None, optimizer, SCHEDULES[schedule])
+def test_any_state_leads_to_the_same_end(amp: str, at: int, every: int, optimizer: str, schedule: str) -> None:
+    model, outcome, notes = train(StopsAt(every), None, optimizer, SCHEDULES[schedule], amp)
     keeper = StopsAt(every, at)
     with contextlib.suppress(Stops):
-        train(keeper, None, optimizer, SCHEDULES[schedule])
+        train(keeper, None, optimizer, SCHEDULES[schedule], amp)
     state = keeper.states[-1]
-    again, outcome_again, notes_again = train(StopsAt(every), Resumed(state), optimizer, SCHEDULES[schedule])
+    assert bool(state.values["scaler"]) == (amp == "fp16")
+    again, outcome_again, notes_again = train(StopsAt(every), Resumed(state), optimizer, SCHEDULES[schedule], amp)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert {**vars(outcome), "seconds_per_step": 0} == {**vars(outcome_again), "seconds_per_step": 0}
     assert all(notes.rates[step] == rate for step, rate in notes_again.rates.items())
@@ -462,6 +468,38 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_it(
         state.write_bytes(b"x" * 100)
     refused(capsys, train_resnet.main, [*SMALL, *paths(small_images, copy)], "cannot be read", "no other state", "--overwrite True")
     assert older.name in {path.name for path in copy.glob("resume/state-*")}
+
+
+@pytest.fixture(scope="module")
+def state_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A place for a state, and what stands in a good one."""
+    keeper = StopsAt(1, 3)
+    with pytest.raises(Stops):
+        train(keeper, None, "adam", SCHEDULES["cosine"])
+    state = keeper.states[-1]
+    path = tmp_path_factory.mktemp("state") / "state-000001.safetensors"
+    write_container(path, state.tensors, {"format": "1", "values": json.dumps(state.values)})
+    assert isinstance(read_state(path), Snapshot)
+    return path, path.read_bytes()
+
+
+@given(place=st.floats(0, 1, exclude_max=True), change=st.integers(0, 255))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_state_with_a_byte_changed_or_cut_off_is_never_taken_for_one(state_file: tuple[Path, bytes], place: float, change: int) -> None:
+    path, whole = state_file
+    at = int(place * len(whole))
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :] if change else whole[:at])
+    assert isinstance(read_state(path), CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "values", ["", "[]", "{}", '{"position": {}}', '{"position": {"epoch": -1}}', '{"position": {"epoch": "x"}}', "[" * 9999]
+)
+def test_a_whole_file_that_is_no_state(values: str, tmp_path: Path) -> None:
+    path = tmp_path / "state-000001.safetensors"
+    write_container(path, {"x": torch.zeros(1)}, {"format": "1", "values": values})
+    found = read_state(path)
+    assert isinstance(found, CheckpointError) or found.position.epoch == 0  # an empty position is the beginning
 
 
 @pytest.mark.parametrize(
