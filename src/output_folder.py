@@ -96,6 +96,7 @@ class OutputFolder:
         """Keep what the run that is to go on left, but for halves of files."""
         for place in (self.path, self.models, self.resume):
             place.mkdir(exist_ok=True)
+        for place in (self.path, self.models, self.resume, *self.resume.glob("*/")):
             remove_half_written(place)
 
     def close(self) -> None:

@@ -48,6 +48,18 @@ SMALL = [
 STEPS = 6
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """In this process as in those that are started: sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing stopped: two epochs of six steps."""
@@ -106,7 +118,7 @@ def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(tmp_path
     done = subprocess.run(
         [sys.executable, "-m", "tests.killing", str(tmp_path), str(images), "0", "20"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -258,6 +270,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     running = subprocess.Popen(
         [sys.executable, "-m", "src.train_resnet", *arguments],
         cwd=ROOT,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -724,7 +737,7 @@ def test_a_clock_that_is_set_back_changes_nothing(small_images: Path, whole: Pat
     library, mark, output = tmp_path / "clock.so", tmp_path / "back", tmp_path / "run"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "clock.c"), "-ldl"], check=True)
     arguments = [*SMALL, *paths(small_images, output), "--checkpoint_every_n_steps", "1"]
-    env = {**os.environ, "LD_PRELOAD": str(library), "CLOCK_FILE": str(mark), "PYTHONPATH": str(ROOT)}
+    env = {**ENVIRONMENT, "LD_PRELOAD": str(library), "CLOCK_FILE": str(mark)}
     running = subprocess.Popen(
         [sys.executable, "-m", "src.train_resnet", *arguments],
         cwd=ROOT,

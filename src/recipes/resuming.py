@@ -21,23 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
 from ..compression.container import read_container, write_container
 from ..compression.finetune.loop import Resumed
 from ..compression.finetune.snapshot import Snapshot
 from ..compression.finetune.task import Engine
-from ..compression.permute.permute import GroupResult
-from ..compression.quantize.kmeans import Clustering
 from ..errors import CheckpointError, RunError, SettingsError
 from ..output_folder import FINISHED, LEAVINGS, STARTED, OutputFolder, take
 from ..paths import find, write_text
 from ..recorder import AnyRecorder
 from ..settings import Settings, require
 from ..stopping import Stop
+from .pieces import KeptClusterings, KeptSearches, tensor_mark
 from .running import Say, flat, open_output
-from .sharing import group_result, group_row
 
 FORMAT = 1
 KEPT_STATES = 2
@@ -63,13 +61,8 @@ def weights_mark(model: nn.Module) -> str:
     """A digest of all values of a network."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {_tensor_mark(tensor)}\n".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor_mark(tensor)}\n".encode())
     return digest.hexdigest()
-
-
-def _tensor_mark(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -311,53 +304,6 @@ class Kept:
     def searches(self, numbers: Sequence[int]) -> KeptSearches:
         """Where finished groups are kept, told which of all groups the search works on."""
         return KeptSearches(self.folder / "groups", numbers)
-
-
-class KeptSearches:
-    """Finished groups of the permutation search, one file each."""
-
-    def __init__(self, folder: Path, numbers: Sequence[int]) -> None:
-        self._folder, self._numbers = folder, numbers
-
-    def recall(self, number: int) -> GroupResult | None:
-        """The group at `number` of those that are searched; None where it is not there or cannot be read."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return group_result("", json.loads(self._path(number).read_text(encoding="utf-8")))
-        return None
-
-    def keep(self, number: int, result: GroupResult) -> None:
-        """Write one."""
-        write_text(self._path(number), json.dumps(group_row(result)))
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{self._numbers[number]:06d}.json"
-
-
-class KeptClusterings:
-    """Finished clusterings, one file each, found by the layer and its weight."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def recall(self, name: str, weight: Tensor) -> Clustering | None:
-        """The clustering of the layer; None where it is not there, cannot be read, or is that of another weight."""
-        with suppress(CheckpointError, ValueError, KeyError, TypeError):
-            tensors, metadata = read_container(self._path(name))
-            if metadata["weight"] == _tensor_mark(weight) and metadata["layer"] == name:
-                values = json.loads(metadata["values"])
-                return Clustering(tensors["codebook"], tensors["codes"].to(torch.int32), values["distortion"], values["iterations"])
-        return None
-
-    def keep(self, name: str, weight: Tensor, clustering: Clustering) -> None:
-        """Write one."""
-        codes = clustering.codes.cpu()
-        few = clustering.codebook.shape[0] <= 256
-        tensors = {"codebook": clustering.codebook.cpu(), "codes": codes.to(torch.uint8 if few else torch.int32)}
-        values = json.dumps({"distortion": clustering.distortion, "iterations": clustering.iterations})
-        write_container(self._path(name), tensors, {"layer": name, "weight": _tensor_mark(weight), "values": values})
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
 
 
 def open_run(settings: Settings, engine: Engine, stop: Stop, say: Say) -> tuple[OutputFolder, Kept]:

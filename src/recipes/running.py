@@ -135,6 +135,16 @@ def open_output(settings: Settings, engine: Engine, leavings: Sequence[str] = LE
     """
     require(settings, "output_path")
     output = OutputFolder(Path(settings.output_path), settings.overwrite, leavings, engine.is_main, may_go_on)
+    try:
+        _check_shared(output, engine)
+    except BaseException:
+        output.close()
+        raise
+    return output
+
+
+def _check_shared(output: OutputFolder, engine: Engine) -> None:
+    """Raises SettingsError: a file of the first process does not show up in the folder of another one."""
     mark = output.path / f".shared-{secrets.token_hex(8)}"
     if engine.is_main:
         mark.write_bytes(b"pqf")
@@ -151,7 +161,6 @@ def open_output(settings: Settings, engine: Engine, leavings: Sequence[str] = LE
             f"output_path: {path}, as process {rank} on {host} sees it, is not the folder that process 0 on {_main_host(engine)} writes to. "
             "All processes need one folder: give an absolute path on a disk that all machines share"
         )
-    return output
 
 
 def once(engine: Engine, make: Callable[[], Any]) -> Any:
