@@ -27,7 +27,8 @@ from src.compression.finetune.optimizers import OptimizerSpec, Schedule, Schedul
 from src.compression.finetune.snapshot import Position, Snapshot, Training, restore, take
 from src.engines.single import SingleProcess
 from src.output_folder import OutputFolder
-from src.recipes.resuming import Kept, read_state
+from src.recipes.resuming import Kept
+from src.recipes.stored_run import PROCESSES, SavedState
 from src.settings import Settings
 from src.stopping import Stop
 
@@ -56,6 +57,7 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
     output.begin()
     output.go_on()
     kept = Kept(output, engine, 500, Stop(), print, None)
+    kept.check_facts({PROCESSES: 1}, Settings())
     states = [seconds(lambda: kept.keep(take(training, engine)), device) for _ in range(options.repeats + 2)]
     newest = max(output.resume.glob("state-*"))
     watch = GradientWatch(model)
@@ -81,9 +83,9 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
 
 
 def _read(path: Path) -> Snapshot:
-    found = read_state(path)
-    assert isinstance(found, Snapshot), found
-    return found
+    found = SavedState.read(path)
+    assert isinstance(found, SavedState), found
+    return found.snapshot
 
 
 def main(argv: Sequence[str] | None = None) -> None:

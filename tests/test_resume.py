@@ -28,11 +28,11 @@ from src.compression.finetune.optimizers import OptimizerSpec, Schedule, Schedul
 from src.compression.finetune.snapshot import Snapshot
 from src.engines.single import SingleProcess
 from src.errors import CheckpointError, RunError
-from src.recipes.resuming import read_state
+from src.recipes.stored_run import PROCESSES, About, SavedState
 from tests.coco_helpers import small_coco
 from tests.conftest import ROOT, write_images
 from tests.helpers import coded, spec
-from tests.killing import digest
+from tests.killing import digest, scalars
 from tests.test_entries import paths, refused
 from tests.test_finetune import Blobs, Notes
 from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
@@ -449,6 +449,31 @@ def test_other_images_or_other_starting_weights_are_noticed(small_images: Path, 
     assert train_resnet.main([*arguments, "--model.weights", str(same)]) == 0
 
 
+def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_state(small_images: Path, tmp_path: Path) -> None:
+    """The states from before the change stay what they are: their schedule and batch size are not taken for the new ones."""
+    rates, outputs = [], [tmp_path / "once", tmp_path / "twice"]
+    half_a_run(small_images, outputs[0])
+    shutil.copytree(outputs[0], outputs[1])
+    for output in outputs:
+        changes = ["--epochs", "3", "--learning_rate", "5e-4", "--dataloader.batch_size", "2", "--resume_with_changes", "True"]
+        arguments = [*SMALL, *paths(small_images, output), *changes, "--checkpoint_every_n_steps", "0"]
+        if output == outputs[1]:
+            begun = (output / "resume" / "run.json").read_text()
+            for path in output.glob("resume/state-*"):  # stops at once, after the run has been described anew
+                path.with_suffix(".aside").write_bytes(path.read_bytes())
+            assert (
+                stopped(arguments, signal.SIGINT, lambda run=output / "resume" / "run.json", before=begun: run.read_text() != before) == 130
+            )
+            for path in output.glob("resume/state-*.safetensors"):
+                path.unlink()
+            for path in output.glob("resume/state-*.aside"):
+                path.rename(path.with_suffix(".safetensors"))
+        assert train_resnet.main(arguments) == 0
+        rates.append({step: value for step, value in scalars(output)["Train/learning_rate"].items() if step > 12})
+    assert rates[0] == rates[1]
+    assert digest(outputs[0])["3.pth"] == digest(outputs[1])["3.pth"]
+
+
 def test_another_batch_size_goes_on_at_the_same_images(small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     half_a_run(small_images, output)
@@ -491,8 +516,8 @@ def state_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
         train(keeper, None, "adam", SCHEDULES["cosine"])
     state = keeper.states[-1]
     path = tmp_path_factory.mktemp("state") / "state-000001.safetensors"
-    write_container(path, state.tensors, {"format": "1", "values": json.dumps(state.values)})
-    assert isinstance(read_state(path), Snapshot)
+    SavedState(state, About({"dataloader.batch_size": 4}, {PROCESSES: 1})).write(path)
+    assert isinstance(SavedState.read(path), SavedState)
     return path, path.read_bytes()
 
 
@@ -502,7 +527,7 @@ def test_a_state_with_a_byte_changed_or_cut_off_is_never_taken_for_one(state_fil
     path, whole = state_file
     at = int(place * len(whole))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :] if change else whole[:at])
-    assert isinstance(read_state(path), CheckpointError)
+    assert isinstance(SavedState.read(path), CheckpointError)
 
 
 @pytest.mark.parametrize(
@@ -510,9 +535,12 @@ def test_a_state_with_a_byte_changed_or_cut_off_is_never_taken_for_one(state_fil
 )
 def test_a_whole_file_that_is_no_state(values: str, tmp_path: Path) -> None:
     path = tmp_path / "state-000001.safetensors"
-    write_container(path, {"x": torch.zeros(1)}, {"format": "1", "values": values})
-    found = read_state(path)
-    assert isinstance(found, CheckpointError) or found.position.epoch == 0  # an empty position is the beginning
+    good = {"position": '{"position": {}}', "about": '{"settings": {"dataloader.batch_size": 4}, "facts": {"(processes)": 1}}'}
+    for texts in ({"values": values, "about": good["about"]}, {"values": good["position"], "about": values}, {"values": good["position"]}):
+        write_container(path, {"x": torch.zeros(1)}, {"format": "1", **texts})
+        found = SavedState.read(path)
+        # a position without any number is the beginning
+        assert isinstance(found, CheckpointError) or (values == '{"position": {}}' and "about" in texts and texts["values"] == values)
 
 
 @pytest.mark.parametrize(

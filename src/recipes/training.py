@@ -79,13 +79,13 @@ def train(settings: Settings, kind: str, prepare: Prepare) -> int:
             kept.check_facts(facts, settings)
             coding = settings.model.use_compression
             intent = intend(settings, architecture, prepared.model, prepared.example) if coding else None
-            resumed = kept.latest(settings.dataloader.batch_size)
+            resumed = kept.latest()
             recorder: AnyRecorder = NoRecorder()
             if engine.is_main:
                 kept.make_ready()
                 recorder = _start_recording(settings, architecture, output, prepared.task.metric_name, say, kept, resumed)
             try:
-                kept.begin(settings, facts, recorder)
+                kept.begin(recorder)
                 outcome, size = _carry_out(settings, intent, prepared, engine, recorder, say, kept, resumed)
                 results = {**prepared.more, **size}
                 skipped = set(engine.gather(sorted(prepared.task.unreadable)))
