@@ -110,13 +110,14 @@ def half_a_run(images: Path, output: Path, *flags: str) -> None:
 # --- the law ---
 
 
-def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seed", "kills"), [(0, 20), pytest.param(1, 60, marks=pytest.mark.slow)])
+def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(seed: int, kills: int, tmp_path: Path) -> None:
     """Twenty kills, spread over search, clustering, training, validation and the middle of writing files."""
     images = tmp_path / "images"
     write_images(images / "train", 3, 40, seed=0)
     write_images(images / "val", 3, 8, seed=1)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killing", str(tmp_path), str(images), "0", "20"],
+        [sys.executable, "-m", "tests.killing", str(tmp_path), str(images), str(seed), str(kills)],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -127,7 +128,7 @@ def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     phases = [found for _, found in report["phases"]]
-    assert len(phases) >= 20
+    assert len(phases) >= kills
     for wanted in ("clustering", "training or validating", "writing a group or layer", "writing a state"):
         assert wanted in phases, phases
     assert {awaited for awaited, _ in report["phases"]} >= {"searching", "clustering", "training", "validating", "writing a model"}
@@ -380,6 +381,22 @@ def test_another_folder_goes_on_from_a_run_or_from_one_of_its_states(
     # in its own folder from the older state: the newer one goes
     assert train_resnet.main([*SMALL, *paths(small_images, first), "--resume", str(older)]) == 0
     assert digest(first) == digest(whole)
+
+
+def test_the_same_command_goes_on_when_it_went_on_from_another_folder_and_was_stopped_again(
+    small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, output = tmp_path / "first", tmp_path / "second"
+    half_a_run(small_images, first)
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SMALL, *paths(small_images, Path("second")), "--resume", "first", "--checkpoint_every_n_steps", "1"]
+    reached = max(position(path) for path in first.glob("resume/state-*"))
+    assert stopped(arguments, signal.SIGINT, at_step(output, reached + 1)) == 130
+    assert max(position(path) for path in output.glob("resume/state-*")) > reached
+    capsys.readouterr()
+    assert train_resnet.main(arguments) == 0
+    assert f"after batch {reached}\n" not in capsys.readouterr().out  # with its own state, not with that of the first run again
+    assert digest(output) == digest(whole)
 
 
 def test_where_there_is_nothing_to_go_on_from(small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ class Kept:
         self.every = every
         self.stored = stored
         self._last = last
+        self._elsewhere = stored is not None and stored.folder != output.resume.resolve()
         self._engine, self._stop, self._say = engine, stop, say
         self._recorder: AnyRecorder | None = None
         self._about = About({}, {})
@@ -121,7 +122,7 @@ class Kept:
         """On the first process: a new run clears the output folder; one that goes on finds there what it left."""
         if self.stored is None:
             self._output.begin()
-        elif self.stored.folder != self.folder:
+        elif self._elsewhere:
             _adopt(self.stored.folder.parent, self._output)
         self._output.go_on()
         for path in states_in(self.folder):
@@ -133,7 +134,8 @@ class Kept:
         self._recorder = recorder
         if self._engine.is_main:
             started = self.stored.started if self.stored else datetime.now().astimezone()
-            StoredRun(self.folder, self._about, started, versions()).write()
+            origin = str(self.stored.folder.parent) if self.stored and self._elsewhere else self.stored.origin if self.stored else None
+            StoredRun(self.folder, self._about, started, versions(), origin).write()
         self._engine.barrier()
 
     def keep(self, snapshot: Snapshot) -> None:
@@ -217,25 +219,33 @@ def open_run(settings: Settings, engine: Engine, stop: Stop, say: Say) -> tuple[
         SettingsError: as `open_output`; there is nothing to go on from where `resume` says; or settings differ.
         CheckpointError: what is there cannot be read.
     """
-    wanted = settings.resume
-    source = None if wanted in ("auto", "none") else _source(wanted)
-    output_path = Path(require(settings, "output_path")).expanduser().absolute()
-    here = source is None or source[0] == output_path
-    may_go_on = wanted == "auto" or (source is not None and here)
-    output = open_output(settings, engine, may_go_on=may_go_on)
-    # a run of its own begins with --overwrite True, unless `resume` names the very run
-    goes_on = output.is_unfinished and ((source is not None and here) or (wanted == "auto" and not settings.overwrite))
+    wanted, own = settings.resume, Path(require(settings, "output_path")).expanduser().resolve()
+    folder, last = (None, None) if wanted in ("auto", "none") else _source(wanted)
+    if folder is not None and folder != own and _came_from(own, folder):  # this command was stopped before: it goes on with its own
+        folder, last = own, None
+    elsewhere = folder is not None and folder != own
+    output = open_output(settings, engine, may_go_on=wanted != "none" and not elsewhere)
     try:
-        stored = StoredRun.read(source[0] / "resume" if source else output.resume) if goes_on or source else None
-        if source and not here and engine.is_main:
-            with _alone(source[0]):
+        # auto leaves the run that --overwrite True is to replace; `resume` may name that very run
+        if folder is None and wanted == "auto" and not settings.overwrite and output.is_unfinished:
+            folder = own
+        stored = None if folder is None else StoredRun.read(folder / "resume")
+        if folder is not None and elsewhere and engine.is_main:
+            with _alone(folder):
                 pass
-        kept = Kept(output, engine, settings.checkpoint_every_n_steps, stop, say, stored, source[1] if source else None)
+        kept = Kept(output, engine, settings.checkpoint_every_n_steps, stop, say, stored, last)
         kept.check_settings(settings)
     except BaseException:
         output.close()
         raise
     return output, kept
+
+
+def _came_from(own: Path, folder: Path) -> bool:
+    """Whether the unfinished run in `own` went on from that in `folder`."""
+    if not (own / STARTED).exists() or (own / FINISHED).exists():
+        return False
+    return StoredRun.read(own / "resume").origin == str(folder)
 
 
 def _source(given: str) -> tuple[Path, str | None]:
@@ -245,7 +255,7 @@ def _source(given: str) -> tuple[Path, str | None]:
         SettingsError: it is not there, or holds no unfinished run.
     """
     found = find(given, "resume", "Expected auto, none, the output folder of an unfinished run, or a state in its resume folder")
-    folder, state = (found.parent.parent, found.name) if found.is_file() else (found, None)
+    folder, state = (found.parent.parent.resolve(), found.name) if found.is_file() else (found.resolve(), None)
     if not (folder / STARTED).exists():
         finished = (folder / FINISHED).exists()
         why = "holds a run that has ended" if finished else "holds no unfinished run"

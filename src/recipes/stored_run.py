@@ -85,12 +85,14 @@ class StoredRun:
         about: settings and facts.
         started: when it began.
         versions: of this program and of torch.
+        origin: output folder of the run that it went on from, if that was another one.
     """
 
     folder: Path
     about: About
     started: datetime
     versions: Sequence[str]
+    origin: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> StoredRun:
@@ -104,7 +106,8 @@ class StoredRun:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["format"] > FORMAT:
                 raise CheckpointError(f"resume: {path} was written by a later version of pqf ({found['versions'][0]}); use that one")
-            return cls(folder, _about(found), datetime.fromisoformat(found["started"]), [str(version) for version in found["versions"]])
+            started, told = datetime.fromisoformat(found["started"]), [str(version) for version in found["versions"]]
+            return cls(folder, _about(found), started, told, found.get("origin"))
         except OSError as error:
             raise CheckpointError(f"resume: {path} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -115,8 +118,13 @@ class StoredRun:
     def write(self) -> None:
         """Write it. Raises RunError: the disk is full."""
         about = {"settings": dict(self.about.settings), "facts": dict(self.about.facts)}
-        run = {"format": FORMAT, "versions": list(self.versions), "started": self.started.isoformat(timespec="seconds"), **about}
-        write_text(self.folder / "run.json", json.dumps(run, indent=1) + "\n")
+        run = {
+            "format": FORMAT,
+            "versions": list(self.versions),
+            "started": self.started.isoformat(timespec="seconds"),
+            "origin": self.origin,
+        }
+        write_text(self.folder / "run.json", json.dumps({**run, **about}, indent=1) + "\n")
 
 
 def _about(found: Mapping[str, Any]) -> About:
