@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -10,8 +10,10 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def bar(items: Iterable[T], label: str, total: int | None = None, show: bool = True, unit: str = "it", done: int = 0) -> Iterator[T]:
-    """Iterate over `items` with a progress bar on standard error.
+def bar(
+    items: Iterable[T], label: str, total: int | None = None, show: bool = True, unit: str = "it", done: int = 0
+) -> Generator[T, None, None]:
+    """Iterate over `items` with a progress bar on standard error; closing the iteration clears the bar.
 
     Args:
         items: what to iterate over.
@@ -23,4 +25,4 @@ def bar(items: Iterable[T], label: str, total: int | None = None, show: bool = T
     """
     # disable=None asks tqdm to stay silent when the stream is not a terminal
     hidden = None if show else True
-    return iter(tqdm(items, desc=label, total=total, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, initial=done))
+    yield from tqdm(items, desc=label, total=total, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, initial=done)

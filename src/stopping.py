@@ -62,6 +62,20 @@ class Stop:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """No word of a child process that ends: torch raises an error for it wherever the main process happens to be, in the middle of a
+    step too. Its loader notices a dead process itself when it waits for a batch."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+@contextmanager
 def stopping() -> Iterator[Stop]:
     """Handle Ctrl-C and SIGTERM for a while; the old handlers come back at the end. Outside the main thread nothing is handled."""
     stop = Stop()

@@ -172,6 +172,9 @@ class StopsAt:
     def deferred(self):
         return contextlib.nullcontext()
 
+    def undisturbed(self):
+        return contextlib.nullcontext()
+
     def leave(self) -> None:
         raise Stops
 
@@ -265,7 +268,7 @@ def test_a_network_with_values_that_are_no_numbers_is_not_kept() -> None:
 def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     number: signal.Signals, status: int, small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a process of its own with a loader process, both of which get the signal as they would from a terminal."""
+    """In a process of its own with loader processes, all of which get the signal."""
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output), "--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "0"]
     running = subprocess.Popen(
@@ -279,7 +282,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     )
     wait_for(lambda: at_step(output, 0)() and len(list(output.glob("resume/state-*"))) == 2, running)  # validated; training begins
     time.sleep(0.3)
-    os.killpg(running.pid, number) if number == signal.SIGINT else os.kill(running.pid, number)
+    os.killpg(running.pid, number)  # as a terminal does with Ctrl-C, and a batch system with SIGTERM
     text, _ = running.communicate(timeout=60)
     assert running.returncode == status, text
     assert "Traceback" not in text

@@ -25,7 +25,7 @@ from ..output_folder import FINISHED, LEAVINGS, STARTED, OutputFolder, take
 from ..paths import find
 from ..recorder import AnyRecorder
 from ..settings import Settings, require
-from ..stopping import Stop
+from ..stopping import Stop, undisturbed
 from .pieces import KeptClusterings, KeptSearches
 from .running import Say, flat, open_output
 from .stored_run import (
@@ -154,6 +154,10 @@ class Kept:
     def deferred(self) -> AbstractContextManager[None]:
         """Signals wait in here."""
         return self._stop.deferred()
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """No word of loader processes that end in here."""
+        return undisturbed()
 
     @property
     def stop_wanted(self) -> bool:

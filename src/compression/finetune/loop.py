@@ -6,14 +6,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ...errors import RunError, UserError
+from ...errors import RunError
 from ...progress import bar
 from .gradients import GradientWatch, explain
 from .optimizers import Schedule
@@ -53,6 +53,9 @@ class Keeper(Protocol):
     def deferred(self) -> AbstractContextManager[None]:
         """In here the wish to stop waits until the loop asks for it."""
 
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """In here no error of another process breaks in: what is begun is finished."""
+
     @property
     def stop_wanted(self) -> bool:
         """This process was asked to stop."""
@@ -72,6 +75,10 @@ class KeepNothing:
 
     def deferred(self) -> AbstractContextManager[None]:
         """Nothing waits."""
+        return nullcontext()
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Whatever comes comes."""
         return nullcontext()
 
     def leave(self) -> None:
@@ -193,54 +200,60 @@ class _Loop:
             self.training.outcome.seconds_per_step = sorted(self.durations)[len(self.durations) // 2]
 
     def _train_epoch(self) -> None:
-        training, task, model = self.training, self.task, self.training.model
+        training, task = self.training, self.task
         epoch, done = training.position.epoch + 1, training.position.batch
-        model.train()
+        training.model.train()
         label, total = f"epoch {epoch}/{self.epochs}", task.steps_per_epoch
-        batches = bar(task.training_batches(epoch, done), label, total, self.show_progress, "batch", done)
-        before = (epoch - 1) * task.steps_per_epoch
-        first, started = True, time.perf_counter()
-        while (batch := self._next(batches)) is not None:
-            number = before + task.position
-            rate = training.schedule.learning_rate
-            loss = self._step(batch, number)
-            training.schedule.after_step()
-            wanted = number % self.log_every == 0 or number == 1
-            figures, n_images, stop = self._over_processes(loss) if wanted else ({}, 0, False)
-            if (figures and not math.isfinite(figures["loss"])) or (wanted and self.watch.first()):
-                self._raise_not_finite(number)
-            now = time.perf_counter()
-            if not first or not done:  # the first step after a resume waits for the loader to start
-                self.durations.append(now - started)
-            if wanted:
-                self.recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / (now - started)})
-            training.position = Position(epoch - 1, task.position, True, number)
-            stop = stop or (self.engine.world_size == 1 and self.keeper.stop_wanted)
-            due = self.keeper.every and number % self.keeper.every == 0 and task.position < task.steps_per_epoch
-            if due or stop:
-                self.keep()
-            if stop:
-                self.keeper.leave()
-            first, started = False, time.perf_counter()
-        self.engine.average_buffers(model)
-        self.recorder.model(epoch, model)
+        with closing(bar(task.training_batches(epoch, done), label, total, self.show_progress, "batch", done)) as batches:
+            self._train_on(batches, epoch, done)
+        self.engine.average_buffers(training.model)
+        self.recorder.model(epoch, training.model)
         training.position = Position(epoch, 0, False, epoch * task.steps_per_epoch)
         self.keep()
         if self.engine.world_size == 1 and self.keeper.stop_wanted:
             self.keeper.leave()
 
+    def _train_on(self, batches: Iterator[Any], epoch: int, done: int) -> None:
+        """Go through the batches of `epoch` of which `done` are behind."""
+        training, task = self.training, self.task
+        first, started = True, time.perf_counter()
+        while (batch := self._next(batches)) is not None:
+            with self.keeper.undisturbed():
+                number = (epoch - 1) * task.steps_per_epoch + task.position
+                wanted = number % self.log_every == 0 or number == 1
+                rate = training.schedule.learning_rate
+                loss = self._step(batch, number)
+                training.schedule.after_step()
+                figures, n_images, stop = self._over_processes(loss) if wanted else ({}, 0, False)
+                if (figures and not math.isfinite(figures["loss"])) or (wanted and self.watch.first()):
+                    self._raise_not_finite(number)
+                took = time.perf_counter() - started
+                if not first or not done:  # the first step after a resume waits for the loader to start
+                    self.durations.append(took)
+                if wanted:
+                    self.recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / took})
+                training.position = Position(epoch - 1, task.position, True, number)
+                stop = stop or (self.engine.world_size == 1 and self.keeper.stop_wanted)
+                due = self.keeper.every and number % self.keeper.every == 0 and task.position < task.steps_per_epoch
+                if due or stop:
+                    self.keep()
+                if stop:
+                    self.keeper.leave()
+            first, started = False, time.perf_counter()
+
     def _next(self, batches: Iterator[Any]) -> Any:
         """The next batch, None at the end. What was done before is kept if there is none to be had."""
         try:
             return next(batches, None)
-        except UserError as error:
-            if self.engine.world_size == 1:  # several processes would have to agree
-                try:
-                    self.keep()
-                except Exception as further:  # the first error says more; the state saved before is still there
-                    raise error from further
-                if self.keeper.stop_wanted:  # Ctrl-C may have ended the loader's processes
-                    self.keeper.leave()
+        except Exception as error:
+            with self.keeper.undisturbed():
+                if self.engine.world_size == 1:  # several processes would have to agree
+                    try:
+                        self.keep()
+                    except Exception as further:  # the first error says more; the state saved before is still there
+                        raise error from further
+                    if self.keeper.stop_wanted:  # the signal may have ended the loader's processes too
+                        self.keeper.leave()
             raise
 
     def _step(self, batch: Any, number: int) -> StepLoss:
