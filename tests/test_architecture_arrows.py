@@ -184,6 +184,32 @@ def test_a_wrong_arrow_is_found(tmp_path: Path, file: str, line: str, complaint:
     assert wrong_arrows(tmp_path / "src") == [complaint]
 
 
+def circle(root: Path) -> list[str]:
+    """Modules that import each other in a ring, late and type-checking imports counted; empty where there is none. A package's face
+    (its __init__) only passes names on."""
+    known = modules(root)
+    arrows = {name: sorted(imports(name, path, root, set(known))) for name, path in known.items() if path.name != "__init__.py"}
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done or name not in arrows:
+            return []
+        found = next((ring for target in arrows[name] if (ring := walk(target, [*way, name]))), [])
+        done.add(name)
+        return found
+
+    return next((ring for name in arrows if (ring := walk(name, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_ring(tmp_path: Path) -> None:
+    assert circle(SRC) == []
+    for name, line in (("a", "from .b import x"), ("b", "from . import c"), ("c", "def f():\n    from .a import y")):
+        (tmp_path / f"{name}.py").write_text(line + "\n", encoding="utf-8")
+    assert circle(tmp_path) == ["a", "b", "c", "a"]
+
+
 def talkers(root: Path) -> list[str]:
     """Modules outside engines/ that name torch.distributed, DistributedDataParallel or Horovod's package in their code."""
     found = []

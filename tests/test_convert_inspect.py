@@ -24,7 +24,7 @@ from src.compression.files import compressed_state, read_tensors, save_compresse
 from src.compression.packed import AppliedPermutation, ModelInfo, load_packed, save_packed
 from src.compression.quantize.layers import CodedLayer
 from src.compression.size import model_size
-from src.recipes.inspecting import examine
+from src.recipes.examination import examine
 from src.recipes.stored import read_model, read_permutations
 from tests.conftest import ROOT
 from tests.helpers import coded, lively, outputs, relative, shuffle, spec

@@ -23,7 +23,7 @@ from src.compression.size import model_size
 from src.errors import CheckpointError
 from src.randomness import stream
 from src.recipes import coding_spec
-from src.recipes.inspecting import examine
+from src.recipes.examination import examine
 from src.recipes.saving import compression_settings
 from src.recipes.stored import read_model
 from src.settings import load

@@ -6,12 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..compression.subvectors import bits_per_code
-
-if TYPE_CHECKING:
-    from .inspecting import Inspection, Row
+from .examination import Inspection, Row, about, cells, header, totals
 
 PARTS = (("codes", "codes_bits", "c1"), ("codebooks", "codebook_bits", "c2"), ("other", "other_bits", "c3"))
 """Name, attribute of a row, class of its colour."""
@@ -48,7 +45,6 @@ th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
 
 def page(found: Inspection) -> str:
     """The page as HTML text; every name from the file is escaped."""
-    from .inspecting import about, cells, header, totals
 
     rows = [row for row in found.rows if row.k is not None or row.bits >= SMALL_SHARE * found.size.bits]
     title = escape(f"{found.path.name}: {found.architecture}")
