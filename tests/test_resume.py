@@ -536,7 +536,7 @@ def state_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
         train(keeper, None, "adam", SCHEDULES["cosine"])
     state = keeper.states[-1]
     path = tmp_path_factory.mktemp("state") / "state-000001.safetensors"
-    SavedState(state, About({"dataloader.batch_size": 4}, {PROCESSES: 1})).write(path)
+    SavedState(state, About({"dataloader.batch_size": 4}, {PROCESSES: 1}), {"a.png": "cut off"}).write(path)
     assert isinstance(SavedState.read(path), SavedState)
     return path, path.read_bytes()
 
@@ -550,17 +550,28 @@ def test_a_state_with_a_byte_changed_or_cut_off_is_never_taken_for_one(state_fil
     assert isinstance(SavedState.read(path), CheckpointError)
 
 
+def tolerant(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 @pytest.mark.parametrize(
     "values", ["", "[]", "{}", '{"position": {}}', '{"position": {"epoch": -1}}', '{"position": {"epoch": "x"}}', "[" * 9999]
 )
 def test_a_whole_file_that_is_no_state(values: str, tmp_path: Path) -> None:
     path = tmp_path / "state-000001.safetensors"
-    good = {"position": '{"position": {}}', "about": '{"settings": {"dataloader.batch_size": 4}, "facts": {"(processes)": 1}}'}
-    for texts in ({"values": values, "about": good["about"]}, {"values": good["position"], "about": values}, {"values": good["position"]}):
-        write_container(path, {"x": torch.zeros(1)}, {"format": "1", **texts})
-        found = SavedState.read(path)
-        # a position without any number is the beginning
-        assert isinstance(found, CheckpointError) or (values == '{"position": {}}' and "about" in texts and texts["values"] == values)
+    good = {
+        "values": '{"position": {}}',
+        "about": '{"settings": {"dataloader.batch_size": 4}, "facts": {"(processes)": 1}}',
+        "unreadable": "{}",
+    }
+    for name in good:
+        for texts in ({**good, name: values}, {other: text for other, text in good.items() if other != name}):
+            write_container(path, {"x": torch.zeros(1)}, {"format": "1", **texts})
+            whole = texts == good or (name == "unreadable" and name in texts and isinstance(tolerant(values), dict))
+            assert isinstance(SavedState.read(path), SavedState if whole else CheckpointError), (name, texts)
 
 
 @pytest.mark.parametrize(
@@ -733,6 +744,23 @@ def test_an_image_that_becomes_unreadable_in_an_epoch_ends_the_run_and_it_goes_o
     assert "resume: goes on" in capsys.readouterr().out
     assert 0 <= reached < STEPS
     assert digest(output) == digest(whole)
+
+
+def test_images_that_were_left_out_before_the_stop_are_counted_too(
+    small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = shutil.copytree(small_images, tmp_path / "images")
+    spoilt = images / "train" / "class0001" / "5.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:-200])
+    outputs = [tmp_path / name for name in ("whole", "stopped")]
+    flags = [*SMALL, "--dataloader.skip_unreadable", "True", "--dataloader.verify_images", "none", "--epochs", "1"]
+    assert train_resnet.main([*flags, *paths(images, outputs[0])]) == 0
+    arguments = [*flags, *paths(images, outputs[1]), "--checkpoint_every_n_steps", "1"]
+    assert stopped(arguments, signal.SIGINT, at_step(outputs[1], STEPS - 1)) == 130
+    assert train_resnet.main(arguments) == 0
+    assert capsys.readouterr().err.count("skipped unreadable image") == 2  # once in each run
+    assert digest(outputs[1]) == digest(outputs[0])
+    assert json.loads((outputs[1] / "results.json").read_text())["skipped images"] == 1
 
 
 def test_a_gradient_that_is_no_number_is_named_and_the_last_good_state_stays(

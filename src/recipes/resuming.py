@@ -11,7 +11,7 @@ Each file is written to a temporary one and renamed; the containers have checksu
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -73,6 +73,8 @@ class Kept:
         self._recorder: AnyRecorder | None = None
         self._about = About({}, {})
         self._position = ""
+        self._unreadable: MutableMapping[str, str] = {}
+        self._left_out_before: Mapping[str, str] = {}
 
     # --- may it go on? ---
 
@@ -129,9 +131,15 @@ class Kept:
             if path not in self._usable(self.folder):
                 path.unlink(missing_ok=True)
 
-    def begin(self, recorder: AnyRecorder) -> None:
-        """Write run.json; states are written after what `recorder` logged until then. The others wait until all is there."""
-        self._recorder = recorder
+    def begin(self, recorder: AnyRecorder, unreadable: MutableMapping[str, str]) -> None:
+        """Write run.json. The others wait until all is there.
+
+        Args:
+            recorder: states are written after what it logged until then.
+            unreadable: the images that this process leaves out, by path; those that the run left out before are put in.
+        """
+        self._recorder, self._unreadable = recorder, unreadable
+        unreadable.update(self._left_out_before)
         if self._engine.is_main:
             started = self.stored.started if self.stored else datetime.now().astimezone()
             origin = str(self.stored.folder.parent) if self.stored and self._elsewhere else self.stored.origin if self.stored else None
@@ -141,13 +149,14 @@ class Kept:
     def keep(self, snapshot: Snapshot) -> None:
         """Write a state, and remove all but the last two."""
         self._position = str(snapshot.position)
+        unreadable = dict(self._engine.gather(sorted(self._unreadable.items())))
         if not self._engine.is_main:
             return
         if self._recorder is not None:
             self._recorder.flush()
         states = states_in(self.folder)
         path = self.folder / f"state-{state_number(states[-1]) + 1 if states else 1:06d}.safetensors"
-        SavedState(snapshot, self._about).write(path)
+        SavedState(snapshot, self._about, unreadable).write(path)
         for old in [*states, path][:-KEPT_STATES]:
             old.unlink(missing_ok=True)
 
@@ -191,7 +200,7 @@ class Kept:
 
     def _resumed(self, state: SavedState) -> Resumed:
         """With the schedule and the place in the epoch that settings ask for which changed since the state was saved."""
-        position = state.snapshot.position
+        position, self._left_out_before = state.snapshot.position, state.unreadable
         same_schedule = not any(is_among(key, OF_THE_SCHEDULE) for key in state.about.differences(self._about))
         then, now = state.about.images_per_step, self._about.images_per_step
         # images are common to all processes: those of the first batches are the first ones of the epoch's order

@@ -136,10 +136,17 @@ def _about(found: Mapping[str, Any]) -> About:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state of a training, and what it was made with: settings may have changed since the run began, and again since."""
+    """A state of a training, and what it was made with: settings may have changed since the run began, and again since.
+
+    Attributes:
+        snapshot: the state.
+        about: what it was made with.
+        unreadable: reason by path of the images that were left out until then, on all processes.
+    """
 
     snapshot: Snapshot
     about: About
+    unreadable: Mapping[str, str]
 
     @classmethod
     def read(cls, path: Path) -> SavedState | CheckpointError:
@@ -150,16 +157,18 @@ class SavedState:
             position = snapshot.position
             if min(position.epoch, position.batch, position.step) < 0:
                 raise ValueError
-            return cls(snapshot, _about(json.loads(metadata["about"])))
+            unreadable = {str(path): str(reason) for path, reason in json.loads(metadata["unreadable"]).items()}
+            return cls(snapshot, _about(json.loads(metadata["about"])), unreadable)
         except CheckpointError as error:
             return error
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return CheckpointError(f"{path} is damaged: it holds no state of a training.")
 
     def write(self, path: Path) -> None:
         """Write it. Raises RunError: the disk is full."""
         about = {"settings": dict(self.about.settings), "facts": dict(self.about.facts)}
-        texts = {"values": json.dumps(self.snapshot.values, separators=(",", ":")), "about": json.dumps(about, separators=(",", ":"))}
+        parts = {"values": self.snapshot.values, "about": about, "unreadable": dict(self.unreadable)}
+        texts = {name: json.dumps(part, separators=(",", ":")) for name, part in parts.items()}
         write_container(path, self.snapshot.tensors, {"format": str(FORMAT), **texts})
 
 

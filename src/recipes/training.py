@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ class WatchedTask(Task, Protocol):
     """A task that says which files it could not read, and why."""
 
     @property
-    def unreadable(self) -> Mapping[str, str]:
+    def unreadable(self) -> MutableMapping[str, str]:
         """Reason by path."""
 
 
@@ -85,7 +85,7 @@ def train(settings: Settings, kind: str, prepare: Prepare) -> int:
                 kept.make_ready()
                 recorder = _start_recording(settings, architecture, output, prepared.task.metric_name, say, kept, resumed)
             try:
-                kept.begin(recorder)
+                kept.begin(recorder, prepared.task.unreadable)
                 outcome, size = _carry_out(settings, intent, prepared, engine, recorder, say, kept, resumed)
                 results = {**prepared.more, **size}
                 skipped = set(engine.gather(sorted(prepared.task.unreadable)))
