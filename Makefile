@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# as many processes as there are processors (four at most: each loads torch), each with one thread: two teams of threads would be in each other's way
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo demo-maskrcnn test test-slow lint bench figures horovod paper-models install clean
 
@@ -24,10 +26,10 @@ demo-maskrcnn: $(READY)
 	$(PY) -m src.demo_maskrcnn
 
 test: $(READY)
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	$(PY) -m pytest
+	$(PYTEST)
 
 lint: $(READY)
 	$(PY) -m ruff check .
