@@ -48,6 +48,7 @@ class Stop:
             KeyboardInterrupt: after Ctrl-C, with `why` as its message.
             Terminated: after SIGTERM.
         """
+        _ignore_children()  # the signal may have ended loader processes too, and torch would raise for them on the way out
         raise (Terminated if self._asked == signal.SIGTERM else KeyboardInterrupt)(why)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -68,11 +69,21 @@ def undisturbed() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGCHLD)
+    _ignore_children()
     try:
         yield
-    finally:
+    except KeyboardInterrupt:  # the process ends, and it stays so
+        raise
+    except BaseException:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        raise
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _ignore_children() -> None:
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager
