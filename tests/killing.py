@@ -47,8 +47,16 @@ def start(arguments: list[str], log: Path) -> int:
     os._exit(status)
 
 
+def found(folder: Path, pattern: str) -> list[Path]:
+    """Like glob; nothing where a run that ends removes the folder meanwhile."""
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
 def count(folder: Path, pattern: str) -> int:
-    return sum(1 for _ in folder.glob(pattern))
+    return len(found(folder, pattern))
 
 
 def moments(draw: random.Random) -> Iterator[tuple[str, Callable[[Path], bool]]]:
@@ -66,20 +74,20 @@ def moments(draw: random.Random) -> Iterator[tuple[str, Callable[[Path], bool]]]
 
 
 def newest(run: Path) -> int:
-    return max((int(path.name[6:12]) for path in run.glob("resume/state-*.safetensors")), default=0)
+    return max((int(path.name[6:12]) for path in found(run, "resume/state-*.safetensors")), default=0)
 
 
 def one_life(arguments: list[str], run: Path, awaited: Callable[[Path], bool], draw: random.Random) -> int | None:
     """Run until the moment (and up to 60 ms more), then kill with all children; returns the status of a run that ended before."""
     born = newest(run)
-    before = {path.name for path in run.glob("resume/*/*")}
+    before = {path.name for path in found(run, "resume/*/*")}
     number = start(arguments, run.parent / f"{run.name}.log")
     patience = time.monotonic() + draw.uniform(1.0, 4.0)
     while time.monotonic() < patience:
         done, status = os.waitpid(number, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        news = newest(run) > born or {path.name for path in run.glob("resume/*/*")} - before
+        news = newest(run) > born or {path.name for path in found(run, "resume/*/*")} - before
         if news and awaited(run):  # something was won in this life, so that the chain of lives ends
             if draw.random() < 0.5:
                 time.sleep(draw.uniform(0, 0.06))
@@ -108,14 +116,14 @@ def phase(run: Path) -> str:
 
 def digest(run: Path) -> dict[str, str]:
     """Of every model, of the table of the compression, and of the metrics."""
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((run / "trained_models").iterdir())}
-    found["compression.json"] = hashlib.sha256((run / "compression.json").read_bytes()).hexdigest()
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((run / "trained_models").iterdir())}
+    digests["compression.json"] = hashlib.sha256((run / "compression.json").read_bytes()).hexdigest()
     results = json.loads((run / "results.json").read_text())
     for name in ("start", "end", "seconds per step"):
         results.pop(name)
-    found["scalars"] = hashlib.sha256(json.dumps(scalars(run), sort_keys=True).encode()).hexdigest()
+    digests["scalars"] = hashlib.sha256(json.dumps(scalars(run), sort_keys=True).encode()).hexdigest()
     return {
-        **found,
+        **digests,
         "results": json.dumps(results, sort_keys=True),
         "folder": " ".join(sorted({path.name for path in run.iterdir()} - {".lock", "resume"})),
     }

@@ -32,7 +32,7 @@ from src.recipes.stored_run import PROCESSES, About, SavedState
 from tests.coco_helpers import small_coco
 from tests.conftest import ROOT, write_images
 from tests.helpers import coded, spec
-from tests.killing import digest, scalars
+from tests.killing import digest, found, scalars
 from tests.test_entries import paths, refused
 from tests.test_finetune import Blobs, Notes
 from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
@@ -70,7 +70,7 @@ def whole(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def at_step(output: Path, step: int) -> Callable[[], bool]:
     """Whether the log of the run in `output` is at least at a step: TensorBoard's file is written when a state is saved."""
-    return lambda: any(position(path) >= step for path in output.glob("resume/state-*.safetensors"))
+    return lambda: any(position(path) >= step for path in found(output, "resume/state-*.safetensors"))
 
 
 def position(state: Path) -> int:
@@ -280,7 +280,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
         text=True,
         start_new_session=True,
     )
-    wait_for(lambda: at_step(output, 0)() and len(list(output.glob("resume/state-*"))) == 2, running)  # validated; training begins
+    wait_for(lambda: at_step(output, 0)() and len(found(output, "resume/state-*")) == 2, running)  # validated; training begins
     time.sleep(0.3)
     os.killpg(running.pid, number)  # as a terminal does with Ctrl-C, and a batch system with SIGTERM
     text, _ = running.communicate(timeout=60)
@@ -310,7 +310,7 @@ def test_a_signal_in_search_or_clustering_keeps_what_is_finished(
 ) -> None:
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output)]
-    assert stopped(arguments, signal.SIGTERM, lambda: len(list(output.glob("resume/layers/*.safetensors"))) >= 5) == 143
+    assert stopped(arguments, signal.SIGTERM, lambda: len(found(output, "resume/layers/*.safetensors")) >= 5) == 143
     kept = {path: path.stat().st_mtime_ns for path in output.glob("resume/*/*")}
     assert sum(path.parent.name == "groups" for path in kept) == 12
     assert sum(path.parent.name == "layers" for path in kept) >= 5
@@ -325,7 +325,7 @@ def test_a_signal_in_search_or_clustering_keeps_what_is_finished(
 def test_kept_layers_of_other_weights_and_damaged_ones_are_clustered_again(small_images: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output)]
-    assert stopped(arguments, signal.SIGINT, lambda: len(list(output.glob("resume/layers/*.safetensors"))) >= 6) == 130
+    assert stopped(arguments, signal.SIGINT, lambda: len(found(output, "resume/layers/*.safetensors")) >= 6) == 130
     layers, groups = (sorted((output / "resume" / name).iterdir()) for name in ("layers", "groups"))
     layers[0].write_bytes(layers[0].read_bytes()[:-1])
     shutil.copy(layers[2], layers[1])  # a whole file, of another layer
@@ -697,7 +697,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
         """The loaders, when training has begun: two states are there, and the second loader is."""
         while not ended.is_set():
             new = set(children.read_text().split()) - before
-            if len(list(output.glob("resume/state-*"))) == 2 and len(new) == 2:
+            if len(found(output, "resume/state-*")) == 2 and len(new) == 2:
                 for number in new:
                     os.kill(int(number), signal.SIGKILL)
                 return
