@@ -271,15 +271,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     """In a process of its own with loader processes, all of which get the signal."""
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output), "--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "0"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "src.train_resnet", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    running = started(arguments)
     wait_for(lambda: at_step(output, 0)() and len(found(output, "resume/state-*")) == 2, running)  # validated; training begins
     time.sleep(0.3)
     os.killpg(running.pid, number)  # as a terminal does with Ctrl-C, and a batch system with SIGTERM
@@ -295,6 +287,13 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     assert "resume: goes on" in capsys.readouterr().out
     assert digest(output) == digest(whole)
     assert not (output / "resume").exists()
+
+
+def started(arguments: list[str], env: dict[str, str] = ENVIRONMENT) -> subprocess.Popen[str]:
+    """The command in a process group of its own."""
+    command = [sys.executable, "-m", "src.train_resnet", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
 
 
 def wait_for(reached: Callable[[], bool], running: subprocess.Popen, seconds: float = 120) -> None:
@@ -814,14 +813,7 @@ def test_a_clock_that_is_set_back_changes_nothing(small_images: Path, whole: Pat
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "clock.c"), "-ldl"], check=True)
     arguments = [*SMALL, *paths(small_images, output), "--checkpoint_every_n_steps", "1"]
     env = {**ENVIRONMENT, "LD_PRELOAD": str(library), "CLOCK_FILE": str(mark)}
-    running = subprocess.Popen(
-        [sys.executable, "-m", "src.train_resnet", *arguments],
-        cwd=ROOT,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    running = started(arguments, env)
     wait_for(at_step(output, 1), running)
     mark.touch()
     wait_for(at_step(output, 4), running)
@@ -844,9 +836,7 @@ def test_two_runs_in_the_same_folder(small_images: Path, whole: Path, tmp_path: 
     arguments = [*SMALL, *paths(small_images, output)]
     # the first one has loader processes, which must not hold the folder when it is gone
     first = [*arguments, "--dataloader.num_workers", "1", "--epochs", "500"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "src.train_resnet", *first], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    running = started(first)
     try:
         wait_for(lambda: len(list(output.glob("trained_models/*.pth"))) >= 3, running)
         for flags in ([], ["--overwrite", "True"], ["--resume", "none"]):

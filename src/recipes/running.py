@@ -43,8 +43,9 @@ def processes(settings: Settings) -> Iterator[Engine]:
     except Exception as error:
         if engine.lost_contact(error):
             raise LostContactError(f"another process of this run has ended, and its message says why ({_first_line(error)})") from error
-        death = loader_death(error) if isinstance(error, RuntimeError) else None
-        raise error if death is None else death from error
+        if isinstance(error, RuntimeError) and (death := loader_death(error)):
+            raise death from error
+        raise
     engine.close()
 
 

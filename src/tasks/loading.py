@@ -243,8 +243,9 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        death = loader_death(error)
-        raise error if death is None else death from error
+        if death := loader_death(error):
+            raise death from error
+        raise
 
 
 def loader_death(error: RuntimeError) -> RunError | None:

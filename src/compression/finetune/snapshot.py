@@ -146,8 +146,10 @@ def restore(snapshot: Snapshot, training: Training, position: Position, *, same_
             training.schedule.go_to(position.step, position.epoch)
         if training.scaler.is_enabled() and snapshot.values["scaler"]:
             training.scaler.load_state_dict(snapshot.values["scaler"])
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise error if isinstance(error, CheckpointError) else _unfit(error) from error
+        raise _unfit(error) from error
 
 
 def _unfit(error: Exception) -> CheckpointError:
