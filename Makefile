@@ -23,7 +23,7 @@ demo: $(READY)
 
 # the same for Mask R-CNN on scenes composed of the digits; offline
 demo-maskrcnn: $(READY)
-	$(PY) -m src.demo_maskrcnn
+	$(PY) -m src.demo.maskrcnn
 
 test: $(READY)
 	$(PYTEST) -m "not slow"

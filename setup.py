@@ -5,7 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = next(line.split('"')[1] for line in (ROOT / "src" / "__init__.py").read_text().splitlines() if line.startswith("__version__"))
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "src" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
 FOLDERS = {
     "pqf.config": "config",
     "pqf.config.cifar10": "config/cifar10",

@@ -8,11 +8,17 @@ from pathlib import Path
 from . import clustering, coco_memory, compress, cost, maskrcnn_cost, packed, processes, resume, search
 
 MEASUREMENTS = {
-    "cost": (cost.main, ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"]),
+    "cost": (
+        cost.main,
+        ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"],
+    ),
     "search": (search.main, ["--small"]),
     "clustering": (clustering.main, ["--small"]),
     "coco_memory": (coco_memory.main, ["--images", "3", "--per-image", "4"]),
-    "processes": (processes.main, ["--batch", "2", "--size", "32", "--steps", "1", "--rounds", "1", "--archs", "resnet18"]),
+    "processes": (
+        processes.main,
+        ["--batch", "2", "--size", "32", "--steps", "1", "--rounds", "1", "--archs", "resnet18"],
+    ),
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
     "resume": (resume.main, ["--batch", "2", "--size", "64", "--repeats", "1", "--archs", "resnet18"]),

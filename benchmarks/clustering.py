@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.compression.files import read_tensors
 from src.compression.quantize.kmeans import assign, kmeans, src
-from src.compression.subvectors import to_subvectors
+from src.compression.quantize.subvectors import to_subvectors
+from src.model_files.pth import read_tensors
 
 from .report import largest_resident_set, machine, pick_device, print_machine, print_table, seconds, write_json
 
@@ -53,7 +53,9 @@ class Case:
         generator = torch.Generator().manual_seed(SEED)
         rows = 512
         scale = torch.randn(rows, 1, 1, generator=generator).mul(0.7).exp()
-        return (0.02 * scale * torch.randn(rows, -(-self.n // rows), self.d, generator=generator)).reshape(-1, self.d)[: self.n]
+        return (0.02 * scale * torch.randn(rows, -(-self.n // rows), self.d, generator=generator)).reshape(-1, self.d)[
+            : self.n
+        ]
 
 
 CASES = [Case(589_824, 4, 256, "layer4.1.conv2"), Case(262_144, 9, 256, "layer4.1.conv2"), Case(512_000, 4, 2048, "fc")]
@@ -101,7 +103,9 @@ def sklearn_kmeans(vectors: Tensor, start: Tensor, iterations: int) -> tuple[Ten
     """scikit-learn, Lloyd's algorithm, without stopping early."""
     from sklearn.cluster import KMeans
 
-    model = KMeans(start.shape[0], init=start.numpy(), n_init=1, max_iter=iterations, tol=0.0, algorithm="lloyd").fit(vectors.numpy())
+    model = KMeans(start.shape[0], init=start.numpy(), n_init=1, max_iter=iterations, tol=0.0, algorithm="lloyd").fit(
+        vectors.numpy()
+    )
     return torch.from_numpy(model.cluster_centers_), torch.from_numpy(model.labels_)
 
 
@@ -118,7 +122,9 @@ def share_for_plain(case: Case, device: torch.device) -> int:
 METHODS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
     "src (ours)": lambda x, k, t, seed: src(x, k, t, torch.Generator().manual_seed(seed)).codebook,
     "kmeans (ours)": lambda x, k, t, seed: kmeans(x, k, t, torch.Generator().manual_seed(seed)).codebook,
-    "src, tolerance 0.005 (ours)": lambda x, k, t, seed: src(x, k, t, torch.Generator().manual_seed(seed), 0.005).codebook,
+    "src, tolerance 0.005 (ours)": lambda x, k, t, seed: (
+        src(x, k, t, torch.Generator().manual_seed(seed), 0.005).codebook
+    ),
     "faiss": lambda x, k, t, seed: faiss_kmeans(x, start_of(x, k, seed), t)[0],
     "scikit-learn": lambda x, k, t, seed: sklearn_kmeans(x, start_of(x, k, seed), t)[0],
     "plain": lambda x, k, t, seed: plain_kmeans(x, start_of(x, k, seed), t)[0],
@@ -133,7 +139,9 @@ def start_of(vectors: Tensor, k: int, seed: int) -> Tensor:
 
 def distortion(vectors: Tensor, codebook: Tensor) -> float:
     """Squared error per vector of the nearest centroid, the codebook in 16 bits."""
-    return float(assign(vectors, codebook.to(vectors.device, vectors.dtype).half().to(vectors.dtype))[1].double().mean())
+    return float(
+        assign(vectors, codebook.to(vectors.device, vectors.dtype).half().to(vectors.dtype))[1].double().mean()
+    )
 
 
 def timed(name: str, vectors: Tensor, k: int, iterations: int) -> float:
@@ -148,7 +156,10 @@ def speed(case: Case, device: torch.device, repeats: int, plain_iterations: int,
     share = share_for_plain(case, device)
     if share > 1:
         needed = f"it needs {memory_of_plain(case) / 2**30:.0f} GB"
-        print(f"plain gets one vector of {share} for n = {case.n}, k = {case.k}, and its time is multiplied: {needed}", flush=True)
+        print(
+            f"plain gets one vector of {share} for n = {case.n}, k = {case.k}, and its time is multiplied: {needed}",
+            flush=True,
+        )
     METHODS["src (ours)"](vectors[: 64 * case.k], case.k, 1, SEED)  # compiles, or loads what was compiled
     times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
@@ -183,8 +194,18 @@ def _growth(name: str, case: Case) -> float:
 def quality(label: str, vectors: Tensor, k: int, iterations: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Median distortion over seeds of `src`, faiss and scikit-learn after the same number of iterations."""
     names = ["src (ours)", "kmeans (ours)", "faiss", "scikit-learn"]
-    left = {name: statistics.median(distortion(vectors, METHODS[name](vectors, k, iterations, seed)) for seed in seeds) for name in names}
-    return {"layer": label, "n": vectors.shape[0], "d": vectors.shape[1], "k": k, "iterations": iterations, "distortion": left}
+    left = {
+        name: statistics.median(distortion(vectors, METHODS[name](vectors, k, iterations, seed)) for seed in seeds)
+        for name in names
+    }
+    return {
+        "layer": label,
+        "n": vectors.shape[0],
+        "d": vectors.shape[1],
+        "k": k,
+        "iterations": iterations,
+        "distortion": left,
+    }
 
 
 def curves(vectors: Tensor, k: int, budgets: Sequence[int], slow: Sequence[int]) -> dict[str, Any]:
@@ -193,22 +214,34 @@ def curves(vectors: Tensor, k: int, budgets: Sequence[int], slow: Sequence[int])
     for name, method in METHODS.items():
         for iterations in slow if name in ("plain", "scikit-learn") else budgets:
             result: list[Tensor] = []
-            elapsed = seconds(lambda result=result, method=method, t=iterations: result.append(method(vectors, k, t, SEED)))  # type: ignore[misc]
-            found.setdefault(name, []).append({"iterations": iterations, "s": elapsed, "distortion": distortion(vectors, result[0])})
+            elapsed = seconds(
+                lambda result=result, method=method, t=iterations: result.append(method(vectors, k, t, SEED))
+            )  # type: ignore[misc]
+            found.setdefault(name, []).append(
+                {"iterations": iterations, "s": elapsed, "distortion": distortion(vectors, result[0])}
+            )
     return {"n": vectors.shape[0], "d": vectors.shape[1], "k": k, "methods": found}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every shape, print and write the results."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.clustering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.clustering",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--weights", type=Path, help="state dict of a trained dense ResNet-18; left out: random vectors")
+    parser.add_argument(
+        "--weights", type=Path, help="state dict of a trained dense ResNet-18; left out: random vectors"
+    )
     parser.add_argument("--iterations", type=int, default=10, help="mean updates that are timed")
-    parser.add_argument("--quality-iterations", type=int, default=100, help="mean updates after which distortions are compared")
+    parser.add_argument(
+        "--quality-iterations", type=int, default=100, help="mean updates after which distortions are compared"
+    )
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda; faiss and scikit-learn only on the CPU")
     parser.add_argument("--small", action="store_true", help="only check that it runs")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/clustering.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/clustering.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     device = pick_device(options.device)
     state = read_tensors(options.weights) if options.weights else None
@@ -222,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device.type == "cpu":
         for case, measured in zip(cases, speeds, strict=True):
             measured["memory_mb"] = {
-                name: memory(name, case) for name in ("src (ours)", "faiss", *(["plain"] if share_for_plain(case, device) == 1 else []))
+                name: memory(name, case)
+                for name in ("src (ours)", "faiss", *(["plain"] if share_for_plain(case, device) == 1 else []))
             }
     print_table(
         "milliseconds per iteration; MB: growth of the resident set",
@@ -254,7 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ],
         )  # fmt: skip
     source = options.weights.name if state else "random, heavy-tailed"
-    write_json(options.json, {"machine": found, "weights": source, "speed": speeds, "quality": qualities, "curves": drawn})
+    write_json(
+        options.json, {"machine": found, "weights": source, "speed": speeds, "quality": qualities, "curves": drawn}
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from src.tasks.coco_metrics import BACKENDS, Detections, coco_figures, read_results, write_results
+from src.tasks.coco.metrics import BACKENDS, Detections, coco_figures, read_results, write_results
 
 from .report import largest_resident_set, machine, print_machine, print_table, verdict, write_json
 
@@ -49,7 +49,9 @@ def head_masks(count: int, draw: np.random.Generator) -> Tensor:
     """Probabilities (count, 1, 28, 28): a blob with a ragged rim."""
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
     angle = np.arctan2(y, x)
-    waves = sum(draw.normal(0, 0.12, (count, 1, 1)) * np.sin(n * angle + draw.random((count, 1, 1)) * 6.3) for n in range(2, 9))
+    waves = sum(
+        draw.normal(0, 0.12, (count, 1, 1)) * np.sin(n * angle + draw.random((count, 1, 1)) * 6.3) for n in range(2, 9)
+    )
     return torch.from_numpy(1 / (1 + np.exp(-12 * (0.85 + waves - np.hypot(x, y)))))[:, None].float()
 
 
@@ -132,18 +134,29 @@ def measure(n_images: int, per_image: int, backend: str) -> dict[str, Any]:
         start = time.perf_counter()
         read_results(Path(folder) / "detections.json", api)
         note("read_results", time.perf_counter() - start)
-    return {"images": n_images, "detections": len(rows), "backend": backend, "AP": results, "steps": steps, "peak_gb": peak_gb()}
+    return {
+        "images": n_images,
+        "detections": len(rows),
+        "backend": backend,
+        "AP": results,
+        "steps": steps,
+        "peak_gb": peak_gb(),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table and write the results."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.coco_memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.coco_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--per-image", type=int, default=100, help="detections in each")
     parser.add_argument("--backend", choices=list(BACKENDS), default="pycocotools")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/coco_memory.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/coco_memory.json"), help="where the results are written"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:

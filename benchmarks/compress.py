@@ -24,10 +24,10 @@ from torch import nn
 
 from src import architectures
 from src.architectures.architecture import Architecture
-from src.compression.files import read_tensors
 from src.compression.permute.permute import PermutationSpec, permute
-from src.compression.quantize.compress import compress, quick_distortion
-from src.compression.quantize.plan import CodingSpec, LayerSpec, make_plan
+from src.compression.quantize.compress import candidate_distortion, compress
+from src.compression.quantize.plan import LayerSpec, QuantizationSpec, make_plan
+from src.model_files.pth import read_tensors
 
 from .cost import published_spec
 from .report import largest_resident_set, machine, print_machine, print_table, write_json
@@ -39,13 +39,18 @@ RUNS = [("published", 0.0), ("published", 0.005), ("best", 0.005)]
 """Search, tolerance of the clustering."""
 
 
-def spec_of(arch: str) -> CodingSpec:
+def spec_of(arch: str) -> QuantizationSpec:
     """The published settings."""
     if arch != "maskrcnn":
         return published_spec(arch)
-    dense = ("backbone.body.conv1", "rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits")
+    dense = (
+        "backbone.body.conv1",
+        "rpn.head.cls_logits",
+        "rpn.head.bbox_pred",
+        "roi_heads.mask_predictor.mask_fcn_logits",
+    )
     layers = {"backbone.body.layer1.0.conv1": LayerSpec(k=128), "roi_heads.box_head.fc6": LayerSpec(subvector_size=16)}
-    return CodingSpec(ignored_modules=dense, layer_specs=layers)
+    return QuantizationSpec(ignored_modules=dense, layer_specs=layers)
 
 
 def network(arch: str, weights: str | None) -> tuple[Architecture, nn.Module]:
@@ -73,9 +78,11 @@ def run(arch: str, weights: str | None, how: str, iterations: int, tolerance: fl
     spec = spec_of(arch)
     plan = make_plan(model, type(spec)(**{**vars(spec), "k_means_n_iters": iterations, "k_means_tolerance": tolerance}))
     warm_up = [group for group in groups if plan.sizes.get(group.children[0])][-1:]
-    permute(model, warm_up, plan.sizes, how="published", **{**given, "n_tries": 10})  # compiles, or loads what was compiled
+    permute(
+        model, warm_up, plan.sizes, how="published", **{**given, "n_tries": 10}
+    )  # compiles, or loads what was compiled
     started, busy = time.perf_counter(), time.process_time()
-    permute(model, groups, plan.sizes, how=how, measure=quick_distortion(plan, 0), **given)
+    permute(model, groups, plan.sizes, how=how, measure=candidate_distortion(plan, 0), **given)
     searched = time.perf_counter()
     _, layers = compress(model, plan, show_progress=False)
     done = time.perf_counter()
@@ -86,7 +93,8 @@ def run(arch: str, weights: str | None, how: str, iterations: int, tolerance: fl
         "search": how,
         "tolerance": tolerance,
         "iterations": iterations,
-        "iterations_made": sum(layer.iterations * layer.n_subvectors for layer in layers) / sum(layer.n_subvectors for layer in layers),
+        "iterations_made": sum(layer.iterations * layer.n_subvectors for layer in layers)
+        / sum(layer.n_subvectors for layer in layers),
         "search_s": searched - started,
         "clustering_s": done - searched,
         "total_s": done - started,
@@ -105,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=1000, help="SR-C iterations at most; the published number")
     parser.add_argument("--archs", nargs="+", default=["resnet50", "maskrcnn"], help="networks")
     parser.add_argument("--weights", nargs="*", default=[], metavar="ARCH=PATH", help="state dicts of dense networks")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/compress.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/compress.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     weights = dict(item.split("=", 1) for item in options.weights)
     found = machine()

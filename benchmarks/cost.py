@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src import architectures
-from src.compression.files import save_compressed
-from src.compression.quantize.compress import build_coded
+from src.compression.quantize.compress import build_quantized
 from src.compression.quantize.kmeans import cluster
-from src.compression.quantize.layers import CodedLayer
-from src.compression.quantize.plan import CodingSpec, LayerPlan, LayerSpec, Plan, make_plan
-from src.compression.subvectors import to_subvectors
+from src.compression.quantize.layers import QuantizedLayer
+from src.compression.quantize.plan import LayerPlan, LayerSpec, Plan, QuantizationSpec, make_plan
+from src.compression.quantize.subvectors import to_subvectors
+from src.model_files.pth import save_compressed
 from src.recipes import load_compressed
 
 from .report import (
@@ -58,9 +58,9 @@ MEMORY_STEPS = 3
 PLAIN_LAYER = "layer4.1.conv2"
 
 
-def published_spec(arch: str) -> CodingSpec:
+def published_spec(arch: str) -> QuantizationSpec:
     """Small blocks, as in the published models."""
-    return CodingSpec(ignored_modules=("conv1",), layer_specs={"fc": LayerSpec(k=FC_CENTROIDS.get(arch, 256))})
+    return QuantizationSpec(ignored_modules=("conv1",), layer_specs={"fc": LayerSpec(k=FC_CENTROIDS.get(arch, 256))})
 
 
 def dense_model(arch: str) -> nn.Module:
@@ -79,10 +79,10 @@ def set_random_codes(model: nn.Module, plan: Plan) -> nn.Module:
     """`model` with its planned layers coded: random codes into codebooks drawn from the layer's own subvectors."""
     modules = dict(model.named_modules())
     vectors = {name: to_subvectors(modules[name].weight.detach(), layer.d) for name, layer in plan.layers.items()}
-    model = build_coded(model, plan)
+    model = build_quantized(model, plan)
     generator = torch.Generator().manual_seed(1)
     for name, layer in model.named_modules():
-        if isinstance(layer, CodedLayer):
+        if isinstance(layer, QuantizedLayer):
             n = vectors[name].shape[0]
             drawn = torch.randperm(n, generator=generator)[: layer.k]
             layer.set_codes(vectors[name][drawn], torch.randint(layer.k, (n,), generator=generator))
@@ -125,8 +125,12 @@ def measure_speed(arch: str, options: argparse.Namespace, device: torch.device) 
     dense, coded = dense_model(arch).to(device), coded_model(arch).to(device)
     images, labels = batch(options.batch, options.size, device)
     warm_up = min(2, options.repeats)
-    forward = time_pairs(evaluation_pass(dense, images), evaluation_pass(coded, images), options.repeats, device, warm_up)
-    train = time_pairs(training_step(dense, images, labels), training_step(coded, images, labels), options.repeats, device, warm_up)
+    forward = time_pairs(
+        evaluation_pass(dense, images), evaluation_pass(coded, images), options.repeats, device, warm_up
+    )
+    train = time_pairs(
+        training_step(dense, images, labels), training_step(coded, images, labels), options.repeats, device, warm_up
+    )
     return {"forward": forward, "train": train}
 
 
@@ -143,7 +147,9 @@ def measure_loading(arch: str, options: argparse.Namespace, path: Path) -> dict[
 
     layer = plan.layers[PLAIN_LAYER]
     vectors = to_subvectors(modules[PLAIN_LAYER].weight.detach(), layer.d)
-    one = seconds(lambda: cluster("kmeans", vectors, layer.k, options.plain_iterations, torch.Generator().manual_seed(0)))
+    one = seconds(
+        lambda: cluster("kmeans", vectors, layer.k, options.plain_iterations, torch.Generator().manual_seed(0))
+    )
     return {
         "median_s": statistics.median(times),
         "max_s": max(times),
@@ -168,7 +174,11 @@ def _peak_of_step(arch: str, path: Path | None, size: int, pixels: int, device: 
     """Bytes at the peak of a training step, weights and optimizer state included."""
     imports = largest_resident_set()
     # the coded network comes from a file: made from a dense one, the dense weights would count
-    model = dense_model(arch) if path is None else load_compressed(path, architectures.get(arch, "classification"), published_spec(arch))
+    model = (
+        dense_model(arch)
+        if path is None
+        else load_compressed(path, architectures.get(arch, "classification"), published_spec(arch))
+    )
     step = training_step(model.to(device), *batch(size, pixels, device))
     for _ in range(MEMORY_STEPS):  # the optimizer's state exists after the first
         synchronize(device)
@@ -182,19 +192,25 @@ def _peak_of_step(arch: str, path: Path | None, size: int, pixels: int, device: 
 
 def measure_decoding(arch: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """(e): decode and the codebook's gradient for the three largest layers; A is index_select with autograd, B is ours."""
-    layers = [(name, module) for name, module in coded_model(arch).to(device).train().named_modules() if isinstance(module, CodedLayer)]
+    layers = [
+        (name, module)
+        for name, module in coded_model(arch).to(device).train().named_modules()
+        if isinstance(module, QuantizedLayer)
+    ]
     layers.sort(key=lambda item: -item[1].codes_matrix.numel() * item[1].d)
     found = []
     for name, layer in layers[:3]:
         gradient = torch.randn(layer.weight_shape, device=device)
         plain_codes = layer.codes_matrix.reshape(-1).long()
 
-        def plain(layer: CodedLayer = layer, codes: Tensor = plain_codes, gradient: Tensor = gradient) -> Tensor | None:
+        def plain(
+            layer: QuantizedLayer = layer, codes: Tensor = plain_codes, gradient: Tensor = gradient
+        ) -> Tensor | None:
             layer.codebook.grad = None
             layer.codebook.index_select(0, codes).view(layer.weight_shape).backward(gradient)
             return layer.codebook.grad
 
-        def ours(layer: CodedLayer = layer, gradient: Tensor = gradient) -> Tensor | None:
+        def ours(layer: QuantizedLayer = layer, gradient: Tensor = gradient) -> Tensor | None:
             layer.codebook.grad = None
             layer.decode().backward(gradient)
             return layer.codebook.grad
@@ -237,7 +253,9 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
          f"{1e3 * row['b']:.2f}", f"{row['ratio']:.3f}"]
         for arch, result in results.items() for row in result["decode"]
     ]  # fmt: skip
-    print_table("(e) decoding and its gradient", ["layer", "weight", "d", "k", "index_select ms", "ours ms", "ours/plain"], rows)
+    print_table(
+        "(e) decoding and its gradient", ["layer", "weight", "d", "k", "index_select ms", "ours ms", "ours/plain"], rows
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -249,9 +267,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of an image")
     parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"], help="networks")
     parser.add_argument("--repeats", type=int, default=15, help="pairs that are timed")
-    parser.add_argument("--plain-iterations", type=int, default=10, help="k-means iterations of the plain way to learn shapes")
+    parser.add_argument(
+        "--plain-iterations", type=int, default=10, help="k-means iterations of the plain way to learn shapes"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/cost.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/cost.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     device = pick_device(options.device)
     found = machine(device)
@@ -261,14 +283,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{arch}.pth"
             save_compressed(coded_model(arch), path)
-            result: dict[str, Any] = {"memory": measure_memory(arch, options, path, device), "load": measure_loading(arch, options, path)}
+            result: dict[str, Any] = {
+                "memory": measure_memory(arch, options, path, device),
+                "load": measure_loading(arch, options, path),
+            }
         result.update({name: asdict(pair) for name, pair in measure_speed(arch, options, device).items()})
         result["decode"] = measure_decoding(arch, options, device)
         results[arch] = result
     report(results, options)
     settings = {"batch": options.batch, "size": options.size, "pairs": options.repeats}
     write_json(
-        options.json, {"machine": found, "settings": settings, "limits": LIMITS, "a_is": "dense", "b_is": "coded", "results": results}
+        options.json,
+        {
+            "machine": found,
+            "settings": settings,
+            "limits": LIMITS,
+            "a_is": "dense",
+            "b_is": "coded",
+            "results": results,
+        },
     )
 
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from src import architectures
 from src.architectures.maskrcnn import set_image_size
 from src.compression.finetune.optimizers import OptimizerSpec, make_optimizer
-from src.compression.quantize.compress import build_coded
-from src.compression.quantize.layers import CodedLayer
+from src.compression.quantize.compress import build_quantized
+from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import Plan, make_plan
-from src.recipes import coding_spec
+from src.recipes import quantization_spec
 from src.settings import load
 
 from .cost import set_random_codes
@@ -45,7 +45,7 @@ def networks(size: int) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     coded, learned = architecture.build(CLASSES), architecture.build(CLASSES)
     coded = set_random_codes(coded, published_plan(coded))
-    codes = {name: layer for name, layer in coded.named_modules() if isinstance(layer, CodedLayer)}
+    codes = {name: layer for name, layer in coded.named_modules() if isinstance(layer, QuantizedLayer)}
     modules = dict(learned.named_modules())
     with torch.no_grad():
         for name, layer in codes.items():
@@ -59,9 +59,9 @@ def networks(size: int) -> tuple[nn.Module, nn.Module]:
     dense, coded = architecture.build_for(state), architecture.build_for(state)
     dense.load_state_dict(state)
     coded.load_state_dict(state)
-    coded = build_coded(coded, published_plan(coded))
+    coded = build_quantized(coded, published_plan(coded))
     for name, layer in coded.named_modules():
-        if isinstance(layer, CodedLayer):
+        if isinstance(layer, QuantizedLayer):
             layer.set_codes(codes[name].codebook.detach(), codes[name].codes_matrix)
     for network in (dense, coded):
         set_image_size(network, size, 2 * size)
@@ -71,7 +71,7 @@ def networks(size: int) -> tuple[nn.Module, nn.Module]:
 
 def published_plan(model: nn.Module) -> Plan:
     """The settings of config/train_maskrcnn.yaml."""
-    return make_plan(model, coding_spec(load("../config/train_maskrcnn.yaml")))
+    return make_plan(model, quantization_spec(load("../config/train_maskrcnn.yaml")))
 
 
 def batch(n_images: int, size: int, device: torch.device) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -123,8 +123,12 @@ def measure_cost(options: argparse.Namespace, device: torch.device) -> dict[str,
     with torch.inference_mode():
         found = [len(output["boxes"]) for output in dense.eval()(images)]
         same = [len(output["boxes"]) for output in coded.eval()(images)]
-    forward = time_pairs(evaluation_pass(dense, images), evaluation_pass(coded, images), options.repeats, device, warm_up)
-    train = time_pairs(training_step(dense, images, targets), training_step(coded, images, targets), options.repeats, device, warm_up)
+    forward = time_pairs(
+        evaluation_pass(dense, images), evaluation_pass(coded, images), options.repeats, device, warm_up
+    )
+    train = time_pairs(
+        training_step(dense, images, targets), training_step(coded, images, targets), options.repeats, device, warm_up
+    )
     return {"evaluation": asdict(forward), "train": asdict(train), "detections": found, "detections_coded": same}
 
 
@@ -145,13 +149,17 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.maskrcnn_cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.maskrcnn_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--batch", type=int, default=2, help="images per step")
     parser.add_argument("--size", type=int, default=320, help="height and width of an image")
     parser.add_argument("--repeats", type=int, default=7, help="pairs that are timed")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/maskrcnn_cost.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/maskrcnn_cost.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     device = pick_device(options.device)
     found = machine(device)
@@ -160,7 +168,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(results, options)
     settings = {"batch": options.batch, "size": options.size, "pairs": options.repeats}
     write_json(
-        options.json, {"machine": found, "settings": settings, "limits": LIMITS, "a_is": "dense", "b_is": "coded", "results": results}
+        options.json,
+        {
+            "machine": found,
+            "settings": settings,
+            "limits": LIMITS,
+            "a_is": "dense",
+            "b_is": "coded",
+            "results": results,
+        },
     )
 
 

@@ -21,15 +21,15 @@ import torch
 from torch import nn
 
 from src import architectures
-from src.compression.files import save_compressed
-from src.compression.packed import AppliedPermutation, ModelInfo, save_packed
-from src.compression.quantize.compress import build_coded
-from src.compression.quantize.layers import CodedLayer
+from src.compression.quantize.compress import build_quantized
+from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import make_plan
-from src.compression.size import model_size
-from src.recipes import coding_spec
-from src.recipes.saving import compression_settings
-from src.recipes.stored import read_model
+from src.model_files.open_model_file import open_model_file
+from src.model_files.packed import AppliedPermutation, ModelInfo, save_packed
+from src.model_files.pth import save_compressed
+from src.model_files.size import model_size
+from src.recipes import quantization_spec
+from src.run.model_writer import compression_settings
 from src.settings import load
 
 from .report import machine, print_machine, print_table, seconds, verdict, write_json
@@ -55,13 +55,17 @@ def random_network(arch: str, flags: list[str]) -> tuple[nn.Module, ModelInfo]:
     for group in architecture.groups(dense):
         weight = dense.get_submodule(group.children[0]).weight
         assert isinstance(weight, torch.Tensor)
-        applied.append(AppliedPermutation(group.parents, group.children, torch.randperm(weight.shape[1], generator=draw), {}))
-    model = build_coded(dense, make_plan(dense, coding_spec(settings)))
+        applied.append(
+            AppliedPermutation(group.parents, group.children, torch.randperm(weight.shape[1], generator=draw), {})
+        )
+    model = build_quantized(dense, make_plan(dense, quantization_spec(settings)))
     for module in model.modules():
-        if isinstance(module, CodedLayer):
+        if isinstance(module, QuantizedLayer):
             codes = torch.randint(module.k, (module.codes_matrix.numel(),), generator=draw)
             module.set_codes(torch.randn(module.codebook.shape, generator=draw), codes)
-    info = ModelInfo(arch, architecture.n_classes, compression_settings(settings), {"accuracy": 75.04}, tuple(applied), "pqf")
+    info = ModelInfo(
+        arch, architecture.n_classes, compression_settings(settings), {"accuracy": 75.04}, tuple(applied), "pqf"
+    )
     return model.eval(), info
 
 
@@ -74,7 +78,7 @@ def measure(name: str, model: nn.Module, info: ModelInfo, repeats: int, folder: 
     torch.set_num_threads(1)
     times = {path.name: [] for path in (pth, packed, entropy)}
     for path in (pth, packed, entropy) * (repeats + 1):
-        times[path.name].append(seconds(lambda path=path: read_model(path)))
+        times[path.name].append(seconds(lambda path=path: open_model_file(path)))
     reported = model_size(model).bits / 8
     return {
         "network": name,
@@ -98,15 +102,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="times each file is read; the median counts")
     parser.add_argument("--published", type=Path, help="a published file to measure too")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="networks")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/packed.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/packed.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     found = machine()
     print_machine(found)
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(name, *random_network(*NETWORKS[name]), options.repeats, Path(folder)) for name in options.networks]
+        results = [
+            measure(name, *random_network(*NETWORKS[name]), options.repeats, Path(folder)) for name in options.networks
+        ]
         if options.published is not None:
-            stored = read_model(options.published)
-            results.append(measure(f"published {options.published.name}", stored.model, stored.info, options.repeats, Path(folder)))
+            stored = open_model_file(options.published)
+            results.append(
+                measure(f"published {options.published.name}", stored.model, stored.info, options.repeats, Path(folder))
+            )
     print_table(
         "bytes on disk",
         ["network", "reported", ".pth", "packed", "of reported", "with entropy coding", "packed, claimed"],

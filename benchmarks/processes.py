@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import engines
-from src.compression.finetune.task import Engine
+from src.engines import choosing
+from src.engines.engine import Engine
 
 from .cost import coded_model, dense_model, training_step
 from .report import machine, print_machine, print_table, write_json
@@ -52,14 +52,32 @@ def launch(engine: str, arguments: Sequence[str]) -> None:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     else:
         launcher = "from horovod.runner.launch import run_commandline; run_commandline()"
-        start = [sys.executable, "-c", launcher, "-np", "2", "--gloo", "--network-interfaces", "lo", sys.executable, "-m"]
+        start = [
+            sys.executable,
+            "-c",
+            launcher,
+            "-np",
+            "2",
+            "--gloo",
+            "--network-interfaces",
+            "lo",
+            sys.executable,
+            "-m",
+        ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run([*start, __spec__.name if __spec__ else "benchmarks.processes", *arguments], env=environment, check=True, timeout=3600)
+    subprocess.run(
+        [*start, __spec__.name if __spec__ else "benchmarks.processes", *arguments],
+        env=environment,
+        check=True,
+        timeout=3600,
+    )
 
 
 def trained_bytes(model: nn.Module) -> int:
     """Bytes of all trained parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
+    )
 
 
 def sent_bytes() -> int | None:
@@ -133,9 +151,12 @@ def measure_traffic(engine: Engine, arch: str) -> dict[str, Any]:
 
 def work(options: argparse.Namespace) -> None:
     """What each process does; the first one writes the results."""
-    engine = engines.make("auto", torch.device("cpu"))
+    engine = choosing.make("auto", torch.device("cpu"))
     torch.set_num_threads(1)
-    results = {"speed": measure_speed(engine, options), "traffic": {arch: measure_traffic(engine, arch) for arch in options.archs}}
+    results = {
+        "speed": measure_speed(engine, options),
+        "traffic": {arch: measure_traffic(engine, arch) for arch in options.archs},
+    }
     if engine.is_main:
         options.work.write_text(json.dumps(results), encoding="utf-8")
     engine.close()
@@ -150,7 +171,9 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
         rows.append([engine, f"{speed['one_images_per_second']:.2f}", f"{speed['two_images_per_second']:.2f}", f"{speed['ratio']:.2f}",
                      f"{speed['low']:.2f}..{speed['high']:.2f}", f"{speed['ratio_without_talking']:.2f}", holds])  # fmt: skip
     title = f"(a) fine-tuning ResNet-18, {options.batch} images of {options.size}x{options.size} per process and step, one thread each"
-    print_table(title, ["engine", "1 process, images/s", "2 processes", "ratio", "rounds", "without talking", "claim"], rows)
+    print_table(
+        title, ["engine", "1 process, images/s", "2 processes", "ratio", "rounds", "without talking", "claim"], rows
+    )
     rows = []
     for engine, result in results.items():
         for arch, kinds in result["traffic"].items():
@@ -158,7 +181,9 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
                 sent, trained = found["sent_bytes"], found["trained_bytes"]
                 rows.append([f"{engine}, {arch} {kind}", f"{trained:,}", "-" if sent is None else f"{sent:,}",
                              "-" if sent is None else f"{sent / trained:.3f}"])  # fmt: skip
-    print_table("(b) bytes per step and process", ["engine and network", "trained parameters", "sent", "sent/trained"], rows)
+    print_table(
+        "(b) bytes per step and process", ["engine and network", "trained parameters", "sent", "sent/trained"], rows
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,10 +195,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of an image")
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds")
-    parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"], help="networks whose traffic is counted")
+    parser.add_argument(
+        "--archs", nargs="+", default=["resnet18", "resnet50"], help="networks whose traffic is counted"
+    )
     parser.add_argument("--engines", nargs="+", default=available(), help="engines")
     parser.add_argument("--work", type=Path, help="used by the launched processes")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/processes.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/processes.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     if options.work:
         work(options)
@@ -189,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             results[engine] = json.loads(path.read_text(encoding="utf-8"))
     report(results, options)
     settings = {name: getattr(options, name) for name in ("batch", "size", "steps", "rounds")}
-    write_json(options.json, {"machine": found, "settings": settings, "limits": {"speedup": LEAST_SPEEDUP}, "results": results})
+    write_json(
+        options.json, {"machine": found, "settings": settings, "limits": {"speedup": LEAST_SPEEDUP}, "results": results}
+    )
 
 
 if __name__ == "__main__":

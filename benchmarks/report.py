@@ -57,7 +57,9 @@ def seconds(work: Callable[[], Any], device: torch.device | str = "cpu") -> floa
     return time.perf_counter() - start
 
 
-def time_pairs(a: Callable[[], Any], b: Callable[[], Any], pairs: int, device: torch.device | str = "cpu", warm_up: int = 2) -> Pair:
+def time_pairs(
+    a: Callable[[], Any], b: Callable[[], Any], pairs: int, device: torch.device | str = "cpu", warm_up: int = 2
+) -> Pair:
     """Time `a` and `b` in turn `pairs` times, after `warm_up` untimed calls of each."""
     for _ in range(warm_up):
         a()
@@ -112,7 +114,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     print(f"\n{title}")
     for row in [header, ["-" * width for width in widths], *rows]:
         print(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
         )
     print(end="", flush=True)
 

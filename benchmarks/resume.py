@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
+from src.compression.finetune.checkpoint import Checkpoint, Position, Training, restore, take
 from src.compression.finetune.gradients import GradientWatch
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
-from src.compression.finetune.snapshot import Position, Snapshot, Training, restore, take
 from src.engines.single import SingleProcess
-from src.output_folder import OutputFolder
-from src.recipes.resuming import Kept
-from src.recipes.stored_run import PROCESSES, SavedState
+from src.run.checkpoints import PROCESSES, StoredCheckpoint
+from src.run.output_folder import OutputFolder
+from src.run.resume import ResumableRun
+from src.run.signals import Stop
 from src.settings import Settings
-from src.stopping import Stop
 
 from .cost import batch, coded_model, dense_model, training_step
 from .report import machine, pick_device, print_machine, print_table, seconds, verdict, write_json
@@ -51,20 +51,26 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # so that there is a state to keep
     schedule = Schedule(optimizer, ScheduleSpec(), 9, EPOCH_STEPS)
-    training = Training(model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), Position(1, 500, True, 10_509))
+    training = Training(
+        model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), Position(1, 500, True, 10_509)
+    )
     engine = SingleProcess(device)
     output = OutputFolder(folder / f"{arch}{'' if coded else '-dense'}", overwrite=False)
     output.begin()
     output.go_on()
-    kept = Kept(output, engine, 500, Stop(), print, None)
-    kept.check_facts({PROCESSES: 1}, Settings())
+    kept = ResumableRun(output, engine, 500, Stop(), print, None)
+    kept.check_fingerprint({PROCESSES: 1}, Settings())
     states = [seconds(lambda: kept.keep(take(training, engine)), device) for _ in range(options.repeats + 2)]
     newest = max(output.resume.glob("state-*"))
     watch = GradientWatch(model)
     watched = [seconds(lambda: bool(watch.look(1)), device) for _ in range(options.repeats)]
     reading = seconds(lambda: restore(_read(newest), training, training.position), device)
     output.close()
-    one_step, one_state, every = statistics.median(steps), statistics.median(states), Settings().checkpoint_every_n_steps
+    one_step, one_state, every = (
+        statistics.median(steps),
+        statistics.median(states),
+        Settings().checkpoint_every_n_steps,
+    )
     whole = EPOCH_STEPS // every + 2
     return {
         "arch": arch,
@@ -82,10 +88,10 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
     }
 
 
-def _read(path: Path) -> Snapshot:
-    found = SavedState.read(path)
-    assert isinstance(found, SavedState), found
-    return found.snapshot
+def _read(path: Path) -> Checkpoint:
+    found = StoredCheckpoint.read(path)
+    assert isinstance(found, StoredCheckpoint), found
+    return found.checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,8 +111,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = machine(device)
     print_machine(about)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = [measure(arch, coded, options, Path(folder), device) for arch in options.archs for coded in (True, False)]
-    header = ["network", "state", "step", "one state", "share", "of an epoch", "claim", "least step", "watch", "reading"]
+        rows = [
+            measure(arch, coded, options, Path(folder), device) for arch in options.archs for coded in (True, False)
+        ]
+    header = [
+        "network",
+        "state",
+        "step",
+        "one state",
+        "share",
+        "of an epoch",
+        "claim",
+        "least step",
+        "watch",
+        "reading",
+    ]
     table = [
         [
             f"{row['arch']} {'coded' if row['coded'] else 'dense'}",

@@ -34,15 +34,15 @@ from torch import Tensor, nn
 
 from src import architectures
 from src.architectures.architecture import Architecture
-from src.compression.files import is_compressed, read_tensors
 from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import random_permutation, resolve
 from src.compression.permute.objective import child_objective
 from src.compression.permute.permute import permute
 from src.compression.permute.search import search, search_best
-from src.compression.quantize.compress import compress, quick_distortion
+from src.compression.quantize.compress import candidate_distortion, compress
 from src.compression.quantize.plan import make_plan
-from src.compression.subvectors import BlockRule, Layer, to_subvectors
+from src.compression.quantize.subvectors import BlockRule, Layer, to_subvectors
+from src.model_files.pth import is_compressed, read_tensors
 from src.recipes import load_compressed
 
 from .compress import network, search_settings, spec_of
@@ -105,7 +105,9 @@ def measure(case: Case, tries: int, plain_tries: int) -> dict[str, Any]:
     second = (first + rng.integers(1, layer.weight.shape[1], size=tries)) % layer.weight.shape[1]
     pairs = list(zip(first.tolist(), second.tolist(), strict=True))
 
-    GroupObjective([child_objective(SMALL_CASES[0].layer(), SMALL_CASES[0].d)], [1.0]).run(first[:9] % 64, (first[:9] + 1) % 64)  # compiles
+    GroupObjective([child_objective(SMALL_CASES[0].layer(), SMALL_CASES[0].d)], [1.0]).run(
+        first[:9] % 64, (first[:9] + 1) % 64
+    )  # compiles
     started = time.perf_counter()
     objective = GroupObjective([child_objective(layer, case.d)], [1.0])
     ready = time.perf_counter()
@@ -156,7 +158,9 @@ def whole_network(arch: str, large: bool, tries: int, plain_tries: int, repeats:
     spec = spec_of(arch)
     plan = make_plan(model, type(spec)(**{**vars(spec), "rule": BlockRule(4, 4, large)}))
     given = {**search_settings(architecture), "n_tries": tries, "how": "published"}
-    permute(copy.deepcopy(model), groups, plan.sizes, **{**given, "n_tries": 10})  # compiles, or loads what was compiled
+    permute(
+        copy.deepcopy(model), groups, plan.sizes, **{**given, "n_tries": 10}
+    )  # compiles, or loads what was compiled
     times = []
     for _ in range(repeats):
         trial = copy.deepcopy(model)
@@ -224,7 +228,14 @@ def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict
         model = copy.deepcopy(dense)
         began = time.perf_counter()
         if how != "none":
-            permute(model, architecture.groups(model), plan.sizes, how=how, measure=quick_distortion(plan, 0), show_progress=False)
+            permute(
+                model,
+                architecture.groups(model),
+                plan.sizes,
+                how=how,
+                measure=candidate_distortion(plan, 0),
+                show_progress=False,
+            )
         spent[how] = time.perf_counter() - began
         _, layers = compress(model, plan, show_progress=False)
         lost[how] = sum(layer.distortion for layer in layers) / sum(layer.power for layer in layers)
@@ -239,7 +250,9 @@ def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict
     }
 
 
-def curves(layer: Layer, d: int, budgets: Sequence[int], plain_budgets: Sequence[int]) -> dict[str, list[dict[str, float]]]:
+def curves(
+    layer: Layer, d: int, budgets: Sequence[int], plain_budgets: Sequence[int]
+) -> dict[str, list[dict[str, float]]]:
     """Score (log det, change against the order as given) and seconds of each search of one layer's input, with more and more swaps."""
     generator = torch.Generator()
     found: dict[str, list[dict[str, float]]] = {"plain": [], "published": [], "best": []}
@@ -248,7 +261,13 @@ def curves(layer: Layer, d: int, budgets: Sequence[int], plain_budgets: Sequence
     identity = start.value
 
     def note(name: str, began: float, tries: int, permutation: Any) -> None:
-        found[name].append({"s": time.perf_counter() - began, "tries": tries, "score": start.evaluate(np.asarray(permutation)) - identity})
+        found[name].append(
+            {
+                "s": time.perf_counter() - began,
+                "tries": tries,
+                "score": start.evaluate(np.asarray(permutation)) - identity,
+            }
+        )
 
     for tries in plain_budgets:
         rng = np.random.default_rng(1)
@@ -290,18 +309,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.search", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tries", type=int, default=10_000, help="swaps of our search; the published number")
-    parser.add_argument("--plain-tries", type=int, default=300, help="swaps of the plain search, the first of the same pairs")
-    parser.add_argument("--networks", nargs="*", default=[], metavar="ARCH=PATH", help="trained networks, dense or compressed, for (c)")
-    parser.add_argument("--only-networks", action="store_true", help="only (c), kept beside what the JSON file already holds")
+    parser.add_argument(
+        "--plain-tries", type=int, default=300, help="swaps of the plain search, the first of the same pairs"
+    )
+    parser.add_argument(
+        "--networks", nargs="*", default=[], metavar="ARCH=PATH", help="trained networks, dense or compressed, for (c)"
+    )
+    parser.add_argument(
+        "--only-networks", action="store_true", help="only (c), kept beside what the JSON file already holds"
+    )
     parser.add_argument("--small", action="store_true", help="only check that it runs")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/search.json"), help="where the results are written")
+    parser.add_argument(
+        "--json", type=Path, default=Path("benchmarks/results/search.json"), help="where the results are written"
+    )
     options = parser.parse_args(argv)
     tries, plain_tries = (200, 100) if options.small else (options.tries, min(options.plain_tries, options.tries))
     found = machine()
     print_machine(found)
     if options.only_networks:
         kept = json.loads(options.json.read_text(encoding="utf-8")) if options.json.exists() else {}
-        write_json(options.json, {**kept, "machine_of_distortion": found, "distortion": compare_networks(options.networks, options.small)})
+        write_json(
+            options.json,
+            {**kept, "machine_of_distortion": found, "distortion": compare_networks(options.networks, options.small)},
+        )
         return
     results = [measure(case, tries, plain_tries) for case in (SMALL_CASES if options.small else CASES)]
     rows = [
@@ -328,8 +358,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         rows,
     )
-    networks = [("resnet18", False)] if options.small else [("resnet50", False), ("resnet18", True), ("maskrcnn", False)]
-    whole = [whole_network(arch, large, tries, min(plain_tries, 50), 1 if options.small else 3) for arch, large in networks]
+    networks = (
+        [("resnet18", False)] if options.small else [("resnet50", False), ("resnet18", True), ("maskrcnn", False)]
+    )
+    whole = [
+        whole_network(arch, large, tries, min(plain_tries, 50), 1 if options.small else 3) for arch, large in networks
+    ]
     print_table(
         f"(b) published search of a whole network, {tries:,} swaps per group, set-up included (plain: extrapolated, float32); "
         "Gram s: whole Gram matrices of the deciding layers at the measured peak",
@@ -341,14 +375,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )  # fmt: skip
     left = compare_networks(options.networks, options.small)
-    case, budgets = (SMALL_CASES[0], [10, 100]) if options.small else (CASES[1], [10, 100, 1000, 10_000, 100_000, 1_000_000])
+    case, budgets = (
+        (SMALL_CASES[0], [10, 100]) if options.small else (CASES[1], [10, 100, 1000, 10_000, 100_000, 1_000_000])
+    )
     drawn = {
         "layer": case.name,
         "shape": list(case.shape),
         "d": case.d,
         "searches": curves(case.layer(), case.d, budgets, budgets[:2] if options.small else [10, 30, 100, 300, 1000]),
     }
-    write_json(options.json, {"machine": found, "results": results, "whole_networks": whole, "distortion": left, "curves": drawn})
+    write_json(
+        options.json,
+        {"machine": found, "results": results, "whole_networks": whole, "distortion": left, "curves": drawn},
+    )
     if not all(r["same_permutation"] for r in results):
         raise SystemExit("the two searches kept different swaps")
 

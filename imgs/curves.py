@@ -36,7 +36,11 @@ CLUSTERINGS = {
 
 
 def draw(
-    axes: Axes, series: dict[str, list[dict[str, float]]], styles: dict[str, tuple[str, str, str, str]], value: str, factor: float
+    axes: Axes,
+    series: dict[str, list[dict[str, float]]],
+    styles: dict[str, tuple[str, str, str, str]],
+    value: str,
+    factor: float,
 ) -> None:
     """One line per method, time on a logarithmic axis."""
     for name, (label, colour, marker, line) in styles.items():
@@ -77,7 +81,8 @@ def clustering_figure(results: dict[str, Any]) -> Figure:
     axes.set_ylabel("distortion above the lowest found, percent")
     axes.set_ylim(-0.4, 12)
     axes.set_title(
-        f"Clustering n = {found['n']:,} subvectors, d = {found['d']}, k = {found['k']}; a point is a whole clustering", loc="left"
+        f"Clustering n = {found['n']:,} subvectors, d = {found['d']}, k = {found['k']}; a point is a whole clustering",
+        loc="left",
     )
     return figure
 

@@ -27,7 +27,7 @@ from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.objective import child_objective
 from src.compression.permute.search import search
 from src.compression.quantize.kmeans import cluster
-from src.compression.subvectors import to_subvectors
+from src.compression.quantize.subvectors import to_subvectors
 
 D, K = 2, 8
 ROWS, CHANNELS = 320, 8
@@ -74,7 +74,14 @@ def measure(weight: Tensor, order: Tensor) -> Side:
     vectors = to_subvectors(weight[:, order].contiguous(), D)
     found = cluster("kmeans", vectors, K, 100, torch.Generator().manual_seed(0))
     det = float(torch.linalg.det(torch.cov(vectors.double().T, correction=0)))
-    return Side(order.tolist(), vectors, found.codebook, found.codes, det, found.distortion / float(vectors.square().sum(1).mean()))
+    return Side(
+        order.tolist(),
+        vectors,
+        found.codebook,
+        found.codes,
+        det,
+        found.distortion / float(vectors.square().sum(1).mean()),
+    )
 
 
 def compute() -> tuple[Tensor, Side, Side]:
@@ -102,7 +109,9 @@ def draw_matrix(axes: Axes, weight: Tensor, side: Side, title: str) -> None:
     """The first rows of the child's weight, one colour per input channel, subvectors framed."""
     for position, channel in enumerate(side.order):
         x = left_edge(position)
-        axes.text(x + 0.5, 0.45, str(channel + 1), ha="center", va="center", fontsize=15, fontweight="bold", color="#111111")
+        axes.text(
+            x + 0.5, 0.45, str(channel + 1), ha="center", va="center", fontsize=15, fontweight="bold", color="#111111"
+        )
         for row in range(SHOWN_ROWS):
             axes.add_patch(Rectangle((x, -row - 1), 1, 1, facecolor=COLOURS[channel], alpha=0.75, linewidth=0))
             value = f"{round(float(weight[row, channel]), 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
@@ -110,7 +119,14 @@ def draw_matrix(axes: Axes, weight: Tensor, side: Side, title: str) -> None:
     for start in range(0, CHANNELS, D):
         for row in range(SHOWN_ROWS):
             axes.add_patch(Rectangle((left_edge(start), -row - 1), D, 1, fill=False, edgecolor="black", linewidth=1.8))
-    axes.text(left_edge(CHANNELS - 1) / 2 + 0.5, -SHOWN_ROWS - 0.45, "\N{VERTICAL ELLIPSIS}", ha="center", va="center", fontsize=16)
+    axes.text(
+        left_edge(CHANNELS - 1) / 2 + 0.5,
+        -SHOWN_ROWS - 0.45,
+        "\N{VERTICAL ELLIPSIS}",
+        ha="center",
+        va="center",
+        fontsize=16,
+    )
     axes.set_xlim(-0.1, left_edge(CHANNELS - 1) + 1.1)
     axes.set_ylim(-SHOWN_ROWS - 0.8, 0.9)
     axes.set_aspect("equal")
@@ -123,7 +139,9 @@ def draw_cloud(axes: Axes, side: Side, limit: float) -> None:
     ties = torch.stack([side.vectors, side.codebook[side.codes]], dim=1).numpy()
     axes.add_collection(LineCollection(list(ties), colors="#A0A0A0", linewidths=0.6, zorder=1))
     axes.scatter(*side.vectors.T.numpy(), s=9, color="#0072B2", alpha=0.6, linewidths=0, zorder=2)
-    axes.scatter(*side.codebook.T.numpy(), s=150, marker="X", color="#D55E00", edgecolors="white", linewidths=1.3, zorder=3)
+    axes.scatter(
+        *side.codebook.T.numpy(), s=150, marker="X", color="#D55E00", edgecolors="white", linewidths=1.3, zorder=3
+    )
     axes.set_xlim(-limit, limit)
     axes.set_ylim(-limit, limit)
     axes.set_aspect("equal")
@@ -131,18 +149,31 @@ def draw_cloud(axes: Axes, side: Side, limit: float) -> None:
     axes.set_yticks([])
     axes.set_xlabel("first value", fontsize=12)
     axes.set_ylabel("second value", fontsize=12)
-    axes.set_title(f"det(Cov) = {side.det:.2f}\nenergy lost by coding: {100 * side.lost:.0f} %", fontsize=14, fontweight="bold", pad=8)
+    axes.set_title(
+        f"det(Cov) = {side.det:.2f}\nenergy lost by coding: {100 * side.lost:.0f} %",
+        fontsize=14,
+        fontweight="bold",
+        pad=8,
+    )
 
 
 def draw_layers(axes: Axes, order: list[int]) -> None:
     """Parent, whose rows make the channels, and child, whose columns read them."""
     for position, channel in enumerate(order):
-        axes.add_patch(Rectangle((0, 7 - position), 7, 1, facecolor=COLOURS[channel], alpha=0.75, edgecolor="white", linewidth=1))
+        axes.add_patch(
+            Rectangle((0, 7 - position), 7, 1, facecolor=COLOURS[channel], alpha=0.75, edgecolor="white", linewidth=1)
+        )
         axes.text(7.5, 7.5 - position, str(channel + 1), ha="center", va="center", fontsize=9.5)
-        axes.add_patch(Rectangle((17 + position, 1.2), 1, 6, facecolor=COLOURS[channel], alpha=0.75, edgecolor="white", linewidth=1))
+        axes.add_patch(
+            Rectangle(
+                (17 + position, 1.2), 1, 6, facecolor=COLOURS[channel], alpha=0.75, edgecolor="white", linewidth=1
+            )
+        )
         axes.text(17.5 + position, 7.8, str(channel + 1), ha="center", va="center", fontsize=9.5)
     for start, end in ((-3.6, -0.3), (8.6, 16.6), (25.4, 28.6)):
-        axes.add_patch(FancyArrowPatch((start, 4), (end, 4), arrowstyle="-|>", mutation_scale=18, color="#333333", linewidth=1.8))
+        axes.add_patch(
+            FancyArrowPatch((start, 4), (end, 4), arrowstyle="-|>", mutation_scale=18, color="#333333", linewidth=1.8)
+        )
     axes.text(12.5, 4.5, "8 channels", ha="center", va="bottom", fontsize=12)
     axes.text(-3.9, 4, "input", ha="right", va="center", fontsize=12)
     axes.text(28.9, 4, "output", ha="left", va="center", fontsize=12)
@@ -165,12 +196,24 @@ def draw(weight: Tensor, before: Side, after: Side) -> Figure:
             "BEFORE: original order of the channels",
             "child layer's weight: one column per channel,\nrows cut into subvectors of 2 values",
         ),
-        (0.53, after, "AFTER: channels permuted", "the same columns in another order: similar\nchannels (one hue) now share a subvector"),
+        (
+            0.53,
+            after,
+            "AFTER: channels permuted",
+            "the same columns in another order: similar\nchannels (one hue) now share a subvector",
+        ),
     )
     handles = [
         plt.Line2D([], [], marker="o", linestyle="", color="#0072B2", markersize=6, label="subvector"),
         plt.Line2D(
-            [], [], marker="X", linestyle="", color="#D55E00", markeredgecolor="white", markersize=13, label=f"one of {K} centroids"
+            [],
+            [],
+            marker="X",
+            linestyle="",
+            color="#D55E00",
+            markeredgecolor="white",
+            markersize=13,
+            label=f"one of {K} centroids",
         ),
     ]
     for left, side, title, about in sides:
@@ -178,7 +221,13 @@ def draw(weight: Tensor, before: Side, after: Side) -> Figure:
         draw_matrix(figure.add_axes((left, 0.36, 0.24, 0.5)), weight, side, about)
         draw_cloud(figure.add_axes((left + 0.264, 0.405, 0.19, 0.4)), side, limit)
         figure.legend(
-            handles=handles, loc="center", bbox_to_anchor=(left + 0.359, 0.91), ncols=2, fontsize=12, frameon=False, handletextpad=0.1
+            handles=handles,
+            loc="center",
+            bbox_to_anchor=(left + 0.359, 0.91),
+            ncols=2,
+            fontsize=12,
+            frameon=False,
+            handletextpad=0.1,
         )
         draw_layers(figure.add_axes((left, 0.015, 0.455, 0.25)), side.order)
     arrow = {"arrowstyle": "simple,head_width=26,head_length=18,tail_width=11", "color": "#333333"}
@@ -195,7 +244,9 @@ def draw(weight: Tensor, before: Side, after: Side) -> Figure:
 def main() -> None:
     """Compute, draw and write the picture."""
     parser = argparse.ArgumentParser(prog="python -m imgs.permutation", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".png"), help="where the picture is written")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".png"), help="where the picture is written"
+    )
     options = parser.parse_args()
     weight, before, after = compute()
     check_same_function(weight, torch.tensor(after.order))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import command
+from .run import command
 
 PURPOSE = """Turn a model file into another form. IN is any model file (.pth or .safetensors: published, packed or dense); the
 ending of OUT says what is written:
@@ -20,15 +20,23 @@ With --dense the weights are decoded first, for programs that know nothing of co
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.convert", description=PURPOSE, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m {__package__}.convert",
+        description=PURPOSE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="IN", help="the model file to read")
     parser.add_argument("target", metavar="OUT", help="the file to write")
     parser.add_argument("--dense", action="store_true", help="write decoded weights")
     parser.add_argument(
-        "--entropy", action="store_true", help="entropy-code the codes of a packed file, layer by layer, where that is smaller"
+        "--entropy",
+        action="store_true",
+        help="entropy-code the codes of a packed file, layer by layer, where that is smaller",
     )
-    parser.add_argument("--arch", metavar="NAME", help="the architecture (default: what the file says, or the first that its tensors fit)")
+    parser.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="the architecture (default: what the file says, or the first that its tensors fit)",
+    )
     parser.add_argument(
         "--image_size",
         type=command.positive,

@@ -18,7 +18,7 @@ if __name__ == "inspect":
 else:
     import argparse
 
-    from . import command
+    from .run import command
 
 
 PURPOSE = """Show what a model file (.pth or .safetensors: published, packed or dense) holds: a table of its layers with type, shape,
@@ -31,10 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.inspect", description=PURPOSE)
     parser.add_argument("file", metavar="FILE", help="the model file")
     parser.add_argument(
-        "--against", metavar="DENSE", help="the dense network it came from: adds each layer's signal-to-quantization-noise ratio"
+        "--against",
+        metavar="DENSE",
+        help="the dense network it came from: adds each layer's signal-to-quantization-noise ratio",
     )
-    parser.add_argument("--html", metavar="PAGE", help="also write a page with figures, which needs nothing else to be shown")
-    parser.add_argument("--arch", metavar="NAME", help="the architecture (default: what the file says, or the first that its tensors fit)")
+    parser.add_argument(
+        "--html", metavar="PAGE", help="also write a page with figures, which needs nothing else to be shown"
+    )
+    parser.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="the architecture (default: what the file says, or the first that its tensors fit)",
+    )
     options = parser.parse_args(argv)
 
     def job() -> int:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.error import URLError
 
-from .errors import RunError, UserError
-from .paths import PACKAGE, write_atomically
-from .progress import bar
+from .common.errors import RunError, UserError
+from .common.paths import PACKAGE, write_atomically
+from .common.progress import bar
 
 REPOSITORY = "uber-research/permute-quantize-finetune"
 BASE_URL = f"https://raw.githubusercontent.com/{REPOSITORY}/main/compressed_models"
@@ -59,7 +59,9 @@ def fetch(name: str, folder: Path, base_url: str = BASE_URL) -> bool:
         ) from error
     found = blob_id(contents)
     if found != BLOB_IDS[name]:
-        raise RunError(f"{url} is not the published file: its git blob id is {found}, expected {BLOB_IDS[name]}. Nothing was written.")
+        raise RunError(
+            f"{url} is not the published file: its git blob id is {found}, expected {BLOB_IDS[name]}. Nothing was written."
+        )
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(contents)
@@ -70,10 +72,17 @@ def fetch(name: str, folder: Path, base_url: str = BASE_URL) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fetch and verify all models, or those named; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="paper_models", description="Download and verify the compressed models of the paper's authors.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"files to fetch (default: all of {', '.join(BLOB_IDS)})")
+    parser = argparse.ArgumentParser(
+        prog="paper_models", description="Download and verify the compressed models of the paper's authors."
+    )
     parser.add_argument(
-        "--folder", type=Path, default=PACKAGE.parent / "compressed_models", help="where to put them (default: compressed_models/)"
+        "names", nargs="*", metavar="NAME", help=f"files to fetch (default: all of {', '.join(BLOB_IDS)})"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=PACKAGE.parent / "compressed_models",
+        help="where to put them (default: compressed_models/)",
     )
     parser.add_argument("--base_url", default=BASE_URL, help="where to fetch them")
     arguments = parser.parse_args(argv)

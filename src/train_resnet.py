@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from . import command
+from .run import command
 from .settings import Settings
 
 

@@ -16,9 +16,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src import architectures, demo, evaluate_resnet, recipes, train_resnet
-from src.compression.files import read_tensors
-from src.errors import SettingsError
+from src import architectures, evaluate_resnet, recipes, train_resnet
+from src.common.errors import SettingsError
+from src.demo import classification as demo
+from src.model_files.pth import read_tensors
 from src.settings import load
 from src.tasks.images import load_rgb, read_folder
 from src.tasks.loading import validation_transform
@@ -128,7 +129,9 @@ def test_codes_stay_and_codebooks_move(run: Path) -> None:
     assert all(not torch.equal(before[name], after[name]) for name in books)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(run: Path, small_images: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    run: Path, small_images: Path, tmp_path: Path
+) -> None:
     for seed, equal in ((0, True), (1, False)):
         output = tmp_path / str(seed)
         assert train_resnet.main([*SMALL, *paths(small_images, output), "--epochs", "2", "--seed", str(seed)]) == 0
@@ -145,7 +148,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run: Path, sm
         ["--model.search", "best", "--model.search_seconds", "1"],
         ["--lr_scheduler.type", "multistep", "--lr_scheduler.milestones", "[1]"],
         ["--model.use_permutations", "False", "--lr_scheduler.type", "none", "--skip_initial_validation", "True"],
-        ["--model.compression_parameters.k_means_type", "kmeans", "--model.compression_parameters.large_subvectors", "True"],
+        [
+            "--model.compression_parameters.k_means_type",
+            "kmeans",
+            "--model.compression_parameters.large_subvectors",
+            "True",
+        ],
     ],
     ids=lambda flags: flags[0].lstrip("-") + "=" + flags[1],
 )
@@ -185,7 +193,10 @@ def test_a_dense_network_is_trained_saved_evaluated_and_compressed(
     assert evaluate_resnet.main(flags) == 0
     accuracy = json.loads((dense / "results.json").read_text())["best"]
     assert f"top-1 accuracy: {accuracy:.2f} %" in capsys.readouterr().out
-    assert train_resnet.main([*SMALL, *paths(small_images, compressed), "--epochs", "0", "--model.weights", str(best)]) == 0
+    assert (
+        train_resnet.main([*SMALL, *paths(small_images, compressed), "--epochs", "0", "--model.weights", str(best)])
+        == 0
+    )
     assert (compressed / "trained_models" / "0.pth").stat().st_size < best.stat().st_size / 20
 
 
@@ -199,7 +210,12 @@ def test_a_run_on_a_gpu_is_evaluated_alike_on_the_cpu(
     assert train_resnet.main([*SMALL, *paths(small_images, tmp_path), "--epochs", "2", *flags]) == 0
     metrics = json.loads((tmp_path / "results.json").read_text())["history"]["2"]
     capsys.readouterr()
-    flags = ["--dataloader.imagenet_path", str(small_images), "--model.state_dict_compressed", str(tmp_path / "trained_models" / "2.pth")]
+    flags = [
+        "--dataloader.imagenet_path",
+        str(small_images),
+        "--model.state_dict_compressed",
+        str(tmp_path / "trained_models" / "2.pth"),
+    ]
     assert evaluate_resnet.main([*EVALUATE_SMALL, *flags]) == 0
     loss = float(re.search(r"cross entropy: ([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
     assert loss == pytest.approx(metrics["loss"], rel=1e-2)  # TF32 convolutions keep about three digits
@@ -211,7 +227,11 @@ def test_a_run_on_a_gpu_is_evaluated_alike_on_the_cpu(
 @pytest.mark.parametrize(
     ("arch", "flags", "figures"),
     [
-        ("resnet18", [], "12,927,232 bits (codes 11,516,928; codebooks 770,048; other 640,256) = 1.54 MB, 28.94x smaller than 374,064,384"),
+        (
+            "resnet18",
+            [],
+            "12,927,232 bits (codes 11,516,928; codebooks 770,048; other 640,256) = 1.54 MB, 28.94x smaller than 374,064,384",
+        ),
         (
             "resnet18",
             ["large"],
@@ -231,7 +251,12 @@ def test_a_run_on_a_gpu_is_evaluated_alike_on_the_cpu(
     ids=["resnet18 small", "resnet18 large", "resnet50 small", "resnet50 large"],
 )
 def test_training_prints_the_golden_sizes(
-    arch: str, flags: list[str], figures: str, thousand_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arch: str,
+    flags: list[str],
+    figures: str,
+    thousand_classes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [
         "--config", f"../config/train_{arch}.yaml", "--model.weights", "none", *paths(thousand_classes, tmp_path), "--epochs", "0",
@@ -247,14 +272,20 @@ def test_training_prints_the_golden_sizes(
 
 @pytest.mark.published
 def test_the_published_resnet18_gives_its_published_logits(published: Path) -> None:
-    settings = load("../config/evaluate_resnet.yaml", ["--dataloader.imagenet_path", str(published / "imagenet_samples")])
+    settings = load(
+        "../config/evaluate_resnet.yaml", ["--dataloader.imagenet_path", str(published / "imagenet_samples")]
+    )
     expected = np.load(published / "published" / "resnet18_expected.npz")
     architecture = architectures.get("resnet18", "classification")
-    model = recipes.load_compressed(published / "published" / "resnet18.pth", architecture, recipes.coding_spec(settings))
+    model = recipes.load_compressed(
+        published / "published" / "resnet18.pth", architecture, recipes.quantization_spec(settings)
+    )
     index = read_folder(published / "imagenet_samples", "val")
     transform = validation_transform(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     chosen = list(range(0, len(expected["index"]), 8))
-    images = torch.stack([transform(load_rgb(index.paths[int(expected["index"][i])]), torch.Generator()) for i in chosen])
+    images = torch.stack(
+        [transform(load_rgb(index.paths[int(expected["index"][i])]), torch.Generator()) for i in chosen]
+    )
     with torch.no_grad():
         logits = model(images).numpy()
     assert np.abs(logits - expected["logits"][chosen]).max() < 1e-3
@@ -293,14 +324,21 @@ def test_the_committed_digits_model_has_its_accuracy(tmp_path: Path, capsys: pyt
 
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.main(["--output_path", str(tmp_path), "--epochs", "1", "--dataloader.imagenet_path", str(tmp_path / "digits")]) == 0
+    assert (
+        demo.main(
+            ["--output_path", str(tmp_path), "--epochs", "1", "--dataloader.imagenet_path", str(tmp_path / "digits")]
+        )
+        == 0
+    )
     assert "after fine-tuning" in capsys.readouterr().out
 
 
 # --- files written for the original ---
 
 
-def test_a_file_written_for_the_original_loads_unchanged(small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_written_for_the_original_loads_unchanged(
+    small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = f"""
 epochs: 1
 learning_rate: 1.e-3
@@ -354,11 +392,26 @@ model:
 
 
 def test_placeholder_or_missing_data_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    base = ["--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--output_path", str(tmp_path / "out")]
+    base = [
+        "--config",
+        "../config/train_resnet18.yaml",
+        "--model.weights",
+        "none",
+        "--output_path",
+        str(tmp_path / "out"),
+    ]
     refused(capsys, train_resnet.main, base, "dataloader.imagenet_path", "placeholder", "train_resnet18.yaml")
     missing = tmp_path / "nowhere"
-    refused(capsys, train_resnet.main, [*base, "--dataloader.imagenet_path", str(missing)], "dataloader.imagenet_path", str(missing))
-    relative = refused(capsys, train_resnet.main, [*base, "--dataloader.imagenet_path", "no/such"], "dataloader.imagenet_path")
+    refused(
+        capsys,
+        train_resnet.main,
+        [*base, "--dataloader.imagenet_path", str(missing)],
+        "dataloader.imagenet_path",
+        str(missing),
+    )
+    relative = refused(
+        capsys, train_resnet.main, [*base, "--dataloader.imagenet_path", "no/such"], "dataloader.imagenet_path"
+    )
     assert str(Path.cwd() / "no/such") in relative
     assert str(ROOT / "src/no/such") in relative
     (missing / "train").mkdir(parents=True)
@@ -372,7 +425,13 @@ def test_output_path_placeholder_unwritable_or_in_use(
     base = [*SMALL, "--dataloader.imagenet_path", str(small_images)]
     refused(capsys, train_resnet.main, base, "output_path", "placeholder")
     (tmp_path / "file").write_text("x")
-    refused(capsys, train_resnet.main, [*base, "--output_path", str(tmp_path / "file" / "out")], "output_path", "cannot be written")
+    refused(
+        capsys,
+        train_resnet.main,
+        [*base, "--output_path", str(tmp_path / "file" / "out")],
+        "output_path",
+        "cannot be written",
+    )
     before = (run / "trained_models" / "best.pth").read_bytes()
     refused(capsys, train_resnet.main, [*base, "--output_path", str(run)], "already holds a run", "--overwrite True")
     assert (run / "trained_models" / "best.pth").read_bytes() == before
@@ -387,11 +446,15 @@ def test_overwrite_replaces_a_run_and_nothing_else(small_images: Path, tmp_path:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_an_error_before_the_work_leaves_the_old_run_alone(capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path) -> None:
+def test_an_error_before_the_work_leaves_the_old_run_alone(
+    capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path
+) -> None:
     (tmp_path / "trained_models").mkdir()
     (tmp_path / "trained_models" / "7.pth").write_text("old")
     flags = ["--overwrite", "True", "--model.compression_parameters.layer_specs.fc.subvector_size", "7"]
-    refused(capsys, train_resnet.main, [*SMALL, *paths(small_images, tmp_path), *flags], "'fc'", "does not divide", "512")
+    refused(
+        capsys, train_resnet.main, [*SMALL, *paths(small_images, tmp_path), *flags], "'fc'", "does not divide", "512"
+    )
     assert (tmp_path / "trained_models" / "7.pth").read_text() == "old"
 
 
@@ -419,7 +482,10 @@ def test_an_unreadable_image_is_named_before_training_or_skipped_with_a_count(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--model.compression_parameters.kk", "256"], ["model.compression_parameters.kk", "model.compression_parameters.k"]),
+        (
+            ["--model.compression_parameters.kk", "256"],
+            ["model.compression_parameters.kk", "model.compression_parameters.k"],
+        ),
         (["--dataloader.batchsize", "8"], ["dataloader.batchsize", "dataloader.batch_size"]),
         (["--epochs", "many"], ["epochs", "many"]),
         (["--model.compression_parameters.k", "100"], ["model.compression_parameters.k", "100", "64", "128"]),
@@ -432,15 +498,22 @@ def test_an_unreadable_image_is_named_before_training_or_skipped_with_a_count(
             ["--model.permutations", "[[{parents: [layer1.0.conv1]}, {children: [layer1.0.conf2]}]]"],
             ["permutations[0]", "layer1.0.conf2", "layer1.0.conv2"],
         ),
-        (["--model.permutations", "[[{parents: [layer1.0.conv1]}, {children: [layer3.0.conv2]}]]"], ["permutations[0]", "64", "256"]),
+        (
+            ["--model.permutations", "[[{parents: [layer1.0.conv1]}, {children: [layer3.0.conv2]}]]"],
+            ["permutations[0]", "64", "256"],
+        ),
         (
             ["--model.permutations", "[[{parents: [layer1.0.conv1]}, {children: [layer1.0.conv2]}]]"],
             ["permutations[0]", "changes the network's output"],
         ),
     ],
-    ids=lambda value: value[0].split(".")[-1] + "=" + value[1][:12] if isinstance(value, list) and value[0].startswith("--") else "",
+    ids=lambda value: (
+        value[0].split(".")[-1] + "=" + value[1][:12] if isinstance(value, list) and value[0].startswith("--") else ""
+    ),
 )
-def test_bad_settings(flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path) -> None:
+def test_bad_settings(
+    flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path
+) -> None:
     refused(capsys, train_resnet.main, [*SMALL, *paths(small_images, tmp_path / "out"), *flags], *words)
     assert not (tmp_path / "out" / "trained_models").exists()
 
@@ -460,7 +533,9 @@ def test_a_missing_model_file_says_how_to_get_it(capsys: pytest.CaptureFixture[s
     )
 
 
-def test_a_truncated_or_foreign_checkpoint(capsys: pytest.CaptureFixture[str], evaluate: list[str], run: Path, tmp_path: Path) -> None:
+def test_a_truncated_or_foreign_checkpoint(
+    capsys: pytest.CaptureFixture[str], evaluate: list[str], run: Path, tmp_path: Path
+) -> None:
     whole = (run / "trained_models" / "best.pth").read_bytes()
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.pth").write_bytes(whole[:size])
@@ -476,16 +551,38 @@ def test_a_truncated_or_foreign_checkpoint(capsys: pytest.CaptureFixture[str], e
     )
 
 
-def test_a_checkpoint_of_another_architecture_or_other_k(capsys: pytest.CaptureFixture[str], evaluate: list[str], run: Path) -> None:
+def test_a_checkpoint_of_another_architecture_or_other_k(
+    capsys: pytest.CaptureFixture[str], evaluate: list[str], run: Path
+) -> None:
     best = str(run / "trained_models" / "best.pth")
-    refused(capsys, evaluate_resnet.main, [*evaluate, best, "--model.arch", "resnet50"], "does not fit", "layer1.0.conv3.codes_matrix")
+    refused(
+        capsys,
+        evaluate_resnet.main,
+        [*evaluate, best, "--model.arch", "resnet50"],
+        "does not fit",
+        "layer1.0.conv3.codes_matrix",
+    )
     other = [*evaluate, best, "--model.compression_parameters.layer_specs.layer2.0.conv1.k", "64"]
-    refused(capsys, evaluate_resnet.main, other, "layer2.0.conv1.codebook", "k = 256", "layer_specs.layer2.0.conv1.k 256")
-    refused(capsys, evaluate_resnet.main, [*evaluate, best, "--model.compression_parameters.large_subvectors", "True"], "large_subvectors")
+    refused(
+        capsys, evaluate_resnet.main, other, "layer2.0.conv1.codebook", "k = 256", "layer_specs.layer2.0.conv1.k 256"
+    )
+    refused(
+        capsys,
+        evaluate_resnet.main,
+        [*evaluate, best, "--model.compression_parameters.large_subvectors", "True"],
+        "large_subvectors",
+    )
 
 
-def test_a_compressed_model_is_no_starting_point(capsys: pytest.CaptureFixture[str], run: Path, small_images: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, *paths(small_images, tmp_path / "out"), "--model.weights", str(run / "trained_models" / "best.pth")]
+def test_a_compressed_model_is_no_starting_point(
+    capsys: pytest.CaptureFixture[str], run: Path, small_images: Path, tmp_path: Path
+) -> None:
+    flags = [
+        *SMALL,
+        *paths(small_images, tmp_path / "out"),
+        "--model.weights",
+        str(run / "trained_models" / "best.pth"),
+    ]
     refused(capsys, train_resnet.main, flags, "compressed model", "dense")
 
 
@@ -502,7 +599,15 @@ def test_no_network_when_weights_must_be_downloaded(
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     flags = [*SMALL, *paths(small_images, tmp_path / "out"), "--model.weights", "pretrained"]
-    refused(capsys, train_resnet.main, flags, "cannot download", "resnet18-f37072fd.pth", str(tmp_path / "cache"), "--model.weights PATH")
+    refused(
+        capsys,
+        train_resnet.main,
+        flags,
+        "cannot download",
+        "resnet18-f37072fd.pth",
+        str(tmp_path / "cache"),
+        "--model.weights PATH",
+    )
 
 
 def test_a_damaged_download_is_refused(capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path) -> None:

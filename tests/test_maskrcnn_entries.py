@@ -15,15 +15,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src import evaluate_maskrcnn, train_maskrcnn
 from src.architectures import ARCHITECTURES
 from src.architectures.maskrcnn import FC6
-from src.compression.files import read_tensors, save_dense
-from src.compression.packed import load_packed
-from src.tasks.coco_data import read_coco
-from src.tasks.coco_metrics import write_results
-from tests.coco_helpers import contents, entry, rectangle, small_coco, write
+from src.model_files.packed import load_packed
+from src.model_files.pth import read_tensors, save_dense
+from src.tasks.coco.data import read_coco
+from src.tasks.coco.metrics import write_results
 from tests.conftest import DATA
+from tests.support.coco import contents, entry, rectangle, small_coco, write
 from tests.test_entries import refused
 
-SMALL = ["--dataloader.min_size", "64", "--dataloader.max_size", "96", "--dataloader.num_workers", "0", "--device", "cpu"]
+SMALL = [
+    "--dataloader.min_size",
+    "64",
+    "--dataloader.max_size",
+    "96",
+    "--dataloader.num_workers",
+    "0",
+    "--device",
+    "cpu",
+]
 QUICK = [
     *SMALL, "--model.weights", "none", "--model.search", "published", "--model.sls_iterations", "5",
     "--model.compression_parameters.k_means_n_iters", "1", "--log_every_n_steps", "1",
@@ -59,7 +68,13 @@ def repeats(split_file: Path, root: Path, target: Path) -> Path:
     """A result file that repeats the ground truth of a validation split."""
     api = read_coco(root, "val").api
     rows = [
-        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9, "segmentation": rle(api, a)}
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": a["bbox"],
+            "score": 0.9,
+            "segmentation": rle(api, a),
+        }
         for a in api.anns.values()
         if not a["iscrowd"] and min(a["bbox"][2:]) > 0
     ]
@@ -71,7 +86,10 @@ def repeats(split_file: Path, root: Path, target: Path) -> Path:
 def rle(api, annotation) -> dict:
     encoded = api.annToRLE(annotation)
     counts = encoded["counts"]
-    return {"size": [int(side) for side in encoded["size"]], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+    return {
+        "size": [int(side) for side in encoded["size"]],
+        "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts,
+    }
 
 
 # --- training ---
@@ -152,8 +170,21 @@ def test_evaluation_of_the_saved_file_keeps_detections_and_figures_and_draws(
     run: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(run / "trained_models" / "1.pth")
-    flags = [*paths(coco, tmp_path / "out"), "--model.state_dict_compressed", model, "--evaluation.per_category", "True"]
-    pictures = ["--visualize", str(tmp_path / "pictures"), "--model.weights", "none", "--evaluation.visualized_images", "2"]
+    flags = [
+        *paths(coco, tmp_path / "out"),
+        "--model.state_dict_compressed",
+        model,
+        "--evaluation.per_category",
+        "True",
+    ]
+    pictures = [
+        "--visualize",
+        str(tmp_path / "pictures"),
+        "--model.weights",
+        "none",
+        "--evaluation.visualized_images",
+        "2",
+    ]
     printed = evaluated(capsys, *flags, *pictures)
     metrics = json.loads((run / "results.json").read_text())["history"]["1"]
     assert f"box AP {metrics['BoxAP']:.1f} " in printed
@@ -211,14 +242,18 @@ def test_a_file_that_repeats_the_ground_truth_scores_100_and_is_checked_against_
     printed = evaluated(capsys, *flags)
     assert "box AP 100.0 " in printed
     assert "mask AP 100.0 " in printed
-    assert "as expected: box AP: 100.00 %" in evaluated(capsys, *flags, "--expected.box_ap", "100", "--expected.tolerance", "0.1")
+    assert "as expected: box AP: 100.00 %" in evaluated(
+        capsys, *flags, "--expected.box_ap", "100", "--expected.tolerance", "0.1"
+    )
     printed = evaluated(capsys, *flags, "--expected.box_ap", "100", "--expected.mask_ap", "36", status=1)
     assert "as expected: box AP" in printed
     assert "NOT AS EXPECTED: mask AP: 36.00 % +- 0.5 was expected, +64.00 off" in printed
 
 
 @pytest.mark.skipif(not (DATA / "tiny_coco").is_dir(), reason="the small part of COCO is not there (set PQF_TEST_DATA)")
-def test_the_ground_truth_of_the_small_part_of_coco_scores_100_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ground_truth_of_the_small_part_of_coco_scores_100_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = DATA / "tiny_coco"
     file = repeats(root / "annotations" / "instances_val2017.json", root, tmp_path / "detections.json")
     printed = evaluated(capsys, "--dataloader.coco_path", str(root), "--evaluation.detections", str(file))
@@ -230,7 +265,14 @@ def test_the_ground_truth_of_the_small_part_of_coco_scores_100_by_the_command(tm
 def test_a_dense_network_is_evaluated_too(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     save_dense(ARCHITECTURES["maskrcnn"].build(5), tmp_path / "dense.pth")
-    flags = ["--model.use_compression", "False", "--model.weights", str(tmp_path / "dense.pth"), "--dataloader.coco_path", str(coco)]
+    flags = [
+        "--model.use_compression",
+        "False",
+        "--model.weights",
+        str(tmp_path / "dense.pth"),
+        "--dataloader.coco_path",
+        str(coco),
+    ]
     assert "model: dense maskrcnn" in evaluated(capsys, *flags)
 
 
@@ -253,7 +295,10 @@ def test_bad_data_is_named_before_anything_is_written(tmp_path: Path, capsys: py
     for flags, words in (
         (["--dataloader.coco_path", "<your_coco_path_here>"], "is still the placeholder"),
         (["--model.arch", "resnet50"], "'resnet50' is not known for detection; known: maskrcnn"),
-        (["--model.compression_parameters.layer_specs.roi_heads.box_head.fc6.subvector_size", "5"], "roi_heads.box_head.fc6"),
+        (
+            ["--model.compression_parameters.layer_specs.roi_heads.box_head.fc6.subvector_size", "5"],
+            "roi_heads.box_head.fc6",
+        ),
         (["--model.permutation_specs.roi_heads.box_head.fc6.reshape", "[1024, 128, 14, 7]"], "roi_heads.box_head.fc6"),
         (["--dataloader.source", "circles"], "'circles' is not known"),
     ):
@@ -272,7 +317,13 @@ def test_bad_evaluations_are_refused(run: Path, coco: Path, tmp_path: Path, caps
         "k = 256",
         "does not fit the network",
     )
-    refused(capsys, evaluate_maskrcnn.main, [*SMALL, *data, *model, "--evaluation.backend", "abacus"], "'abacus'", "pycocotools")
+    refused(
+        capsys,
+        evaluate_maskrcnn.main,
+        [*SMALL, *data, *model, "--evaluation.backend", "abacus"],
+        "'abacus'",
+        "pycocotools",
+    )
     refused(
         capsys,
         evaluate_maskrcnn.main,
@@ -287,4 +338,10 @@ def test_bad_evaluations_are_refused(run: Path, coco: Path, tmp_path: Path, caps
     refused(capsys, evaluate_maskrcnn.main, [*SMALL, *data, "--evaluation.detections", str(file)], "77")
     beyond = [rectangle(1, 77, 9, [2, 2, 10, 10])]
     write(other, "val", contents([entry(77, 40, 30)], beyond, [{"id": 9, "name": "star"}]))
-    refused(capsys, evaluate_maskrcnn.main, [*SMALL, "--dataloader.coco_path", str(other), *model], "9 (star)", "the network's head")
+    refused(
+        capsys,
+        evaluate_maskrcnn.main,
+        [*SMALL, "--dataloader.coco_path", str(other), *model],
+        "9 (star)",
+        "the network's head",
+    )

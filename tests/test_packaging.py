@@ -49,7 +49,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin", "HOME": str(installed)}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=installed.parent, env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", *arguments],
+        cwd=installed.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 
@@ -71,7 +77,9 @@ def test_the_committed_models_come_along(installed: Path) -> None:
 
 
 def test_requirements_txt_pins_what_setup_py_asks_for() -> None:
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line
+    }
     text = (ROOT / "setup.py").read_text()
     asked = text[text.index("install_requires=[") : text.index("extras_require")]
     names = {part.split(">=")[0].lower() for part in asked.split('"')[1::2]}

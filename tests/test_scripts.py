@@ -12,7 +12,9 @@ from tests.conftest import ROOT
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -26,5 +28,15 @@ def test_the_figure_of_the_readme_is_drawn_from_the_real_search(tmp_path: Path) 
 @pytest.mark.slow
 def test_every_benchmark_runs(tmp_path: Path) -> None:
     run("benchmarks", "--small", "--results", str(tmp_path))
-    names = ["clustering", "coco_memory", "compress", "cost", "maskrcnn_cost", "packed", "processes", "resume", "search"]
+    names = [
+        "clustering",
+        "coco_memory",
+        "compress",
+        "cost",
+        "maskrcnn_cost",
+        "packed",
+        "processes",
+        "resume",
+        "search",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.json" for name in names]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from src.machine import available_processors
+from src.engines.machine import available_processors
 
 VERSION = "0.28.1"
 BUILD_REQUIREMENTS = ("setuptools<81", "wheel", "packaging", "psutil", "cloudpickle", "pyyaml", "cffi", "numpy")
@@ -134,7 +134,16 @@ def build(folder: Path, environment: dict[str, str]) -> Path:
         work = Path(name)
         python = make_environment(work / "venv")
         run([python, "-m", "pip", "install", "--quiet", *BUILD_REQUIREMENTS], environment)
-        download = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(work)]
+        download = [
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "--dest",
+            str(work),
+        ]
         run([python, "-m", "pip", *download, f"horovod=={VERSION}"], environment)
         source = unpack(work / f"horovod-{VERSION}.tar.gz", work / "source")
         for patch in PATCHES if for_gpu(environment) else (*PATCHES, CPU_PATCH):
@@ -178,20 +187,26 @@ def apply(source: Path, patch: Patch) -> None:
     path = source / patch.file
     text = path.read_text(encoding="utf-8")
     if patch.old not in text:
-        raise BuildError(f"{patch.file} of Horovod {VERSION} does not contain {patch.old!r}: the source is not the expected release")
+        raise BuildError(
+            f"{patch.file} of Horovod {VERSION} does not contain {patch.old!r}: the source is not the expected release"
+        )
     path.write_text(text.replace(patch.old, patch.new), encoding="utf-8")
 
 
 def run(command: list[str], environment: dict[str, str], log: Path | None = None) -> None:
     """Run a command, its output into `log`; on failure raise `BuildError` with the lines that matter of what it printed."""
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if log is not None:
         log.write_text(done.stdout, encoding="utf-8")
     if done.returncode != 0:
         lines = done.stdout.splitlines()
         errors = [line.strip() for line in lines if re.search(r"error|could not", line, re.IGNORECASE)][:12]
         more = [f"all of its output: {log}"] if log is not None else []
-        raise BuildError("\n".join([f"`{' '.join(command)}` failed ({done.returncode}):", *errors, "...", *lines[-5:], *more]))
+        raise BuildError(
+            "\n".join([f"`{' '.join(command)}` failed ({done.returncode}):", *errors, "...", *lines[-5:], *more])
+        )
 
 
 def cached_wheel(environment: dict[str, str], say: bool = True) -> Path:
@@ -208,16 +223,24 @@ def cached_wheel(environment: dict[str, str], say: bool = True) -> Path:
         if not wheels:
             check_tools(environment)
             if say:
-                print(f"building Horovod {VERSION} for torch {torch_version} (minutes; kept in {folder})", file=sys.stderr, flush=True)
+                print(
+                    f"building Horovod {VERSION} for torch {torch_version} (minutes; kept in {folder})",
+                    file=sys.stderr,
+                    flush=True,
+                )
             wheels = [build(folder, environment)]
     return wheels[0]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.build_horovod", description=__doc__.split("\n")[0], epilog=NEEDS)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.build_horovod", description=__doc__.split("\n")[0], epilog=NEEDS
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--wheel-only", action="store_true", help="build and print the wheel's path, but do not install it")
+    parser.add_argument(
+        "--wheel-only", action="store_true", help="build and print the wheel's path, but do not install it"
+    )
     arguments = parser.parse_args(argv)
     environment = dict(os.environ)
     try:
@@ -225,10 +248,18 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.wheel_only:
             print(wheel)
             return 0
-        run([sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)], environment)
-        run([sys.executable, "-m", "pip", "install", "--quiet", str(wheel)], environment)  # what it depends on, where missing
+        run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)],
+            environment,
+        )
+        run(
+            [sys.executable, "-m", "pip", "install", "--quiet", str(wheel)], environment
+        )  # what it depends on, where missing
         check = "import horovod.torch as h; h.init(); assert h.size() == 1 and h.gloo_built(), 'Horovod without Gloo'; h.shutdown()"
-        run([sys.executable, "-c", check], {**environment, "HOROVOD_CONTROLLER": "gloo"} if not for_gpu(environment) else environment)
+        run(
+            [sys.executable, "-c", check],
+            {**environment, "HOROVOD_CONTROLLER": "gloo"} if not for_gpu(environment) else environment,
+        )
     except BuildError as error:
         print(f"error: Horovod {VERSION} could not be built or installed.\n{error}\n\n{NEEDS}", file=sys.stderr)
         return 1

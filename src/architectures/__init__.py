@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import SettingsError
+from ..common.errors import SettingsError
 from .architecture import Architecture
 from .maskrcnn import MASKRCNN
 from .resnet import RESNETS

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import SettingsError
 from ..compression.permute.groups import Group, Outputs, call_network
-from ..errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,9 @@ class Architecture:
             now = self.current_name(layer) + dot + entry
             renamed[key if now in state else now] = tensor
         return renamed
+
+
+def n_outputs(architecture: Architecture, model: nn.Module) -> int:
+    """Number of classes that `model` tells apart."""
+    head: Any = model.get_submodule(architecture.head)
+    return int(head.out_features)

@@ -20,13 +20,17 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from ..compression.permute.groups import Group
 from .architecture import Architecture
 
-SEMI_SUPERVISED_URL = "https://dl.fbaipublicfiles.com/semiweaksupervision/model_files/semi_supervised_resnet50-08389792.pth"
+SEMI_SUPERVISED_URL = (
+    "https://dl.fbaipublicfiles.com/semiweaksupervision/model_files/semi_supervised_resnet50-08389792.pth"
+)
 
 
 CLASSIFIER = ((), (), (), ("fc",))
 
 
-def resnet_groups(model: nn.Module, prefix: str = "", readers_outside: Sequence[tuple[str, ...]] = CLASSIFIER) -> list[Group]:
+def resnet_groups(
+    model: nn.Module, prefix: str = "", readers_outside: Sequence[tuple[str, ...]] = CLASSIFIER
+) -> list[Group]:
     """Permutation groups of a torchvision ResNet, stem first, in the order of the network.
 
     Args:
@@ -35,7 +39,9 @@ def resnet_groups(model: nn.Module, prefix: str = "", readers_outside: Sequence[
         readers_outside: full names of the layers after or outside the stages that read stage 1, 2, 3, 4.
     """
     net = cast(ResNet, model)
-    stages: list[list[BasicBlock | Bottleneck]] = [list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+    stages: list[list[BasicBlock | Bottleneck]] = [
+        list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)
+    ]
     groups: list[Group] = []
     writers = ["conv1", "bn1"]  # of the stream that is being followed
     outside: tuple[str, ...] = ()
@@ -48,7 +54,9 @@ def resnet_groups(model: nn.Module, prefix: str = "", readers_outside: Sequence[
         for b, block in enumerate(blocks):
             name = f"layer{s}.{b}"
             n_convs = 3 if isinstance(block, Bottleneck) else 2
-            groups += [_group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]) for c in range(1, n_convs)]
+            groups += [
+                _group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]) for c in range(1, n_convs)
+            ]
             writers += [f"{name}.conv{n_convs}", f"{name}.bn{n_convs}"]
         outside += readers_outside[s - 1]
     groups.append(_group(prefix, writers, _other_readers(stages, len(stages)), outside))

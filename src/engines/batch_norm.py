@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..compression.finetune.task import Engine
+from .engine import Engine
 
 
 class _Sum(torch.autograd.Function):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError
-from ..launch import Launch
+from ..common.errors import SettingsError
+from .launch import Launch
 from .processes import Processes, device_for
 
 INSTALL = "build and install it with `make horovod` (there are no ready-made packages of it), or start the run with torchrun instead"
@@ -76,7 +76,9 @@ class Horovod(Processes):
 
     def lost_contact(self, error: Exception) -> bool:
         """True if `error` is Horovod's own, also after a way through autograd."""
-        return isinstance(error, self._horovod.HorovodInternalError) or (isinstance(error, RuntimeError) and "Horovod" in str(error))
+        return isinstance(error, self._horovod.HorovodInternalError) or (
+            isinstance(error, RuntimeError) and "Horovod" in str(error)
+        )
 
     def close(self) -> None:
         """Leave the group."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError
-from ..launch import Launch
-from ..machine import own_processors
+from ..common.errors import SettingsError
+from .launch import Launch
+from .machine import own_processors
 
 ADDED_AS = {
     torch.float16: torch.float32,

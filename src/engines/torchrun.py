@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import SettingsError
-from ..launch import Launch
+from ..common.errors import SettingsError
+from .launch import Launch
 from .processes import Processes, device_for
 
 MEETING_TIME = timedelta(minutes=5)
@@ -65,8 +65,14 @@ class TorchRun(Processes):
         wrapper: Any = nn.parallel.DistributedDataParallel
         devices = [self.device.index] if self.device.type == "cuda" else None
         # torch 2.14 renamed the argument
-        sending = "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrapper).parameters else "broadcast_buffers"
-        return wrapper(model, device_ids=devices, process_group=self._group, gradient_as_bucket_view=True, **{sending: False})
+        sending = (
+            "forward_sync_buffers"
+            if "forward_sync_buffers" in inspect.signature(wrapper).parameters
+            else "broadcast_buffers"
+        )
+        return wrapper(
+            model, device_ids=devices, process_group=self._group, gradient_as_bucket_view=True, **{sending: False}
+        )
 
     def lost_contact(self, error: Exception) -> bool:
         """True if `error` is Gloo's or NCCL's complaint about a connection that ended."""

@@ -1,14 +1,14 @@
 """The only place where everything meets: settings -> engine, data, model, permute, quantize, fine-tune, results."""
 
 from .classification import evaluate_classification, train_classification
-from .compressing import coding_spec
-from .converting import convert
+from .convert import convert
 from .detection import evaluate_detection, train_detection
-from .inspecting import inspect
-from .models import load_compressed
+from .initial_model import load_compressed
+from .inspect import inspect
+from .specs import quantization_spec
 
 __all__ = [
-    "coding_spec",
+    "quantization_spec",
     "convert",
     "evaluate_classification",
     "evaluate_detection",

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import torch
 
-from ..architectures.architecture import Architecture
-from ..compression.finetune.task import Engine
+from ..architectures.architecture import Architecture, n_outputs
 from ..compression.quantize.layers import set_memory_format
-from ..compression.size import model_size
+from ..engines.engine import Engine
+from ..model_files.size import model_size
+from ..run.processes import first_here, printer, processes
 from ..settings import Settings
 from ..tasks.classification import check_classes
-from .images import classification_task, images_mark, read_images
-from .models import dense_model, model_to_evaluate, n_outputs
-from .running import first_here, printer, processes
-from .stored import architecture_to_evaluate
-from .training import Prepared, train, verdict
+from .data import classification_task, images_fingerprint, read_images
+from .initial_model import architecture_to_evaluate, dense_model, model_to_evaluate
+from .train import Prepared, train, verdict
 
 
 def train_classification(settings: Settings) -> int:
@@ -31,7 +30,7 @@ def _prepare(settings: Settings, architecture: Architecture, weights: str | Path
     check_classes(len(train_images.classes), n_outputs(architecture, model))
     side = settings.dataloader.image_size
     task = classification_task(settings, engine, train_images, validation)
-    return Prepared(model, task, torch.randn(2, 3, side, side), {}, images_mark(train_images, validation))
+    return Prepared(model, task, torch.randn(2, 3, side, side), {}, images_fingerprint(train_images, validation))
 
 
 def evaluate_classification(settings: Settings) -> int:

@@ -10,24 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures.architecture import Architecture
+from ..architectures.architecture import Architecture, n_outputs
 from ..architectures.maskrcnn import set_box_numbers, set_image_size
-from ..compression.finetune.task import Engine
+from ..common.paths import find, write_text
 from ..compression.quantize.layers import set_memory_format
-from ..compression.size import model_size
-from ..output_folder import EVALUATION_LEAVINGS, OutputFolder
-from ..paths import find, write_text
+from ..engines.engine import Engine
+from ..model_files.size import model_size
+from ..run.output_folder import EVALUATION_LEAVINGS, OutputFolder
+from ..run.processes import Say, first_here, once, open_output, printer, processes
 from ..settings import Settings, is_placeholder
-from ..tasks.coco_data import CocoSplit, check_categories
-from ..tasks.coco_metrics import read_results, write_results
+from ..tasks.coco.data import CocoSplit, check_categories
+from ..tasks.coco.metrics import read_results, write_results
 from ..tasks.detection import Scores, score
-from .coco import detection_task, read_splits, splits_mark
-from .models import dense_model, model_to_evaluate, n_outputs
-from .names import with_current_names
+from .coco_data import detection_task, read_splits, splits_fingerprint
+from .initial_model import architecture_to_evaluate, dense_model, model_to_evaluate
 from .pictures import Pictures
-from .running import Say, first_here, once, open_output, printer, processes
-from .stored import architecture_to_evaluate
-from .training import Prepared, train, verdict
+from .specs import with_current_names
+from .train import Prepared, train, verdict
 
 EXAMPLE_SIDE = 64
 """Pixels of the images that permutations are tried on: the smallest of which the pyramid's levels all have something left."""
@@ -42,7 +41,9 @@ def _prepare(settings: Settings, architecture: Architecture, weights: str | Path
     data = settings.dataloader
     train_split, validation = read_splits(settings, ("train", "val"), engine)
     say = printer(engine)
-    say(f"training: {len(train_split):,} images with {sum(map(len, train_split.annotations)):,} objects; left out: {train_split.dropped}")
+    say(
+        f"training: {len(train_split):,} images with {sum(map(len, train_split.annotations)):,} objects; left out: {train_split.dropped}"
+    )
     with first_here(engine):
         model = dense_model(architecture, weights, data.num_classes or _classes(train_split), engine.is_main)
     for split in (train_split, validation):
@@ -52,7 +53,7 @@ def _prepare(settings: Settings, architecture: Architecture, weights: str | Path
     task = detection_task(settings, engine, train_split, validation)
     example = torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE)
     more = {"training images": len(train_split), "left out of training": str(train_split.dropped)}
-    return Prepared(model, task, example, more, splits_mark(train_split, validation))
+    return Prepared(model, task, example, more, splits_fingerprint(train_split, validation))
 
 
 def _classes(split: CocoSplit) -> int:
@@ -74,9 +75,15 @@ def evaluate_detection(settings: Settings) -> int:
             if settings.evaluation.detections is None:
                 rows, image_ids, split, about = _detect(settings, architecture, engine)
             else:
-                path = find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
+                path = find(
+                    settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)"
+                )
                 (split,) = read_splits(settings, ("val",), engine, look_at_images=False)
-                rows, image_ids, about = list(read_results(path, split.api)), list(split.image_ids), {"detections": str(path)}
+                rows, image_ids, about = (
+                    list(read_results(path, split.api)),
+                    list(split.image_ids),
+                    {"detections": str(path)},
+                )
                 say(f"detections: {path}")
             return int(once(engine, lambda: _report(settings, output, split, rows, image_ids, about, say)))
         finally:
@@ -147,5 +154,7 @@ def _keep(output: OutputFolder, rows: list[dict[str, Any]], about: Mapping[str, 
     results = {**about, **scores.metrics()}
     for name, figures in (("box AP per category", scores.boxes), ("mask AP per category", scores.masks)):
         if figures.per_category:
-            results[name] = {category: None if value != value else value for category, value in figures.per_category.items()}
+            results[name] = {
+                category: None if value != value else value for category, value in figures.per_category.items()
+            }
     write_text(output.path / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..architectures.architecture import Architecture
-from ..compression.finetune.task import Engine, evaluating
-from ..errors import SettingsError
-from ..paths import write_atomically
-from ..progress import bar
+from ..architectures.architecture import Architecture, n_outputs
+from ..common.errors import SettingsError
+from ..common.paths import write_atomically
+from ..common.progress import bar
+from ..compression.finetune.task import evaluating
+from ..engines.engine import Engine
 from ..settings import Settings
-from ..tasks.coco_data import CocoSplit
+from ..tasks.coco.data import CocoSplit
 from ..tasks.drawing import draw_side_by_side
 from ..tasks.images import load_rgb
-from .models import dense_model, n_outputs, weights_source
+from .initial_model import dense_model, weights_source
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def _dense(settings: Settings, architecture: Architecture, n_classes: int) -> nn
         _note(f"no dense network to draw beside: {error}")
         return None
     if n_outputs(architecture, dense) != n_classes:
-        _note(f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}")
+        _note(
+            f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}"
+        )
         return None
     return dense
 

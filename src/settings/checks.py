@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import SettingsError
+from ..common.errors import SettingsError
 from .keys import Path, walk
 from .overrides import locate
 from .schema import CompressionSettings, EvaluationSettings, Settings
@@ -90,7 +90,13 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
                 "model.proposals",
             ],
         )
-    search = ["model.search", "model.search_seconds", "model.sls_iterations", "model.permutations", "model.permutation_specs"]
+    search = [
+        "model.search",
+        "model.search_seconds",
+        "model.sls_iterations",
+        "model.permutations",
+        "model.permutation_specs",
+    ]
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
         yield "model.use_compression is False", [*compression, *search]
@@ -112,7 +118,9 @@ def to_yaml(settings: Settings) -> str:
         for layer, spec in specs.items():
             specs[layer] = {key: value for key, value in spec.items() if value is not None}
     if model["permutations"] is not None:
-        model["permutations"] = [[{"parents": group["parents"]}, {"children": group["children"]}] for group in model["permutations"]]
+        model["permutations"] = [
+            [{"parents": group["parents"]}, {"children": group["children"]}] for group in model["permutations"]
+        ]
     text = _dump(tree, allow_unicode=True)
     # PyYAML leaves these three characters bare inside quotes, where reading them back makes them line breaks
     return _dump(tree, allow_unicode=False) if re.search("[\x85\u2028\u2029]", text) else text

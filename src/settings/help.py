@@ -14,7 +14,10 @@ WIDTH = 100
 _EXAMPLES = (
     ("use another settings file", "--config {config}"),
     ("override values of the file", "--output_path output/run1 --dataloader.batch_size=64"),
-    ("a layer's own value (its name may contain dots)", "--model.compression_parameters.layer_specs.layer1.0.conv1.k 128"),
+    (
+        "a layer's own value (its name may contain dots)",
+        "--model.compression_parameters.layer_specs.layer1.0.conv1.k 128",
+    ),
 )
 
 
@@ -27,7 +30,11 @@ def help_text(prog: str, default_config: str, purpose: str) -> str:
         purpose: what the command does, in a sentence.
     """
     lines = [f"usage: {prog} [--config FILE] [--KEY VALUE | --KEY=VALUE]...", "", *textwrap.wrap(purpose, WIDTH), ""]
-    lines += [f"  --config FILE   settings file (YAML); default: {default_config}", "  -h, --help      show this text and leave", ""]
+    lines += [
+        f"  --config FILE   settings file (YAML); default: {default_config}",
+        "  -h, --help      show this text and leave",
+        "",
+    ]
     lines += ["examples:"]
     for meaning, flags in _EXAMPLES:
         lines += [f"  # {meaning}", f"  {prog} {flags.format(config=default_config)}"]

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import SettingsError
-from ..paths import find
+from ..common.errors import SettingsError
+from ..common.paths import find
 from .keys import Path, advice, resolve
 from .overrides import COMMAND_LINE, apply
 from .schema import GroupSettings, Settings
@@ -90,7 +90,9 @@ def _expected(details: ErrorDetails, place: tuple[int | str, ...]) -> str:
         field = GroupSettings.model_fields[str(place[-1])]
     words = describe(field) if field is not None else "keys and their values" if section else "another value"
     is_number = isinstance(details["input"], int | float) and not isinstance(details["input"], bool)
-    return words + ("; put quotes around a number that is meant as text" if is_number and details["type"] == "string_type" else "")
+    return words + (
+        "; put quotes around a number that is meant as text" if is_number and details["type"] == "string_type" else ""
+    )
 
 
 def _source(names: Path, tree: dict[str, Any], touched: set[Path], file: str) -> str:

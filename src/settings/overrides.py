@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import SettingsError
+from ..common.errors import SettingsError
 from .keys import Path, advice, layer_section_of, resolve, section_of
 from .schema import Section, Settings
 from .values import shown
@@ -27,7 +27,9 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
         argument, following = following, next(rest, None)
         key, equals, text = argument.partition("=")
         if not key.startswith("--") or key == "--":
-            raise SettingsError(f"{COMMAND_LINE}: {shown(argument)} belongs to no key; write --dotted.key value or --dotted.key=value")
+            raise SettingsError(
+                f"{COMMAND_LINE}: {shown(argument)} belongs to no key; write --dotted.key value or --dotted.key=value"
+            )
         if not equals:
             if following is None or following.startswith("--"):
                 raise SettingsError(f"{COMMAND_LINE}: {key} has no value; write {key} VALUE or {key}=VALUE")

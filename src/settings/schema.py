@@ -7,7 +7,16 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .values import Centroids, Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole
 
@@ -34,32 +43,51 @@ def _empty_map(value: Any) -> Any:
 class DataSettings(Section):
     """Where images come from and how they reach the network."""
 
-    imagenet_path: Text = Field("<your_imagenet_path_here>", description="Folder with train/ and val/, each with one folder per class.")
-    coco_path: Text = Field("<your_coco_path_here>", description="Folder with COCO's annotations, train2017 and val2017.")
-    source: Text = Field("folder", description="folder: read the path as it is; digits: write scikit-learn's digits there first, once.")
+    imagenet_path: Text = Field(
+        "<your_imagenet_path_here>", description="Folder with train/ and val/, each with one folder per class."
+    )
+    coco_path: Text = Field(
+        "<your_coco_path_here>", description="Folder with COCO's annotations, train2017 and val2017."
+    )
+    source: Text = Field(
+        "folder", description="folder: read the path as it is; digits: write scikit-learn's digits there first, once."
+    )
     num_workers: Natural = Field(4, description="Processes that read images; 0 reads in the main process.")
     batch_size: Positive = Field(128, description="Images per batch and process.")
     train_shuffle: Flag = Field(True, description="Draw the training images in a new order every epoch.")
-    validation_shuffle: Flag = Field(False, description="Shuffle the validation images too; the result does not depend on it.")
+    validation_shuffle: Flag = Field(
+        False, description="Shuffle the validation images too; the result does not depend on it."
+    )
     resize: Positive = Field(256, description="Length in pixels to which the short side of an image is scaled.")
-    image_size: Positive = Field(224, validate_default=True, description="Side in pixels of the square crop that the network sees.")
+    image_size: Positive = Field(
+        224, validate_default=True, description="Side in pixels of the square crop that the network sees."
+    )
     crop_padding: Natural = Field(0, description="Pixels of padding on every side before the random training crop.")
-    min_size: Positive = Field(800, description="Detection: length in pixels to which the short side of an image is scaled.")
+    min_size: Positive = Field(
+        800, description="Detection: length in pixels to which the short side of an image is scaled."
+    )
     max_size: Positive = Field(
-        1333, validate_default=True, description="Detection: most pixels of the long side; such an image becomes smaller than min_size."
+        1333,
+        validate_default=True,
+        description="Detection: most pixels of the long side; such an image becomes smaller than min_size.",
     )
     group_by_aspect_ratio: Flag = Field(
         True, description="Detection: training batches of images of like aspect ratio, which need less padding."
     )
     horizontal_flip: Flag = Field(True, description="Mirror training images at random.")
-    mean: tuple[Real, Real, Real] = Field((0.485, 0.456, 0.406), description="Mean of each colour channel, subtracted from images in 0..1.")
+    mean: tuple[Real, Real, Real] = Field(
+        (0.485, 0.456, 0.406), description="Mean of each colour channel, subtracted from images in 0..1."
+    )
     std: tuple[RealAboveZero, RealAboveZero, RealAboveZero] = Field(
         (0.229, 0.224, 0.225), description="Standard deviation of each colour channel, by which images are divided."
     )
     num_classes: Annotated[Whole, Ge(2)] | None = Field(
-        None, description="Number of class folders to expect (detection: highest category id + 1 of a random network); null: what is there."
+        None,
+        description="Number of class folders to expect (detection: highest category id + 1 of a random network); null: what is there.",
     )
-    skip_unreadable: Flag = Field(False, description="Leave unreadable images out, with a warning, instead of stopping.")
+    skip_unreadable: Flag = Field(
+        False, description="Leave unreadable images out, with a warning, instead of stopping."
+    )
     verify_images: Literal["quick", "full", "none"] = Field(
         "quick", description="Check of the images before the run: quick looks at their headers, full decodes every one."
     )
@@ -77,19 +105,29 @@ class DataSettings(Section):
     def _not_below_the_short_side(cls, max_size: int, info: ValidationInfo) -> int:
         min_size = info.data.get("min_size")
         if min_size is not None and max_size < min_size:
-            raise ValueError(f"at least dataloader.min_size ({min_size}): the long side cannot be shorter than the short one")
+            raise ValueError(
+                f"at least dataloader.min_size ({min_size}): the long side cannot be shorter than the short one"
+            )
         return max_size
 
 
 class SchedulerSettings(Section):
     """How the learning rate changes during training."""
 
-    type: Literal["cosine", "plateau", "multistep", "none"] = Field("cosine", description="Schedule of the learning rate.")
+    type: Literal["cosine", "plateau", "multistep", "none"] = Field(
+        "cosine", description="Schedule of the learning rate."
+    )
     min_lr: RealFromZero = Field(1e-6, description="Lowest learning rate (cosine, plateau).")
-    patience: Natural = Field(3, description="Epochs without a better validation metric before the rate falls (plateau).")
-    factor: Annotated[Real, Gt(0), Lt(1)] = Field(0.1, description="What the rate is multiplied by when it falls (plateau, multistep).")
+    patience: Natural = Field(
+        3, description="Epochs without a better validation metric before the rate falls (plateau)."
+    )
+    factor: Annotated[Real, Gt(0), Lt(1)] = Field(
+        0.1, description="What the rate is multiplied by when it falls (plateau, multistep)."
+    )
     milestones: tuple[Natural, ...] = Field((), description="Rising epochs at which the rate falls (multistep).")
-    last_epoch: Annotated[Whole, Ge(-1)] = Field(-1, description="Last step already done (cosine: batches, multistep: epochs); -1: none.")
+    last_epoch: Annotated[Whole, Ge(-1)] = Field(
+        -1, description="Last step already done (cosine: batches, multistep: epochs); -1: none."
+    )
 
     @field_validator("milestones")
     @classmethod
@@ -102,9 +140,15 @@ class SchedulerSettings(Section):
 class ExpectedSettings(Section):
     """What an evaluation should find; it leaves with status 1 otherwise."""
 
-    accuracy: Annotated[Real, Ge(0), Le(100)] | None = Field(None, description="Expected top-1 accuracy in percent; null: no check.")
-    box_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(None, description="Expected box AP in percent; null: no check.")
-    mask_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(None, description="Expected mask AP in percent; null: no check.")
+    accuracy: Annotated[Real, Ge(0), Le(100)] | None = Field(
+        None, description="Expected top-1 accuracy in percent; null: no check."
+    )
+    box_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(
+        None, description="Expected box AP in percent; null: no check."
+    )
+    mask_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(
+        None, description="Expected mask AP in percent; null: no check."
+    )
     tolerance: RealFromZero = Field(0.5, description="Accepted difference from what is expected, in percentage points.")
 
 
@@ -112,7 +156,8 @@ class EvaluationSettings(Section):
     """How detections are scored and kept."""
 
     backend: Text = Field(
-        "pycocotools", description="What computes COCO's figures: pycocotools, or faster (faster-coco-eval, the same figures)."
+        "pycocotools",
+        description="What computes COCO's figures: pycocotools, or faster (faster-coco-eval, the same figures).",
     )
     per_category: Flag = Field(False, description="Box AP and mask AP of every category too.")
     detections: Text | None = Field(None, description="COCO result JSON to evaluate instead of running a network.")
@@ -164,32 +209,48 @@ class GroupSettings(Section):
             raise ValueError("a group: [{parents: [names]}, {children: [names]}]")
         keys = [key for part in parts for key in part]
         if sorted(keys) != ["children", "parents"]:
-            raise ValueError("a group with the keys parents and children, each once: [{parents: [names]}, {children: [names]}]")
+            raise ValueError(
+                "a group with the keys parents and children, each once: [{parents: [names]}, {children: [names]}]"
+            )
         return {key: value for part in parts for key, value in part.items()}
 
 
 class PermutationSpec(Section):
     """How the permutation of one layer's inputs is searched."""
 
-    reshape: tuple[Positive, ...] | None = Field(None, description="Shape in which a linear layer's weight reads a flattened feature map.")
-    optimization: tuple[Search, ...] | None = Field(None, description="Searches to run, in this order; null: the usual ones.")
+    reshape: tuple[Positive, ...] | None = Field(
+        None, description="Shape in which a linear layer's weight reads a flattened feature map."
+    )
+    optimization: tuple[Search, ...] | None = Field(
+        None, description="Searches to run, in this order; null: the usual ones."
+    )
 
 
 class ModelSettings(Section):
     """The network, its permutation and its compression."""
 
-    arch: Text = Field("resnet50", description="Architecture: resnet18, resnet50, resnet50ssl or another registered name.")
-    weights: Text = Field("pretrained", description="Starting weights: pretrained, none (random), or a checkpoint's path.")
+    arch: Text = Field(
+        "resnet50", description="Architecture: resnet18, resnet50, resnet50ssl or another registered name."
+    )
+    weights: Text = Field(
+        "pretrained", description="Starting weights: pretrained, none (random), or a checkpoint's path."
+    )
     use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
     state_dict_compressed: Text | None = Field(None, description="Compressed model to evaluate.")
-    compression_parameters: CompressionSettings = Field(default_factory=CompressionSettings, description="How weights are compressed.")
-    boxes_per_image: Positive = Field(512, description="Detection: proposed boxes of an image that a training step learns from, at most.")
+    compression_parameters: CompressionSettings = Field(
+        default_factory=CompressionSettings, description="How weights are compressed."
+    )
+    boxes_per_image: Positive = Field(
+        512, description="Detection: proposed boxes of an image that a training step learns from, at most."
+    )
     proposals: Positive = Field(
-        1000, description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training."
+        1000,
+        description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.",
     )
     use_permutations: Flag = Field(True, description="Permute channels before compressing.")
     search: Literal["best", "published"] = Field(
-        "best", description="best: all children of a group, until nothing is gained; published: the paper's search, first child only."
+        "best",
+        description="best: all children of a group, until nothing is gained; published: the paper's search, first child only.",
     )
     search_seconds: RealAboveZero | None = Field(
         None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."
@@ -197,7 +258,9 @@ class ModelSettings(Section):
     sls_iterations: Natural = Field(
         10_000, description="Swaps tried per group by search: published, and by the first of best's own searches."
     )
-    permutations: tuple[GroupSettings, ...] | None = Field(None, description="Groups of layers; null: those of the architecture.")
+    permutations: tuple[GroupSettings, ...] | None = Field(
+        None, description="Groups of layers; null: those of the architecture."
+    )
     permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(_empty_map)] = Field(
         default_factory=dict, description="Search settings of single layers."
     )
@@ -220,12 +283,15 @@ class Settings(Section):
         "auto",
         description="auto: go on with an unfinished run in output_path; none: never; or the folder (or saved state) of a run to go on from.",
     )
-    resume_with_changes: Flag = Field(False, description="Go on with a run although settings of its training have changed since.")
+    resume_with_changes: Flag = Field(
+        False, description="Go on with a run although settings of its training have changed since."
+    )
     checkpoint_every_n_steps: Natural = Field(
         500, description="Training steps between two saved states to go on from; 0: only before and after validations."
     )
     save_format: Literal["pth", "safetensors", "both"] = Field(
-        "pth", description="Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both."
+        "pth",
+        description="Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both.",
     )
     log_every_n_steps: Positive = Field(10, description="Training steps between two entries in TensorBoard.")
     seed: Natural = Field(0, description="Seed of every random choice.")
@@ -234,12 +300,20 @@ class Settings(Section):
         "auto", description="How processes work together; auto finds out how the run was started."
     )
     scale_learning_rate: Flag = Field(True, description="Multiply learning_rate and min_lr by the number of processes.")
-    sync_batch_norm: Flag = Field(False, description="Batch norms count over the images of all processes together in training.")
+    sync_batch_norm: Flag = Field(
+        False, description="Batch norms count over the images of all processes together in training."
+    )
     amp: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision.")
-    channels_last: Flag = Field(False, description="Keep images in channels-last memory order, which is faster on some GPUs.")
-    expected: ExpectedSettings = Field(default_factory=ExpectedSettings, description="Result that an evaluation checks.")
+    channels_last: Flag = Field(
+        False, description="Keep images in channels-last memory order, which is faster on some GPUs."
+    )
+    expected: ExpectedSettings = Field(
+        default_factory=ExpectedSettings, description="Result that an evaluation checks."
+    )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Scoring of detections.")
-    visualize: Text | None = Field(None, description="Folder that receives images with what an evaluation detected; null: none.")
+    visualize: Text | None = Field(
+        None, description="Folder that receives images with what an evaluation detected; null: none."
+    )
     model: ModelSettings = Field(default_factory=ModelSettings, description="The network.")
 
     _file: str = PrivateAttr(default="")

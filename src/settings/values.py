@@ -98,7 +98,11 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     if origin is dict:
         return "a mapping from layer names to their own settings"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return "a group: [{parents: [names]}, {children: [names]}]" if "parents" in kind.model_fields else "a mapping of keys to values"
+        return (
+            "a group: [{parents: [names]}, {children: [names]}]"
+            if "parents" in kind.model_fields
+            else "a mapping of keys to values"
+        )
     return (_WORDS.get(kind) or "a value") + _bounds(limits)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import SettingsError
+from ..common.errors import SettingsError
 
 _INT, _FLOAT, _TIMESTAMP = ("tag:yaml.org,2002:" + name for name in ("int", "float", "timestamp"))
 

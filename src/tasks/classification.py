@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from .. import progress
-from ..compression.finetune.task import Engine, StepLoss, evaluating
-from ..errors import DataError, SettingsError
+from ..common import progress
+from ..common.errors import DataError, SettingsError
+from ..compression.finetune.task import StepLoss, evaluating
+from ..engines.engine import Engine
 from .images import KEY, ImageFolderIndex, check_same_classes
 from .loading import (
     Batch,
@@ -93,7 +94,9 @@ class Classification:
         show_progress: bool,
     ) -> None:
         if image_size > resize:
-            raise SettingsError(f"image_size {image_size} is larger than resize {resize}: the crop would not fit into the image")
+            raise SettingsError(
+                f"image_size {image_size} is larger than resize {resize}: the crop would not fit into the image"
+            )
         self.engine, self.seed = engine, seed
         self.show_progress = show_progress
         self.amp_type = amp_type(amp)
@@ -104,7 +107,9 @@ class Classification:
         self._loading = (batch_size, num_workers, engine.device.type == "cuda")
 
         to_validate = validation_transform(resize, image_size, mean, std)
-        self._validation_order = EpochOrder(len(validation_index), validation_shuffle, seed, engine.rank, engine.world_size)
+        self._validation_order = EpochOrder(
+            len(validation_index), validation_shuffle, seed, engine.rank, engine.world_size
+        )
         self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
         self._train_loader: DataLoader | None = None
         self.steps_per_epoch = self.position = 0
@@ -112,7 +117,9 @@ class Classification:
             check_same_classes(train_index, validation_index)
             per_process = images_per_process(len(train_index), batch_size, engine.world_size)
             to_train = training_transform(resize, image_size, crop_padding, horizontal_flip, mean, std)
-            self._train_order = EpochOrder(len(train_index), train_shuffle, seed, engine.rank, engine.world_size, per_process)
+            self._train_order = EpochOrder(
+                len(train_index), train_shuffle, seed, engine.rank, engine.world_size, per_process
+            )
             self._train_loader = self._loader(train_index, to_train, self._train_order)
             self.steps_per_epoch = math.ceil(per_process / batch_size)
 
@@ -170,7 +177,11 @@ class Classification:
         loss, correct, correct_top5, images, skipped = self.engine.sum(totals).tolist()
         if images == 0:
             raise DataError(f"{KEY}: not one validation image could be read ({skipped:,.0f} were skipped)")
-        percent = {"accuracy": 100 * correct / images, "accuracy_top5": 100 * correct_top5 / images, "loss": loss / images}
+        percent = {
+            "accuracy": 100 * correct / images,
+            "accuracy_top5": 100 * correct_top5 / images,
+            "loss": loss / images,
+        }
         return {**percent, "correct": correct, "correct_top5": correct_top5, "images": images, "skipped": skipped}
 
     def _figures(self, model: nn.Module, batch: Batch, exact: torch.dtype) -> Tensor:

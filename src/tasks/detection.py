@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import progress
-from ..compression.finetune.task import Engine, StepLoss, evaluating
-from ..errors import DataError
-from ..randomness import derived_seed
-from .coco_data import KEY, CocoSplit, check_same_categories
-from .coco_loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
-from .coco_metrics import CocoFigures, Detections, coco_figures
+from ..common import progress
+from ..common.errors import DataError
+from ..common.randomness import derived_seed
+from ..compression.finetune.task import StepLoss, evaluating
+from ..engines.engine import Engine
+from .coco.data import KEY, CocoSplit, check_same_categories
+from .coco.loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
+from .coco.metrics import CocoFigures, Detections, coco_figures
 from .loading import EpochOrder, UnreadableFiles, amp_type, batches, make_loader
 
 KINDS = {"Box": "bbox", "Mask": "segm"}
@@ -39,12 +40,21 @@ class Scores:
     def metrics(self) -> dict[str, float]:
         """All figures that are defined, by name (`BoxAP`, `BoxAP50`, ..., `MaskARl`), and the metric that counts."""
         both = {"Box": self.boxes, "Mask": self.masks}
-        found = {f"{kind}{name}": value for kind, figures in both.items() for name, value in figures.stats.items() if math.isfinite(value)}
+        found = {
+            f"{kind}{name}": value
+            for kind, figures in both.items()
+            for name, value in figures.stats.items()
+            if math.isfinite(value)
+        }
         return {**found, Detection.metric_name: found.get("BoxAP", 0.0) + found.get("MaskAP", 0.0)}
 
 
 def score(
-    split: CocoSplit, rows: Sequence[dict], image_ids: Sequence[int], backend: str = "pycocotools", per_category: bool = False
+    split: CocoSplit,
+    rows: Sequence[dict],
+    image_ids: Sequence[int],
+    backend: str = "pycocotools",
+    per_category: bool = False,
 ) -> Scores:
     """COCO's figures of the detections `rows` in the images `image_ids` of `split`."""
     boxes, masks = (
@@ -112,10 +122,16 @@ class Detection:
             check_same_categories(train, validation)
             per_process = len(train) // engine.world_size
             if not per_process:
-                raise DataError(f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start fewer")
+                raise DataError(
+                    f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start fewer"
+                )
             self._train_order = EpochOrder(len(train), train_shuffle, seed, engine.rank, engine.world_size, per_process)
-            self._train_batches = EpochBatches(self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, batch_size)
-            self._train_loader = make_loader(CocoDataset(train, seed, horizontal_flip), self._train_batches, None, *loading)
+            self._train_batches = EpochBatches(
+                self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, batch_size
+            )
+            self._train_loader = make_loader(
+                CocoDataset(train, seed, horizontal_flip), self._train_batches, None, *loading
+            )
             self.steps_per_epoch = len(self._train_batches)
 
     def training_batches(self, epoch: int, start: int = 0) -> Iterator[DetectionBatch]:
@@ -148,7 +164,12 @@ class Detection:
         losses = {name: value.float() for name, value in losses.items()}
         if not any(len(target["boxes"]) for target in targets):
             # means over no box at all are not numbers; a zero that reaches all parameters, as other processes wait for their gradients
-            zero = 0 * torch.stack([parameter.float().sum() for parameter in model.parameters() if parameter.requires_grad]).sum()
+            zero = (
+                0
+                * torch.stack(
+                    [parameter.float().sum() for parameter in model.parameters() if parameter.requires_grad]
+                ).sum()
+            )
             losses = {name: value if torch.isfinite(value) else zero for name, value in losses.items()}
         total = torch.stack(list(losses.values())).sum()
         scalars = {name: value.detach() for name, value in losses.items()}

@@ -69,7 +69,10 @@ def draw_detections(image: Tensor, output: Mapping[str, Tensor], names: Mapping[
     boxes = _visible(output["boxes"][order].float() * scale, canvas.shape[-1], canvas.shape[-2])
     canvas = draw_bounding_boxes(canvas, boxes, colors=colours, width=2)
     return _with_labels(
-        canvas, boxes, [f"{names.get(label, label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)], colours
+        canvas,
+        boxes,
+        [f"{names.get(label, label)} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
+        colours,
     )
 
 
@@ -91,7 +94,11 @@ def _with_labels(canvas: Tensor, boxes: Tensor, texts: list[str], colours: list[
         y = top - height if top >= height else top
         pen.rectangle([x, y, x + width, y + height], fill=colour)
         pen.text((x + 2 - x0, y + 2 - y0), text, fill="white", font=font)
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(picture.height, picture.width, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        .reshape(picture.height, picture.width, 3)
+        .permute(2, 0, 1)
+    )
 
 
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:

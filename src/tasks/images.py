@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import make_dataset
 
-from .. import progress
-from ..errors import DataError
+from ..common import progress
+from ..common.errors import DataError
 
 KEY = "dataloader.imagenet_path"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -85,7 +85,9 @@ def read_folder(root: str | Path, split: str, show_progress: bool = True) -> Ima
 
 
 def _class_names(folder: Path) -> list[str]:
-    expected = f"Expected one folder per class: {folder}/<class>/*.jpg. Set {KEY} to the folder that holds train/ and val/."
+    expected = (
+        f"Expected one folder per class: {folder}/<class>/*.jpg. Set {KEY} to the folder that holds train/ and val/."
+    )
     for place in (folder.parent, folder):
         if not place.exists():
             raise DataError(f"{KEY}: {place} does not exist. {expected}")
@@ -160,10 +162,14 @@ def check_images(index: ImageFolderIndex, how: str = "quick", show: bool = True)
     check = CHECKS[how]
     if check is None:
         return []
-    return [(path, why) for path, why in in_threads(check, index.paths, f"checking images ({how})", show) if why is not None]
+    return [
+        (path, why) for path, why in in_threads(check, index.paths, f"checking images ({how})", show) if why is not None
+    ]
 
 
-def in_threads(check: Callable[[str], str | None], paths: list[str], label: str, show: bool) -> Iterator[tuple[str, str | None]]:
+def in_threads(
+    check: Callable[[str], str | None], paths: list[str], label: str, show: bool
+) -> Iterator[tuple[str, str | None]]:
     """(path, what `check` says of it) for all paths, in their order."""
 
     def check_some(start: int) -> list[tuple[str, str | None]]:
@@ -229,5 +235,7 @@ def check_same_classes(train: ImageFolderIndex, validation: ImageFolderIndex) ->
             differences.append(f"  only in {one.root}: {some(alone)}")
     raise DataError(
         f"{KEY}: the class folders of the two splits differ ({len(train.classes):,} and {len(validation.classes):,}), "
-        "so their labels would not mean the same classes.\n" + "\n".join(differences) + "\nGive both splits the same class folders."
+        "so their labels would not mean the same classes.\n"
+        + "\n".join(differences)
+        + "\nGive both splits the same class folders."
     )

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import functional
 
-from ..errors import DataError, RunError, SettingsError
-from ..randomness import stream
+from ..common.errors import DataError, RunError, SettingsError
+from ..common.randomness import stream
 from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 
 Transform = Callable[[Image.Image, torch.Generator], Tensor]
@@ -49,7 +49,14 @@ def validation_transform(resize: int, image_size: int, mean: Sequence[float], st
 
 
 def _augment(
-    resize: int, size: int, padding: int, flip: bool, mean: list[float], std: list[float], image: Image.Image, generator: torch.Generator
+    resize: int,
+    size: int,
+    padding: int,
+    flip: bool,
+    mean: list[float],
+    std: list[float],
+    image: Image.Image,
+    generator: torch.Generator,
 ) -> Tensor:
     image = functional.resize(image, [resize])
     if padding:
@@ -65,7 +72,12 @@ def _augment(
 
 
 def _centre(
-    resize: int, size: int, mean: list[float], std: list[float], image: Image.Image, generator: torch.Generator | None = None
+    resize: int,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    image: Image.Image,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     image = functional.center_crop(functional.resize(image, [resize]), [size])
     return functional.normalize(functional.to_tensor(image), mean, std)
@@ -95,7 +107,9 @@ class ImageDataset(Dataset):
         path = self.index.paths[i]
         try:
             image = load_rgb(path)
-        except Exception as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
+        except (
+            Exception
+        ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
             return Unreadable(path, reason(error))
         return self.transform(image, stream(self.seed, "augmentation", epoch, i)), self.index.labels[i]
 
@@ -173,7 +187,9 @@ class EpochOrder(Sampler[tuple[int, int]]):
             make the same number of steps); None takes every image exactly once over all processes.
     """
 
-    def __init__(self, n_images: int, shuffle: bool, seed: int, rank: int, world_size: int, per_process: int | None = None) -> None:
+    def __init__(
+        self, n_images: int, shuffle: bool, seed: int, rank: int, world_size: int, per_process: int | None = None
+    ) -> None:
         self.n_images, self.shuffle, self.seed = n_images, shuffle, seed
         self.rank, self.world_size, self.per_process = rank, world_size, per_process
         self.epoch, self.start = 0, 0
@@ -221,7 +237,9 @@ def make_loader(
         pin_memory: whether batches come in page-locked memory.
         collate_items: makes a batch of items.
     """
-    batching: dict[str, Any] = {"batch_sampler": order} if batch_size is None else {"batch_size": batch_size, "sampler": order}
+    batching: dict[str, Any] = (
+        {"batch_sampler": order} if batch_size is None else {"batch_size": batch_size, "sampler": order}
+    )
     return DataLoader(
         cast(Dataset, dataset),
         **batching,

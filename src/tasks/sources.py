@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..errors import SettingsError
-from .digit_crops import write_digit_crops
-from .digit_scenes import write_digit_scenes
-from .digits import write_digits
+from ..common.errors import SettingsError
+from .demo_data.digit_crops import write_digit_crops
+from .demo_data.digit_scenes import write_digit_scenes
+from .demo_data.digits import write_digits
 
 
 def use_folder(root: Path) -> None:

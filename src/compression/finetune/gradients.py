@@ -21,7 +21,9 @@ class GradientWatch:
         self._since = torch.zeros(len(self._parameters), dtype=torch.int64, device=device)
         self._zero = torch.zeros(1, device=device)
         self._order: list[str] = []
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived(name)) for name, p in self._parameters.items()]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._arrived(name)) for name, p in self._parameters.items()
+        ]
 
     def _arrived(self, name: str) -> Callable[[Tensor], None]:
         return lambda _: self._order.append(name)

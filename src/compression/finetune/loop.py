@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ...errors import RunError
-from ...progress import bar
+from ...common.errors import RunError
+from ...common.progress import bar
+from ...engines.engine import Engine
+from .checkpoint import Checkpoint, Position, Training, restore, restore_own, take
 from .gradients import GradientWatch, explain
 from .optimizers import Schedule
 from .outcome import Outcome
-from .snapshot import Position, Snapshot, Training, restore, restore_own, take
-from .task import Engine, StepLoss, Task
+from .task import StepLoss, Task
 
 TIMED_STEPS = 10_000
 """The last steps, whose median duration is reported."""
@@ -47,7 +48,7 @@ class Keeper(Protocol):
     every: int
     """Steps from one state to the next within an epoch; 0: none."""
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def keep(self, checkpoint: Checkpoint) -> None:
         """Keep a state. Every process calls this."""
 
     def deferred(self) -> AbstractContextManager[None]:
@@ -70,7 +71,7 @@ class KeepNothing:
     every = 0
     stop_wanted = False
 
-    def keep(self, snapshot: Snapshot) -> None:
+    def keep(self, checkpoint: Checkpoint) -> None:
         """Nothing."""
 
     def deferred(self) -> AbstractContextManager[None]:
@@ -90,12 +91,12 @@ class Resumed:
     """A state to go on from.
 
     Attributes:
-        snapshot: the state.
+        checkpoint: the state.
         same_schedule: False: settings of the schedule have changed since.
         batch: batches of the broken-off epoch that count as done, where that is another number than the state's.
     """
 
-    snapshot: Snapshot
+    checkpoint: Checkpoint
     same_schedule: bool = True
     batch: int | None = None
 
@@ -141,13 +142,15 @@ def finetune(
     scaler = torch.amp.GradScaler(engine.device.type, enabled=amp == "fp16")
     training = Training(model, optimizer, schedule, scaler)
     if resumed is not None:
-        restore(resumed.snapshot, training, _where(resumed, task), same_schedule=resumed.same_schedule)
+        restore(resumed.checkpoint, training, _where(resumed, task), same_schedule=resumed.same_schedule)
     # the optimizer's state goes to the other processes before the parameters: the other way round they would differ afterwards
     optimizer = engine.wrap_optimizer(optimizer, model)
     trained = engine.wrap_model(model)
     if resumed is not None:
-        restore_own(resumed.snapshot, training, engine)
-    loop = _Loop(training, trained, optimizer, task, engine, recorder, keeper or KeepNothing(), epochs, log_every, show_progress)
+        restore_own(resumed.checkpoint, training, engine)
+    loop = _Loop(
+        training, trained, optimizer, task, engine, recorder, keeper or KeepNothing(), epochs, log_every, show_progress
+    )
     if resumed is None:
         recorder.model(0, model)
         training.position = Position(validated=skip_initial_validation)
@@ -157,7 +160,7 @@ def finetune(
 
 def _where(resumed: Resumed, task: Task) -> Position:
     """The place to go on from, in the steps and batches of this run."""
-    position = resumed.snapshot.position
+    position = resumed.checkpoint.position
     if resumed.same_schedule and resumed.batch is None:
         return position
     batch = min(position.batch if resumed.batch is None else resumed.batch, task.steps_per_epoch)
@@ -204,7 +207,9 @@ class _Loop:
         epoch, done = training.position.epoch + 1, training.position.batch
         training.model.train()
         label, total = f"epoch {epoch}/{self.epochs}", task.steps_per_epoch
-        with closing(bar(task.training_batches(epoch, done), label, total, self.show_progress, "batch", done)) as batches:
+        with closing(
+            bar(task.training_batches(epoch, done), label, total, self.show_progress, "batch", done)
+        ) as batches:
             self._train_on(batches, epoch, done)
         self.engine.average_buffers(training.model)
         self.recorder.model(epoch, training.model)
@@ -295,7 +300,9 @@ class _Loop:
     def _validate(self) -> None:
         training, outcome = self.training, self.training.outcome
         epoch = training.position.epoch
-        metrics = self.task.validate(training.model, "validate before training" if epoch == 0 else f"validate epoch {epoch}")
+        metrics = self.task.validate(
+            training.model, "validate before training" if epoch == 0 else f"validate epoch {epoch}"
+        )
         value = metrics[self.task.metric_name]
         outcome.history[epoch] = metrics
         if epoch == 0:

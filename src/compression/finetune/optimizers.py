@@ -30,7 +30,10 @@ def _adam(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.opti
     return torch.optim.Adam(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]] = {"adam": _adam, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]] = {
+    "adam": _adam,
+    "sgd": _sgd,
+}
 
 
 def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -81,11 +84,17 @@ class Schedule:
                 group["initial_lr"] = group["lr"]
         if spec.type == "cosine":
             total = max(1, epochs * steps_per_epoch)
-            self._per_step = lrs.CosineAnnealingLR(optimizer, T_max=total, eta_min=spec.min_lr, last_epoch=spec.last_epoch)
+            self._per_step = lrs.CosineAnnealingLR(
+                optimizer, T_max=total, eta_min=spec.min_lr, last_epoch=spec.last_epoch
+            )
         elif spec.type == "plateau":
-            self._plateau = lrs.ReduceLROnPlateau(optimizer, mode="max", factor=spec.factor, patience=spec.patience, min_lr=spec.min_lr)
+            self._plateau = lrs.ReduceLROnPlateau(
+                optimizer, mode="max", factor=spec.factor, patience=spec.patience, min_lr=spec.min_lr
+            )
         elif spec.type == "multistep":
-            self._per_epoch = lrs.MultiStepLR(optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch)
+            self._per_epoch = lrs.MultiStepLR(
+                optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch
+            )
         elif spec.type != "none":
             raise ValueError(f"unknown schedule {spec.type!r}; known: cosine, plateau, multistep, none")
 
@@ -96,7 +105,10 @@ class Schedule:
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What moves in the schedule, as JSON can hold it; the rest comes from the settings."""
-        return {name: {key: value for key, value in part.state_dict().items() if key in MOVING} for name, part in self._parts.items()}
+        return {
+            name: {key: value for key, value in part.state_dict().items() if key in MOVING}
+            for name, part in self._parts.items()
+        }
 
     def load(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Put back what `state` gave. Raises KeyError if it was another kind of schedule."""

@@ -40,7 +40,9 @@ def assign_channels(objective: GroupObjective, order: Ints, rounds: int, toleran
         before = objective.value
         for position in order.tolist():
             places = np.arange(slots) * stride + position
-            cost = sum(w * linearised(child, places) for w, child in zip(objective.weights, objective.children, strict=True))
+            cost = sum(
+                w * linearised(child, places) for w, child in zip(objective.weights, objective.children, strict=True)
+            )
             _, chosen = linear_sum_assignment(np.asarray(cost).T)  # chosen[s]: which of the channels goes to slot s
             candidate = objective.permutation.copy()
             candidate[places] = objective.permutation[places][chosen]

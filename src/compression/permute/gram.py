@@ -31,7 +31,9 @@ def upper_gram(columns: Floats, scale: float) -> Floats:
     sizes, factors = np.array([width, rows], dtype=np.intc), np.array([scale, 0.0])
     n, k = sizes.ctypes.data, sizes.ctypes.data + sizes.itemsize
     alpha, beta = factors.ctypes.data, factors.ctypes.data + factors.itemsize
-    routine(ctypes.addressof(lower), ctypes.addressof(plain), n, k, alpha, columns.ctypes.data, n, beta, room.ctypes.data, n)
+    routine(
+        ctypes.addressof(lower), ctypes.addressof(plain), n, k, alpha, columns.ctypes.data, n, beta, room.ctypes.data, n
+    )
     return room
 
 

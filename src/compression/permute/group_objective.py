@@ -92,7 +92,8 @@ class GroupObjective:
         permutation = self.permutation.copy()
         best = permutation.copy()
         state = {
-            name: np.concatenate([getattr(child, name).reshape(-1) for child in self.children]) for name in ("columns", "moment", "mean")
+            name: np.concatenate([getattr(child, name).reshape(-1) for child in self.children])
+            for name in ("columns", "moment", "mean")
         }
         logdet = np.array([child.value for child in self.children])
         shared = (self._shape, self.weights, self._ridge, self._gram, self._gram_at, self._column_sum, self._column_at)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import GroupError
-from ...randomness import stream
+from ...common.errors import GroupError
+from ...common.randomness import stream
 from .operations import NORMS, Reshape, Side, check_permutation, check_reshape, side_of
 
 
@@ -60,7 +60,9 @@ class ResolvedGroup:
             member.side.permute(member.module, p, member.reshape)
 
 
-def resolve(model: nn.Module, groups: Sequence[Group], reshapes: Mapping[str, Sequence[int]] | None = None) -> list[ResolvedGroup]:
+def resolve(
+    model: nn.Module, groups: Sequence[Group], reshapes: Mapping[str, Sequence[int]] | None = None
+) -> list[ResolvedGroup]:
     """Find the layers of all groups and check that they fit.
 
     Args:
@@ -92,10 +94,14 @@ def resolve(model: nn.Module, groups: Sequence[Group], reshapes: Mapping[str, Se
     return resolved
 
 
-def _member(label: str, name: str, modules: dict[str, nn.Module], role: str, reshapes: Mapping[str, Sequence[int]]) -> Member:
+def _member(
+    label: str, name: str, modules: dict[str, nn.Module], role: str, reshapes: Mapping[str, Sequence[int]]
+) -> Member:
     if name not in modules or not name:
         near = difflib.get_close_matches(name, [known for known in modules if known], n=1, cutoff=0.5)
-        raise GroupError(f"model.{label}: the network has no layer {name!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+        raise GroupError(
+            f"model.{label}: the network has no layer {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
+        )
     module = modules[name]
     try:
         side = side_of(name, module, role)
@@ -123,7 +129,9 @@ def _raise_width(label: str, first: str, width: int, member: Member, other: int)
     if isinstance(member.module, nn.Linear) and member.reshape is None and other % width == 0 and other > width:
         side = other // width
         hint = f"; if it reads a flattened map, set permutation_specs.{member.name}.reshape: [{member.module.out_features}, {width}, h, w] with h*w = {side}"
-    raise GroupError(f"model.{label}: {member.name} has {other} channels on the side that is permuted, but {first} has {width}{hint}")
+    raise GroupError(
+        f"model.{label}: {member.name} has {other} channels on the side that is permuted, but {first} has {width}{hint}"
+    )
 
 
 def _common_blocks(label: str, counts: list[tuple[str, int]], width: int) -> int:
@@ -192,7 +200,9 @@ def check_function(
                 f"model.permutations[{number}]: permuting this group changes the network's output (by {change:.1e} of its norm): "
                 f"a layer that produces or reads these channels is missing or wrong.\n  parents: {', '.join(group.parents)}\n  children: {', '.join(group.children)}"
             )
-    raise GroupError("model.permutations: the groups together change the network's output, although each alone does not")
+    raise GroupError(
+        "model.permutations: the groups together change the network's output, although each alone does not"
+    )
 
 
 def _change(

@@ -47,7 +47,9 @@ def logdet_of(moment: Floats, mean: Floats, ridge: float, d: int, work: Floats) 
 
 
 @njit(cache=True, nogil=True, inline="always")
-def inner_product(gram: Floats, start: int, area: int, width: int, tail: int, first_column: int, later: int, earlier: int) -> float:
+def inner_product(
+    gram: Floats, start: int, area: int, width: int, tail: int, first_column: int, later: int, earlier: int
+) -> float:
     """Of two columns of one subvector, `later` not before `earlier` in it; `first_column` is that of the convolution group."""
     if tail == 0:
         row, column = min(later, earlier) - first_column, max(later, earlier) - first_column

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...errors import GroupError
-from ..subvectors import Layer, kernel_area
+from ...common.errors import GroupError
+from ..quantize.subvectors import Layer, kernel_area
 from .gram import upper_gram
 from .operations import Reshape, is_depthwise
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from ...errors import GroupError
-from ..subvectors import Layer
+from ...common.errors import GroupError
+from ..quantize.subvectors import Layer
 
 Reshape = tuple[int, ...] | None
 
@@ -43,7 +43,10 @@ class Side:
 
 def is_depthwise(module: Layer) -> bool:
     """A convolution that maps channel i to channel i."""
-    return isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups == module.in_channels == module.out_channels
+    return (
+        isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+        and module.groups == module.in_channels == module.out_channels
+    )
 
 
 def _index(tensor: Tensor | None, axis: int, p: Tensor) -> None:
@@ -119,7 +122,10 @@ def _attribute(name: str) -> Callable[[Layer, Reshape], int]:
     return lambda module, reshape: int(getattr(module, name))
 
 
-_NORM = Side(lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()), _norm_out)
+_NORM = Side(
+    lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()),
+    _norm_out,
+)
 
 NORMS = (_BatchNorm, FrozenBatchNorm2d)
 

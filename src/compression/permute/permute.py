@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from ...errors import GroupError
-from ...machine import own_processors
-from ...progress import bar
-from ...randomness import stream
-from ..subvectors import Layer, to_subvectors
+from ...common.errors import GroupError
+from ...common.progress import bar
+from ...common.randomness import stream
+from ...engines.machine import own_processors
+from ..quantize.subvectors import Layer, to_subvectors
 from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
 from .objective import ChildObjective, Floats, Ints, child_objective, is_optimisable
@@ -57,6 +57,20 @@ class GroupResult:
     before: float
     after: float
     permutation: Tensor | None
+
+
+def group_row(result: GroupResult) -> list[Any]:
+    """A result as JSON can hold it; its label is left out."""
+    permutation = None if result.permutation is None else result.permutation.tolist()
+    return [result.children, result.before, result.after, permutation]
+
+
+def group_result(label: str, row: list[Any]) -> GroupResult:
+    """From `group_row`."""
+    children, before, after, permutation = row
+    return GroupResult(
+        label, tuple(children), before, after, None if permutation is None else torch.tensor(permutation)
+    )
 
 
 class Searches(Protocol):
@@ -113,11 +127,17 @@ def permute(
     specs = specs or {}
     resolved = resolve(model, groups, {name: spec.reshape for name, spec in specs.items() if spec.reshape})
     deadline = None if seconds is None else time.monotonic() + seconds
-    search_one = partial(_search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure)
+    search_one = partial(
+        _search_group, sizes=sizes, how=how, n_tries=n_tries, deadline=deadline, specs=specs, seed=seed, measure=measure
+    )
     by_number: dict[int, GroupResult] = {}
     if finished is not None:
         known = {number: finished.recall(number) for number in range(len(resolved))}
-        by_number = {number: replace(result, label=resolved[number].label) for number, result in known.items() if result is not None}
+        by_number = {
+            number: replace(result, label=resolved[number].label)
+            for number, result in known.items()
+            if result is not None
+        }
     open_ones = [number for number in range(len(resolved)) if number not in by_number]
     longest_first = sorted(open_ones, key=lambda number: -resolved[number].width * len(resolved[number].children))
     # as many groups at a time as there are processors, each on one: two teams of BLAS's threads would be in each other's way
@@ -169,7 +189,9 @@ def _search_group(
     return GroupResult(group.label, names, result.before, result.after, result.permutation)
 
 
-def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints) -> Floats | None:
+def _distortion(
+    children: Sequence[Member], sizes: Mapping[str, int], measure: Measure, permutation: Ints
+) -> Floats | None:
     """What `measure` finds for the children, their inputs reordered, together; None where it does not say."""
     total: Floats = np.zeros(1)
     for child in children:
@@ -182,7 +204,9 @@ def _distortion(children: Sequence[Member], sizes: Mapping[str, int], measure: M
     return total
 
 
-def _optimisable_children(group: ResolvedGroup, sizes: Mapping[str, int], most: int | None) -> list[tuple[Member, ChildObjective]]:
+def _optimisable_children(
+    group: ResolvedGroup, sizes: Mapping[str, int], most: int | None
+) -> list[tuple[Member, ChildObjective]]:
     """The (first) children that will be coded and whose subvectors depend on the order of their input channels, with their scores."""
     found: list[tuple[Member, ChildObjective]] = []
     for child in group.children:

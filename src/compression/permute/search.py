@@ -69,7 +69,9 @@ def random(objective: GroupObjective, n_blocks: int, n_tries: int, generator: to
     size = objective.n_channels // n_blocks
     best, best_value = objective.permutation, objective.value
     for _ in range(n_tries):
-        drawn = torch.cat([torch.randperm(size, generator=generator) + block * size for block in range(n_blocks)]).numpy()
+        drawn = torch.cat(
+            [torch.randperm(size, generator=generator) + block * size for block in range(n_blocks)]
+        ).numpy()
         value = objective.evaluate(drawn)
         if value < best_value:
             best, best_value = drawn, value
@@ -155,12 +157,12 @@ def search_best(
         keep()
     chosen = min(found, key=lambda candidate: candidate[0])[1]
     if judge is not None and not _late(deadline):
-        chosen = _judged([chosen, found[1][1], identity], judge)
+        chosen = _best_candidate([chosen, found[1][1], identity], judge)
     objective.reset(chosen)
     return SearchResult(torch.from_numpy(objective.permutation.copy()), before, objective.value)
 
 
-def _judged(candidates: Sequence[Ints], judge: Judge) -> Ints:
+def _best_candidate(candidates: Sequence[Ints], judge: Judge) -> Ints:
     """The first of `candidates`, or the one that is measured to cost less by the most, if by more than one standard error."""
     chosen, most = candidates[0], 0.0
     own = judge(chosen)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 
 @njit(cache=True, nogil=True)
-def accumulate(vectors: NDArray[np.float32], codes: NDArray[np.int64], sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+def accumulate(
+    vectors: NDArray[np.float32], codes: NDArray[np.int64], sums: NDArray[np.float64], counts: NDArray[np.int64]
+) -> None:
     """Add every vector to the sum of its centroid, and count it; `sums` and `counts` start at zero."""
     for i in range(vectors.shape[0]):
         c = codes[i]

@@ -62,7 +62,9 @@ def _assign_faiss(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     index = _faiss().IndexFlatL2(codebook.shape[1])
     index.add(codebook.contiguous().numpy())
     distances, codes = index.search(vectors.contiguous().numpy(), 1)
-    np.maximum(distances, 0, out=distances)  # by NumPy: no team of threads of its own in a layer clustered beside others
+    np.maximum(
+        distances, 0, out=distances
+    )  # by NumPy: no team of threads of its own in a layer clustered beside others
     return torch.from_numpy(codes).view(-1), torch.from_numpy(distances).view(-1)
 
 

@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...errors import PlanError
-from ...machine import own_processors
-from ...progress import bar
-from ...randomness import stream
-from ..subvectors import Layer, to_subvectors
+from ...common.errors import PlanError
+from ...common.progress import bar
+from ...common.randomness import stream
+from ...engines.machine import own_processors
 from .assign import one_thread
 from .kmeans import Clustering, cluster
-from .layers import CODED_LAYERS, CODES_DTYPE, CodedLayer
+from .layers import CODES_DTYPE, QUANTIZED_LAYERS, QuantizedLayer
 from .plan import LayerPlan, Plan
+from .subvectors import Layer, to_subvectors
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,16 @@ def compress(
     found = _cluster_layers(model, plan, seed, device, show_progress, finished)
     results = []
 
-    def code(plan: LayerPlan, dense: Layer) -> CodedLayer:
-        layer: CodedLayer = CODED_LAYERS[type(dense)](dense, plan.d, plan.k)
+    def code(plan: LayerPlan, dense: Layer) -> QuantizedLayer:
+        layer: QuantizedLayer = QUANTIZED_LAYERS[type(dense)](dense, plan.d, plan.k)
         weight: Tensor = dense.weight.detach()
         clustering = found.pop(plan.name)
         n = clustering.codes.shape[0]
         layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
         power = float(weight.cpu().double().square().sum())
-        results.append(LayerResult(plan.name, plan.d, plan.k, n, clustering.distortion * n, power, clustering.iterations))
+        results.append(
+            LayerResult(plan.name, plan.d, plan.k, n, clustering.distortion * n, power, clustering.iterations)
+        )
         return layer
 
     return _replace(model, plan, code), results
@@ -109,7 +111,7 @@ QUICK_STARTS, QUICK_VISITS, QUICK_ITERATIONS = 4, 1500, (6, 60)
 centroid; at least and at most so many iterations."""
 
 
-def quick_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
+def candidate_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
     """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion, (`QUICK_STARTS`,).
 
     Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal terms. None
@@ -162,7 +164,9 @@ def _cluster_layers(
         vectors = to_subvectors(weight, job.d).float().to(device or weight.device)
         generator = stream(seed, "codebook", job.name)
         try:
-            found = cluster(job.k_means_type, vectors, job.k, job.k_means_n_iters, generator, job.k_means_tolerance, stop.is_set)
+            found = cluster(
+                job.k_means_type, vectors, job.k, job.k_means_n_iters, generator, job.k_means_tolerance, stop.is_set
+            )
         except ValueError as error:
             raise PlanError(f"layer {job.name!r}: {error}") from None
         return job.name, replace(found, codes=found.codes.to(CODES_DTYPE))
@@ -180,7 +184,9 @@ def _cluster_layers(
     with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
         futures = [pool.submit(run, job) for job in jobs]
         try:
-            for future in bar(as_completed(futures), "quantize", n_known + len(futures), show_progress, "layer", n_known):
+            for future in bar(
+                as_completed(futures), "quantize", n_known + len(futures), show_progress, "layer", n_known
+            ):
                 done(future.result())
             return clusterings
         except BaseException:  # Ctrl-C and a layer that cannot be clustered end the others too
@@ -189,23 +195,23 @@ def _cluster_layers(
             raise
 
 
-def build_coded(model: nn.Module, plan: Plan) -> nn.Module:
+def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace every planned layer by a coded layer of the same shape with an empty codebook; nothing is clustered.
 
     The values come from a file. Works on the meta device.
     """
-    return _replace(model, plan, lambda layer, dense: CODED_LAYERS[type(dense)](dense, layer.d, layer.k))
+    return _replace(model, plan, lambda layer, dense: QUANTIZED_LAYERS[type(dense)](dense, layer.d, layer.k))
 
 
-def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module], CodedLayer]) -> nn.Module:
+def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module], QuantizedLayer]) -> nn.Module:
     modules = dict(model.named_modules())
-    made: dict[int, CodedLayer] = {}
-    by_weight: dict[int, CodedLayer] = {}
+    made: dict[int, QuantizedLayer] = {}
+    by_weight: dict[int, QuantizedLayer] = {}
     for name, layer in plan.layers.items():
         dense = modules[name]
         twin = by_weight.get(id(dense.weight))
         if twin is not None:
-            coded = CODED_LAYERS[type(dense)](dense, layer.d, layer.k)
+            coded = QUANTIZED_LAYERS[type(dense)](dense, layer.d, layer.k)
             _share(coded, twin)
         else:
             coded = by_weight[id(dense.weight)] = make(layer, dense)
@@ -220,7 +226,7 @@ def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module]
     return model
 
 
-def _share(coded: CodedLayer, twin: CodedLayer) -> None:
+def _share(coded: QuantizedLayer, twin: QuantizedLayer) -> None:
     """Tie two coded layers whose dense weights were one parameter."""
     coded.codebook = twin.codebook
     coded.codes_matrix = twin.codes_matrix

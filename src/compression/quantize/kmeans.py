@@ -79,7 +79,9 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if vectors.device.type == "cuda":  # index_add_ there adds in another order at every call
         sums = Members.of(codes, k).sums(vectors)
     else:
-        sums = torch.zeros(k, vectors.shape[1], dtype=vectors.dtype, device=vectors.device).index_add_(0, codes, vectors)
+        sums = torch.zeros(k, vectors.shape[1], dtype=vectors.dtype, device=vectors.device).index_add_(
+            0, codes, vectors
+        )
     return sums / counts.clamp_min(1).unsqueeze(1), counts
 
 
@@ -127,7 +129,10 @@ def _distinct(vectors: Tensor) -> Tensor:
 def _start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k training vectors drawn without replacement, plus N(0, 1e-5) noise (standard deviation)."""
     drawn = torch.randperm(vectors.shape[0], generator=generator, device=generator.device)[:k]
-    noise = torch.randn(k, vectors.shape[1], generator=generator, device=generator.device, dtype=torch.float32) * START_NOISE
+    noise = (
+        torch.randn(k, vectors.shape[1], generator=generator, device=generator.device, dtype=torch.float32)
+        * START_NOISE
+    )
     return vectors[drawn.to(vectors.device)] + noise.to(vectors.device, vectors.dtype)
 
 
@@ -189,7 +194,12 @@ def _to_half(codebook: Tensor) -> Tensor:
 
 
 def kmeans(
-    vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0, stopped: Callable[[], bool] = never
+    vectors: Tensor,
+    k: int,
+    iterations: int,
+    generator: torch.Generator,
+    tolerance: float = 0.0,
+    stopped: Callable[[], bool] = never,
 ) -> Clustering:
     """Lloyd's k-means: `iterations` mean updates, then a last assignment.
 
@@ -216,7 +226,12 @@ def kmeans(
 
 
 def src(
-    vectors: Tensor, k: int, iterations: int, generator: torch.Generator, tolerance: float = 0.0, stopped: Callable[[], bool] = never
+    vectors: Tensor,
+    k: int,
+    iterations: int,
+    generator: torch.Generator,
+    tolerance: float = 0.0,
+    stopped: Callable[[], bool] = never,
 ) -> Clustering:
     """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`.
 
@@ -247,7 +262,9 @@ def src(
 def _noise(sigma: Tensor, generator: torch.Generator, total: int, t: int, counts: Tensor) -> Tensor:
     """(k, d) noise of the means of counts (k,) vectors in iteration t of an annealing over `total` iterations."""
     scale = max(0.0, 1 - t / total) ** 0.5 if total else 0.0
-    drawn = torch.randn(counts.shape[0], sigma.shape[0], generator=generator, device=generator.device, dtype=torch.float32)
+    drawn = torch.randn(
+        counts.shape[0], sigma.shape[0], generator=generator, device=generator.device, dtype=torch.float32
+    )
     return drawn.to(sigma.device, sigma.dtype) * sigma * (scale / counts.clamp_min(1).sqrt().unsqueeze(1))
 
 
@@ -277,5 +294,7 @@ def cluster(
     if not torch.isfinite(vectors).all():
         raise ValueError("the weight holds values that are not finite (NaN or infinity)")
     if float(vectors.abs().max()) > torch.finfo(torch.float16).max:
-        raise ValueError(f"the weight holds values beyond {torch.finfo(torch.float16).max:.0f}, which 16-bit codebooks cannot hold")
+        raise ValueError(
+            f"the weight holds values beyond {torch.finfo(torch.float16).max:.0f}, which 16-bit codebooks cannot hold"
+        )
     return QUANTIZERS[kind](vectors, k, iterations, generator, tolerance, stopped)

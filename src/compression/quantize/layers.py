@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..subvectors import Layer, bits_per_code, from_subvectors
 from .members import Members
+from .subvectors import Layer, bits_per_code, from_subvectors
 
 CODES_DTYPE = torch.int32
 
 
-class _Decode(torch.autograd.Function):
+class _Dequantize(torch.autograd.Function):
     """codebook[codes]; the gradient of a centroid is the sum over its members, which are sorted once: codes do not change."""
 
     @staticmethod
@@ -37,17 +37,25 @@ class _Decode(torch.autograd.Function):
         if Members.serve(wide.device):
             total = ctx.members.sums(wide)
         else:
-            total = torch.zeros(ctx.k, wide.shape[1], dtype=wide.dtype, device=wide.device).index_add_(0, ctx.codes.long(), wide)
+            total = torch.zeros(ctx.k, wide.shape[1], dtype=wide.dtype, device=wide.device).index_add_(
+                0, ctx.codes.long(), wide
+            )
         return total.to(gradient.dtype), None, None
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...]:
     """Equal as long as nothing was written into `tensor` and it was not moved or replaced."""
     # tensors made in inference mode cannot be changed outside it and count no versions
-    return (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.device, -1 if tensor.is_inference() else tensor._version)
+    return (
+        id(tensor),
+        tensor.data_ptr(),
+        tensor.dtype,
+        tensor.device,
+        -1 if tensor.is_inference() else tensor._version,
+    )
 
 
-class CodedLayer(nn.Module):
+class QuantizedLayer(nn.Module):
     """What coded layers share: codebook, codes, the decoded weight and its keeping.
 
     Attributes:
@@ -78,8 +86,12 @@ class CodedLayer(nn.Module):
         row = weight.shape[1:].numel()
         if row % d:
             raise ValueError(f"subvector size {d} does not divide the row length {row}")
-        self.codebook = nn.Parameter(torch.zeros(k, d, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)
-        self.register_buffer("codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device))
+        self.codebook = nn.Parameter(
+            torch.zeros(k, d, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
+        )
+        self.register_buffer(
+            "codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device)
+        )
         self.register_parameter("bias", dense.bias)
         self.channels_last = False
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
@@ -124,7 +136,7 @@ class CodedLayer(nn.Module):
 
     def _decode(self, codebook: Tensor) -> Tensor:
         members = self.members() if torch.is_grad_enabled() and codebook.requires_grad else None
-        weight = from_subvectors(_Decode.apply(codebook, self.codes_matrix.view(-1), members), self.weight_shape)
+        weight = from_subvectors(_Dequantize.apply(codebook, self.codes_matrix.view(-1), members), self.weight_shape)
         return weight.contiguous(memory_format=self.memory_format) if weight.dim() == 4 else weight
 
     def members(self) -> Members:
@@ -147,23 +159,25 @@ class CodedLayer(nn.Module):
             return self.decode()
         if torch.is_grad_enabled() and self.codebook.requires_grad:
             self._kept = None  # a step may follow, and fused optimizers count no versions
-            return self.decode_stored()
+            return self.dequantize_stored()
         key = (*_version(self.codebook), *_version(self.codes_matrix), self.memory_format)
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # free the old one before the new one is made
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = (key, self.decode_stored())
+                self._kept = (key, self.dequantize_stored())
         return self._kept[1]
 
-    def decode_stored(self) -> Tensor:
+    def dequantize_stored(self) -> Tensor:
         """The weight with the codebook rounded to 16-bit floats; the gradient passes the rounding unchanged."""
         rounded = self.codebook.to(torch.float16).to(self.codebook.dtype)
         codebook = (
-            self.codebook + (rounded - self.codebook).detach() if self.codebook.requires_grad and torch.is_grad_enabled() else rounded
+            self.codebook + (rounded - self.codebook).detach()
+            if self.codebook.requires_grad and torch.is_grad_enabled()
+            else rounded
         )
         return self._decode(codebook)
 
-    def train(self, mode: bool = True) -> CodedLayer:
+    def train(self, mode: bool = True) -> QuantizedLayer:
         """Set the mode; the kept weight is dropped."""
         self._kept = None
         super().train(mode)
@@ -178,13 +192,22 @@ class CodedLayer(nn.Module):
         return f"k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}"
 
 
-class CodedConv2d(CodedLayer):
+class QuantizedConv2d(QuantizedLayer):
     """A convolution with a coded weight; same geometry as the dense layer it replaces."""
 
     def __init__(self, dense: nn.Conv2d, d: int, k: int) -> None:
         super().__init__()
         self._set_up(dense, d, k)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ):
             setattr(self, name, getattr(dense, name))
         self._reversed_padding = list(dense._reversed_padding_repeated_twice)
 
@@ -201,7 +224,7 @@ class CodedConv2d(CodedLayer):
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, {self._coded_repr()}"
 
 
-class CodedConvTranspose2d(CodedLayer):
+class QuantizedConvTranspose2d(QuantizedLayer):
     """A transposed convolution with a coded weight, cut as it is stored (first axis = input channels)."""
 
     def __init__(self, dense: nn.ConvTranspose2d, d: int, k: int) -> None:
@@ -227,14 +250,16 @@ class CodedConvTranspose2d(CodedLayer):
         padding = nn.ConvTranspose2d._output_padding(
             geometry, x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
-        return F.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
+        return F.conv_transpose2d(
+            x, self.weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation
+        )
 
     def extra_repr(self) -> str:
         """Geometry and coding."""
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, {self._coded_repr()}"
 
 
-class CodedLinear(CodedLayer):
+class QuantizedLinear(QuantizedLayer):
     """A linear layer with a coded weight."""
 
     def __init__(self, dense: nn.Linear, d: int, k: int) -> None:
@@ -251,7 +276,11 @@ class CodedLinear(CodedLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._coded_repr()}"
 
 
-CODED_LAYERS: dict[type, Any] = {nn.Conv2d: CodedConv2d, nn.ConvTranspose2d: CodedConvTranspose2d, nn.Linear: CodedLinear}
+QUANTIZED_LAYERS: dict[type, Any] = {
+    nn.Conv2d: QuantizedConv2d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.Linear: QuantizedLinear,
+}
 """The coded form of each dense layer type."""
 
 
@@ -259,7 +288,7 @@ def set_memory_format(model: nn.Module, channels_last: bool) -> nn.Module:
     """Lay out the weights of 4-d convolutions, decoded ones included, channels last or contiguous; in place."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for module in model.modules():
-        if isinstance(module, CodedLayer):
+        if isinstance(module, QuantizedLayer):
             module.channels_last = channels_last
             module._kept = None
     return model.to(memory_format=layout)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...errors import PlanError
-from ..subvectors import BlockRule, bits_per_code, can_be_coded, clamp_centroids, subvector_size, weight_shape
+from ...common.errors import PlanError
+from .subvectors import BlockRule, bits_per_code, can_be_quantized, clamp_centroids, subvector_size, weight_shape
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class CodingSpec:
+class QuantizationSpec:
     """How a network is coded (`model.compression_parameters`)."""
 
     k: int = 256
@@ -69,7 +69,7 @@ class Plan:
         return {name: layer.d for name, layer in self.layers.items()}
 
 
-def make_plan(model: nn.Module, spec: CodingSpec) -> Plan:
+def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
     """Resolve `spec` for every layer of `model`.
 
     Names in `ignored_modules` and `layer_specs` that the network does not have are noted, not refused: users' files list the
@@ -88,7 +88,7 @@ def make_plan(model: nn.Module, spec: CodingSpec) -> Plan:
     for name, module in model.named_modules():
         if id(module) in ignored:
             continue
-        if not can_be_coded(module):
+        if not can_be_quantized(module):
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear | nn.Embedding):
                 left.setdefault(f"a {type(module).__name__} cannot be coded", []).append(name)
             continue
@@ -106,7 +106,9 @@ def make_plan(model: nn.Module, spec: CodingSpec) -> Plan:
     return Plan(layers, tuple(notes))
 
 
-def _plan_layer(name: str, module: nn.Module, spec: CodingSpec, own: LayerSpec) -> tuple[LayerPlan | None, str | None]:
+def _plan_layer(
+    name: str, module: nn.Module, spec: QuantizationSpec, own: LayerSpec
+) -> tuple[LayerPlan | None, str | None]:
     large = spec.rule.large_subvectors if own.large_subvectors is None else own.large_subvectors
     rule = BlockRule(spec.rule.fc_subvector_size, spec.rule.pw_subvector_size, large)
     where = f"model.compression_parameters.layer_specs.{name}"

@@ -1,0 +1,115 @@
+"""Where files are looked for, and how they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import RunError, SettingsError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+BINARY_TEMPORARY_SUFFIX = ".part"
+
+
+def candidates(path: str | Path) -> list[Path]:
+    """Absolute places a relative path may mean: from the current folder, then from the package's own folder (`src/`).
+
+    An installed package carries `config/` and `compressed_models/` inside itself, so that `../config/x.yaml` works there too.
+    """
+    path = Path(path).expanduser()
+    if path.is_absolute():
+        return [path]
+    bases = [Path.cwd(), PACKAGE]
+    if (PACKAGE / "config").is_dir():
+        bases.append(PACKAGE / "bundled")  # bundled/../config is the config folder inside the package
+    found: list[Path] = []
+    for base in bases:
+        place = Path(os.path.normpath(base / path))
+        if place not in found:
+            found.append(place)
+    return found
+
+
+def find(path: str | Path, what: str, advice: str = "") -> Path:
+    """The first existing candidate of `path`.
+
+    Raises:
+        SettingsError: nothing exists at any candidate; the message lists every absolute path tried.
+    """
+    tried = candidates(path)
+    for place in tried:
+        if _exists(place):
+            return place
+    listing = "\n".join(f"  tried {place}" for place in tried)
+    raise SettingsError(f"{what}: {path} does not exist.\n{listing}" + (f"\n  {advice}" if advice else ""))
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a zero byte
+        return False
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
+
+    A reader sees the old file or the new one, never a half of either; on any failure the old file stays and the temporary
+    one is removed.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; the message says what was kept.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{BINARY_TEMPORARY_SUFFIX}"
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its zip writer
+        reason = _disk_reason(error, path)
+        kept = f"the previous {path.name} is unchanged" if path.exists() else "nothing was left behind"
+        raise RunError(
+            f"cannot write {path}: {reason}; {kept}. Free some space or choose another output_path."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path` atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what writers that were killed left in `folder`."""
+    for stray in folder.glob(f".*{BINARY_TEMPORARY_SUFFIX}"):
+        stray.unlink(missing_ok=True)
+
+
+def _disk_reason(error: Exception, path: Path) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on the disk"
+    if isinstance(error, RuntimeError):
+        try:
+            status = os.statvfs(path.parent)
+            if status.f_bavail * status.f_frsize < 1 << 20:
+                return "no space left on the disk"
+        except OSError:
+            pass
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,18 @@
+"""The dense network that a coded one stands for."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .layers import QuantizedLayer
+
+
+def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the dense network that computes what `model` computes in evaluation: every codebook and its codes as a weight."""
+    state = dict(model.state_dict())
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLayer):
+            start = f"{prefix}." if prefix else ""
+            del state[f"{start}codebook"], state[f"{start}codes_matrix"]
+            state[f"{start}weight"] = module.dequantize_stored().detach().contiguous()
+    return state

@@ -1,0 +1,1 @@
+"""The demonstrations: the whole method on embedded data, as a user would run it."""

@@ -1,0 +1,88 @@
+"""Engines by name, and the device a run computes on. To add an engine: one file, and its name here and in `launch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..common.errors import SettingsError
+from . import launch
+from .engine import Engine
+from .launch import Launch
+from .single import SingleProcess
+
+
+def _single(launch: Launch, device: torch.device) -> Engine:
+    return SingleProcess(device)
+
+
+def _torchrun(launch: Launch, device: torch.device) -> Engine:
+    from .torchrun import TorchRun
+
+    return TorchRun(launch, device)
+
+
+def _horovod(launch: Launch, device: torch.device) -> Engine:
+    from .horovod import Horovod
+
+    return Horovod(launch, device)
+
+
+ENGINES: dict[str, Callable[[Launch, torch.device], Engine]] = {
+    "single": _single,
+    "torchrun": _torchrun,
+    "horovod": _horovod,
+}
+"""Each is imported when it is wanted: torch.distributed and Horovod are optional."""
+
+STARTS = {
+    "single": "python -m ...",
+    "torchrun": "torchrun --nproc-per-node N -m ...",
+    "horovod": "horovodrun -np N python -m ...",
+}
+"""How a run is started for each."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`: `auto` (CUDA, else Apple's MPS, else CPU), `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    Raises:
+        SettingsError: this machine or this torch build does not have it.
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        several = launch.here().world_size > 1  # MPS serves one process only
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps and not several else "cpu")
+    device = torch.device(name)
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not has_mps}.get(device.type, False)
+    if missing:
+        raise SettingsError(
+            f"device: {name} was asked for, but torch {torch.__version__} finds no {device.type} device here; use --device auto or cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"device: {name} was asked for, but there are {torch.cuda.device_count()} CUDA devices (numbered from 0)"
+        )
+    return device
+
+
+def make(name: str, device: torch.device) -> Engine:
+    """The engine called `name`; `auto` picks by how the process was launched.
+
+    Raises:
+        SettingsError: there is no such engine, it does not fit how this process was launched, or it cannot start.
+    """
+    started = launch.here()
+    if name not in ("auto", *ENGINES):
+        raise SettingsError(f"engine: {name!r} is not known; there are auto, {', '.join(ENGINES)}")
+    if name not in ("auto", started.engine):
+        how = (
+            "on its own, without a launcher"
+            if started.engine == "single"
+            else f"by {started.engine}, as one of {started.world_size}"
+        )
+        raise SettingsError(
+            f"engine: {name} was asked for, but this process was started {how}. Start it with `{STARTS[name]}`, or use --engine auto"
+        )
+    return ENGINES[started.engine](started, device)

@@ -1,0 +1,111 @@
+"""How this process was started, as the environment of its launcher tells. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..common.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The environment variables of one launcher.
+
+    Attributes:
+        rank, world_size, local_rank, local_size: variables that hold this process's number, the number of processes, and the same on
+            this machine.
+        marks: variables that only this launcher sets all of.
+    """
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_size: str
+    marks: tuple[str, ...]
+
+
+LAUNCHERS: dict[str, Launcher] = {
+    # RANK alone may be anybody's; the address makes it torch's convention, which SLURM scripts follow too
+    "torchrun": Launcher(
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    ),
+    "horovod": Launcher(
+        "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", ("HOROVOD_RANK", "HOROVOD_SIZE")
+    ),
+    "horovod (MPI)": Launcher(
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ),
+}
+"""By the engine that understands it (the first word)."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands among those started with it; one process on its own has the defaults.
+
+    Attributes:
+        engine: the engine that fits how it was started.
+        rank, world_size: number of this process, and of all processes.
+        local_rank, local_size: the same among the processes of this machine.
+    """
+
+    engine: str = "single"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes and prints."""
+        return self.rank == 0
+
+
+def here(environment: Mapping[str, str] | None = None) -> Launch:
+    """What the environment (None: this process's) says.
+
+    Raises:
+        SettingsError: two launchers at once, or a variable that is not a number.
+    """
+    variables = os.environ if environment is None else environment
+    found = {
+        name: launcher for name, launcher in LAUNCHERS.items() if all(mark in variables for mark in launcher.marks)
+    }
+    engines = {name.split()[0] for name in found}
+    if len(engines) > 1:
+        marks = "; ".join(f"{name}: {', '.join(launcher.marks)}" for name, launcher in found.items())
+        raise SettingsError(
+            f"engine: this process was started by {' and '.join(sorted(engines))} at once, as its environment says ({marks}). "
+            "Start it with one of them, or unset the variables of the other."
+        )
+    if not found:
+        return Launch()
+    launcher = next(iter(found.values()))
+    rank, size = _number(variables, launcher.rank, None), _number(variables, launcher.world_size, None)
+    local_rank, local_size = (
+        _number(variables, launcher.local_rank, rank),
+        _number(variables, launcher.local_size, size),
+    )
+    if not (0 <= rank < size and 0 <= local_rank < local_size):
+        raise SettingsError(
+            f"engine: the environment says process {rank} of {size}, and {local_rank} of {local_size} on this machine, which cannot be "
+            f"({launcher.rank}, {launcher.world_size}, {launcher.local_rank}, {launcher.local_size})"
+        )
+    return Launch(engines.pop(), rank, size, local_rank, local_size)
+
+
+def _number(variables: Mapping[str, str], name: str, default: int | None) -> int:
+    if name not in variables and default is not None:
+        return default
+    text = variables.get(name, "")
+    if not text.isascii() or not text.isdigit():
+        raise SettingsError(
+            f"engine: the environment variable {name} is {text!r}, and a number was expected: unset it, or use a launcher"
+        )
+    return int(text)

@@ -1,0 +1,1 @@
+"""Model files: opening, checking, writing and inspecting them, in every form."""

@@ -1,0 +1,46 @@
+"""From the tensors of a file to a network: built from shapes alone, checked, and only then given memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..compression.quantize.compress import build_quantized
+from ..compression.quantize.plan import Plan
+from .pth import check_state, load_state
+
+
+def build_and_load(
+    build: Callable[[], nn.Module],
+    plan: Callable[[nn.Module], Plan] | None,
+    state: Mapping[str, Tensor],
+    source: str,
+    check: Callable[[nn.Module], None] = lambda model: None,
+) -> nn.Module:
+    """The network that a file holds, in evaluation mode, on the CPU; nothing is clustered.
+
+    Args:
+        build: makes the dense network.
+        plan: dense network -> which of its layers are coded; None: none.
+        state: the file's tensors.
+        source: the file, for messages.
+        check: looks at the dense network before its layers are replaced.
+
+    Raises:
+        CheckpointError: the file does not fit the network. Nothing of the network's size has been allocated then, so that a forged
+            number of classes costs nothing.
+    """
+    with torch.device("meta"):
+        model = build()
+    check(model)
+    if plan is not None:
+        model = build_quantized(model, plan(model))
+    check_state(model, state, source)
+    model = model.to_empty(device="cpu").eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    load_state(model, state, source)
+    return model

@@ -1,0 +1,248 @@
+"""What a model file holds, layer by layer, and what it lost against the dense network; in words, for whoever shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import CheckpointError, GroupError
+from ..compression.permute.groups import Group, resolve
+from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
+from ..compression.quantize.subvectors import Layer, bits_per_code
+from .building import build_and_load
+from .norms import is_folded_norm
+from .open_model_file import OpenModelFile, open_model_file
+from .packed import AppliedPermutation, ModelInfo
+from .pth import is_compressed, read_tensors
+from .size import CODEBOOK_BITS, ModelSize, model_size
+
+_NAME_OF = {coded: kind.__name__ for kind, coded in QUANTIZED_LAYERS.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of a network; figures of coded layers are None in others.
+
+    Attributes:
+        name: of the layer.
+        kind: its type.
+        shape: of its weight, or of what else it holds.
+        codes_bits: of its codes.
+        codebook_bits: of its codebook.
+        other_bits: of everything else in it.
+        d: subvector length.
+        k: centroids.
+        n_codes: subvectors.
+        used: distinct blocks that occur in the weight.
+        entropy: of the codes, in bits per code.
+        frequencies: how often each code occurs, falling.
+        sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare with.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    codes_bits: int = 0
+    codebook_bits: int = 0
+    other_bits: int = 0
+    d: int | None = None
+    k: int | None = None
+    n_codes: int | None = None
+    used: int | None = None
+    entropy: float | None = None
+    frequencies: tuple[int, ...] = ()
+    sqnr: float | None = None
+
+    @property
+    def bits(self) -> int:
+        """All bits of the layer."""
+        return self.codes_bits + self.codebook_bits + self.other_bits
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A whole file: its layers in the network's order, totals, and what is known about the model."""
+
+    path: Path
+    file_bytes: int
+    kind: str
+    architecture: str
+    info: ModelInfo
+    rows: tuple[Row, ...]
+    size: ModelSize
+    against: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def entropy_bits(self) -> float:
+        """What all codes would take at their entropies, without tables."""
+        return sum((row.entropy or 0.0) * (row.n_codes or 0) for row in self.rows)
+
+
+def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
+    """Read a file and, if given, the dense network it came from; arguments and errors as `inspecting.inspect`."""
+    stored = open_model_file(path, arch)
+    rows = [row for name, module in stored.model.named_modules() if (row := _row(name, module)) is not None]
+    notes: list[str] = []
+    if dense is not None:
+        original, notes = _dense_in_order(dense, stored)
+        rows = [_compared(row, stored.model, original) for row in rows]
+    size = model_size(stored.model)
+    missing = size.bits - sum(row.bits for row in rows)
+    if missing:
+        notes.append(f"{-missing:,} bits are shared by layers and counted once in the totals")
+    return Inspection(
+        path,
+        path.stat().st_size,
+        stored.kind,
+        stored.architecture.name,
+        stored.info,
+        tuple(rows),
+        size,
+        str(dense) if dense else None,
+        tuple(notes),
+    )
+
+
+def _row(name: str, module: Layer) -> Row | None:
+    """The row of a module; None where it holds nothing itself."""
+    if isinstance(module, QuantizedLayer):
+        counts = torch.bincount(module.codes_matrix.reshape(-1), minlength=module.k)
+        share = counts[counts > 0].double() / counts.sum()
+        used = module.codebook.detach().half()[counts > 0]
+        n_codes = module.codes_matrix.numel()
+        return Row(
+            name, _NAME_OF[type(module)], tuple(module.weight_shape), n_codes * bits_per_code(module.k), module.codebook.numel() * CODEBOOK_BITS,
+            0 if module.bias is None else _bits(module.bias), module.d, module.k, n_codes, int(torch.unique(used, dim=0).shape[0]),
+            float(-(share * share.log2()).sum()) + 0.0, tuple(sorted(counts.tolist(), reverse=True)),
+        )  # fmt: skip
+    if is_folded_norm(module):
+        width = module.running_mean
+        return Row(name, type(module).__name__, tuple(width.shape), other_bits=2 * _bits(width))
+    skipped = module._non_persistent_buffers_set
+    own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
+    own += [b for key, b in module._buffers.items() if b is not None and key not in skipped]
+    if not own:
+        return None
+    largest = max(own, key=torch.numel)
+    return Row(name, type(module).__name__, tuple(largest.shape), other_bits=sum(map(_bits, own)))
+
+
+def _bits(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() * 8
+
+
+def _dense_in_order(path: Path, stored: OpenModelFile) -> tuple[nn.Module, list[str]]:
+    """The dense network with its channels in the order of the stored one, and what to know about that."""
+    state = stored.architecture.current_state(read_tensors(path))
+    if is_compressed(state):
+        raise CheckpointError(f"--against: {path} is a compressed model, and the dense one is wanted here")
+    model = build_and_load(lambda: stored.architecture.build_for(state), None, state, str(path))
+    permutations = stored.info.permutations
+    if permutations is None:
+        return model, [
+            "the permutations that were applied are not known: the dense network is compared in its own order of channels"
+        ]
+    _apply(model, permutations, path)
+    return model, [
+        f"{len(permutations)} permutations were applied to the dense network before it was compared"
+    ] if permutations else []
+
+
+def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path: Path) -> None:
+    groups = [Group(p.parents, p.children) for p in permutations]
+    reshapes = {name: shape for p in permutations for name, shape in p.reshapes.items()}
+    try:
+        for group, applied in zip(resolve(model, groups, reshapes), permutations, strict=True):
+            group.apply(applied.permutation)
+    except GroupError as error:
+        raise CheckpointError(
+            f"--against: {path} cannot be put into the order of the coded network: {error}"
+        ) from error
+
+
+def _compared(row: Row, coded: nn.Module, dense: nn.Module) -> Row:
+    if row.k is None:
+        return row
+    layer: Layer = coded.get_submodule(row.name)
+    original: Layer = dense.get_submodule(row.name)
+    if tuple(original.weight.shape) != row.shape:
+        raise CheckpointError(f"--against: {row.name} has another shape in the dense network than {row.shape}")
+    with torch.no_grad():
+        weight = original.weight.double()
+        signal, noise = (
+            float(weight.square().sum()),
+            float((weight - layer.dequantize_stored().double()).square().sum()),
+        )
+    sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
+    return replace(row, sqnr=sqnr)
+
+
+def header(found: Inspection) -> list[str]:
+    """What stands above the columns of `cells`."""
+    names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
+    return [*names, *(["SQNR dB"] if found.against else [])]
+
+
+def about(found: Inspection) -> list[str]:
+    """What the file says about the model, a line each."""
+    info = found.info
+    lines = [f"classes: {info.num_classes:,}"] if info.num_classes is not None else []
+    if info.producer:
+        lines.append(f"written by: {info.producer}")
+    if info.metric:
+        lines.append("measured: " + ", ".join(f"{name} {value:.6g}" for name, value in info.metric.items()))
+    if info.settings:
+        lines.append("settings: " + _flat(info.settings))
+    if info.permutations is not None:
+        lines.append(f"permutations: {len(info.permutations)} groups of channels reordered")
+    elif found.size.codes:
+        lines.append("permutations: not known")
+    return lines
+
+
+def totals(found: Inspection) -> list[str]:
+    """The totals, a line each."""
+    lines = [
+        f"size: {found.size.summary()}",
+        f"file: {found.file_bytes:,} bytes, {8 * found.file_bytes / found.size.bits:.4f} of the reported bits / 8",
+    ]
+    if found.size.codes:
+        saved = 100 * (1 - found.entropy_bits / found.size.codes)
+        lines.append(f"entropy of all codes: {found.entropy_bits:,.0f} bits, {saved:.2f} % below log2(k) bits per code")
+    return lines
+
+
+def _flat(tree: Mapping[str, object]) -> str:
+    parts = [
+        f"{key} {_flat(value) if isinstance(value, Mapping) else value}"
+        for key, value in tree.items()
+        if value not in ({}, [], None)
+    ]
+    return ", ".join(parts)[:1000]
+
+
+def cells(row: Row, found: Inspection) -> list[str]:
+    """A line of the table."""
+
+    def shown(value: float | None, form: str = ",") -> str:
+        return "" if value is None else format(value, form)
+
+    line = [
+        row.name or "(model)",
+        row.kind,
+        "x".join(map(str, row.shape)),
+        shown(row.d),
+        shown(row.k),
+        shown(row.n_codes),
+        f"{row.bits:,}",
+        f"{100 * row.bits / found.size.bits:.2f} %",
+        shown(row.used),
+        shown(row.entropy, ".3f"),
+    ]
+    return [*line, shown(row.sqnr, ".2f")] if found.against else line

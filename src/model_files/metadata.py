@@ -1,0 +1,220 @@
+"""What a packed file says about its model besides the tensors, and the reading of it: JSON that anyone may have written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common.errors import CheckpointError
+from ..compression.quantize.layers import QUANTIZED_LAYERS
+from .bit_packing import packed_size, unpack
+
+LAYER_TYPES = {kind.__name__: kind for kind in QUANTIZED_LAYERS}
+
+
+@dataclass(frozen=True)
+class AppliedPermutation:
+    """A permutation that was applied to a group of layers.
+
+    Attributes:
+        parents: layers whose outputs were reordered.
+        children: layers whose inputs were reordered alike.
+        permutation: p (C,).
+        reshapes: of children that read a flattened map.
+    """
+
+    parents: tuple[str, ...]
+    children: tuple[str, ...]
+    permutation: Tensor
+    reshapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a file says about its model besides the tensors; None where it is not known.
+
+    Attributes:
+        arch: name of the architecture.
+        num_classes: classes it tells apart.
+        settings: the compression settings it was made with (`model.compression_parameters` and the search's).
+        metric: what was measured on it, by name.
+        permutations: those that were applied, in order; None: not known (an empty tuple: none were).
+        producer: program and version that wrote the file.
+    """
+
+    arch: str | None = None
+    num_classes: int | None = None
+    settings: Mapping[str, Any] | None = None
+    metric: Mapping[str, float] | None = None
+    permutations: tuple[AppliedPermutation, ...] | None = None
+    producer: str = ""
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """How a layer of a packed file is coded: type and shape of its weight, subvector length d, centroids k."""
+
+    kind: str
+    shape: tuple[int, ...]
+    d: int
+    k: int
+
+    @property
+    def n_codes(self) -> int:
+        """Subvectors of the weight."""
+        return math.prod(self.shape) // self.d
+
+
+def index_bits(width: int) -> int:
+    """Bits of a channel's number among `width`."""
+    return max(1, (width - 1).bit_length())
+
+
+def group_entry(group: AppliedPermutation) -> dict[str, Any]:
+    """What the metadata hold of a permutation: everything but its numbers."""
+    entry: dict[str, Any] = {"parents": group.parents, "children": group.children, "width": group.permutation.numel()}
+    return {**entry, "reshapes": group.reshapes} if group.reshapes else entry
+
+
+def describe(
+    source: str, metadata: Mapping[str, str], stored: Tensor | None
+) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
+    """What the metadata of a packed file say: about the model, its coded layers, and which names share a tensor.
+
+    Args:
+        source: the file, for messages.
+        metadata: as `packed` lists them.
+        stored: the tensor of permutations, if the file has one.
+
+    Raises:
+        CheckpointError: something is missing or not as `packed` writes it.
+    """
+    return _Reader(source, metadata).read(stored)
+
+
+class _Reader:
+    """Reads JSON metadata field by field; whatever is not as written is a CheckpointError."""
+
+    def __init__(self, source: str, metadata: Mapping[str, str]) -> None:
+        self.source, self.metadata = source, metadata
+
+    def read(self, stored: Tensor | None) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
+        """Everything, see `describe`."""
+        known = self._table("model")
+        info = ModelInfo(
+            arch=self._text_or_none("arch", known.get("arch")),
+            num_classes=self._whole_or_none("num_classes", known.get("num_classes")),
+            settings=self._table_or_none("settings", known.get("settings")),
+            metric=self._figures_or_none("metric", known.get("metric")),
+            permutations=self._permutations(stored),
+            producer=self.metadata.get("producer", ""),
+        )
+        tied = self._table("tied")
+        if not all(isinstance(owner, str) for owner in tied.values()):
+            raise self._wrong("tied")
+        return info, {name: self._layer(name, entry) for name, entry in self._table("layers").items()}, tied
+
+    def _wrong(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: its metadata are damaged ({what})")
+
+    def _json(self, name: str) -> Any:
+        try:
+            return json.loads(self.metadata[name])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise self._wrong(name) from error
+
+    def _table(self, name: str) -> dict[str, Any]:
+        found = self._json(name)
+        if not isinstance(found, dict):
+            raise self._wrong(name)
+        return found
+
+    def _text_or_none(self, what: str, found: Any) -> str | None:
+        if found is not None and not isinstance(found, str):
+            raise self._wrong(what)
+        return found
+
+    def _whole_or_none(self, what: str, found: Any) -> int | None:
+        if found is not None and (type(found) is not int or not 1 <= found < 1 << 31):
+            raise self._wrong(what)
+        return found
+
+    def _table_or_none(self, what: str, found: Any) -> dict[str, Any] | None:
+        if found is not None and not isinstance(found, dict):
+            raise self._wrong(what)
+        return found
+
+    def _figures_or_none(self, what: str, found: Any) -> dict[str, float] | None:
+        table = self._table_or_none(what, found)
+        if table is not None and not all(type(value) in (int, float) for value in table.values()):
+            raise self._wrong(what)
+        return table
+
+    def _layer(self, name: str, entry: Any) -> PackedLayer:
+        """`[type, shape, d, k]`."""
+        if (
+            not isinstance(entry, list)
+            or len(entry) != 4
+            or not isinstance(entry[0], str)
+            or entry[0] not in LAYER_TYPES
+        ):
+            raise self._wrong(f"layer {name!r}")
+        kind, shape, d, k = entry
+        numbers = shape if isinstance(shape, list) and 2 <= len(shape) <= 4 else [None]
+        if not all(type(n) is int and 1 <= n < 1 << 31 for n in [*numbers, d, k]) or k < 2 or k & (k - 1):
+            raise self._wrong(f"layer {name!r}")
+        if math.prod(shape[1:]) % d or math.prod(shape) >= 1 << 48:
+            raise self._wrong(f"layer {name!r}: d = {d} does not divide the rows of {shape}")
+        return PackedLayer(kind, tuple(shape), d, k)
+
+    def _permutations(self, stored: Tensor | None) -> tuple[AppliedPermutation, ...] | None:
+        groups = self._json("permutations")
+        if groups is None and stored is None:
+            return None
+        if not isinstance(groups, list) or (stored is not None and (stored.dtype != torch.uint8 or stored.dim() != 1)):
+            raise self._wrong("permutations")
+        stream = np.empty(0, np.uint8) if stored is None else stored.numpy()
+        found, at = [], 0
+        for number, entry in enumerate(groups):
+            what = f"permutations, group {number}"
+            if (
+                not isinstance(entry, dict)
+                or type(width := entry.get("width")) is not int
+                or not 1 <= width <= 8 * stream.size
+            ):
+                raise self._wrong(what)
+            parents, children = self._names(what, entry.get("parents")), self._names(what, entry.get("children"))
+            reshapes = self._reshapes(what, entry.get("reshapes", {}))
+            size = packed_size(width, index_bits(width))
+            try:
+                p = unpack(stream[at : at + size], width, index_bits(width))
+            except ValueError as error:
+                raise self._wrong(what) from error
+            if not np.array_equal(np.sort(p), np.arange(width)):
+                raise self._wrong(f"{what} is not a permutation")
+            at += size
+            found.append(AppliedPermutation(parents, children, torch.from_numpy(p.astype(np.int64)), reshapes))
+        if at != stream.size:
+            raise self._wrong("permutations")
+        return tuple(found)
+
+    def _names(self, what: str, found: Any) -> tuple[str, ...]:
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise self._wrong(what)
+        return tuple(found)
+
+    def _reshapes(self, what: str, found: Any) -> dict[str, tuple[int, ...]]:
+        if not isinstance(found, dict) or not all(_is_shape(shape) for shape in found.values()):
+            raise self._wrong(what)
+        return {name: tuple(shape) for name, shape in found.items()}
+
+
+def _is_shape(found: object) -> bool:
+    return isinstance(found, list) and 1 <= len(found) <= 8 and all(type(n) is int and 1 <= n < 1 << 31 for n in found)

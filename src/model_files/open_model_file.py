@@ -1,0 +1,198 @@
+"""Any model file in: packed, published or dense; what it is is read from the file itself, not from settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import architectures
+from ..architectures.architecture import Architecture
+from ..common.errors import CheckpointError, SettingsError
+from ..compression.quantize.plan import LayerPlan, Plan
+from ..compression.quantize.subvectors import can_be_quantized
+from .building import build_and_load
+from .packed import AppliedPermutation, ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
+from .pth import is_compressed, read_tensors
+
+MOST_CLASSES = 1 << 24
+
+
+@dataclass(frozen=True)
+class OpenModelFile:
+    """A model file, read and checked.
+
+    Attributes:
+        model: the network, in evaluation mode, on the CPU.
+        architecture: what it is.
+        info: what else is known about it.
+        coded: whether it has coded layers.
+        kind: packed, published or dense.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    info: ModelInfo
+    coded: bool
+    kind: str
+
+
+def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
+    """Read any model file without settings.
+
+    Args:
+        path: `.pth` or `.safetensors`.
+        arch: name of the architecture; None: that of the file, or the first one that its tensors fit.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no known architecture.
+    """
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path}: ONNX files are written, not read; name the .pth or .safetensors file it came from"
+        )
+    if is_packed(path):
+        packed = load_packed(path)
+        architecture = architecture_of(packed)
+        if arch is not None and arch != architecture.name:
+            raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
+        return OpenModelFile(
+            build_packed(packed, architecture), architecture, packed.info, bool(packed.layers), "packed"
+        )
+    state, source = read_tensors(path), str(path)
+    architecture = _identify(state, source, arch)
+    state = architecture.current_state(state)
+    coded = is_compressed(state)
+    n_classes = _classes(architecture, state)
+    model = build_and_load(
+        lambda: architecture.build_for(state),
+        (lambda dense: plan_of(dense, state, source)) if coded else None,
+        state,
+        source,
+    )
+    info = ModelInfo(architecture.name, n_classes)
+    return OpenModelFile(
+        model,
+        architecture,
+        replace(info, permutations=_left_by_the_run(path)),
+        coded,
+        "published" if coded else "dense",
+    )
+
+
+def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture:
+    """The architecture that a packed file names.
+
+    Raises:
+        CheckpointError: it names none, or one that is not known or for another task.
+    """
+    found = architectures.ARCHITECTURES.get(packed.info.arch or "")
+    if found is None or (task is not None and found.task != task):
+        known = ", ".join(sorted(a.name for a in architectures.ARCHITECTURES.values() if task in (None, a.task)))
+        raise CheckpointError(
+            f"{packed.source} holds the architecture {str(packed.info.arch)[:60]!r}, which is not known{f' for {task}' if task else ''}; known: {known}"
+        )
+    return found
+
+
+def build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
+    """The network of a packed file, built from what the file says; in evaluation mode, on the CPU.
+
+    Raises:
+        CheckpointError: the file does not fit the architecture.
+    """
+    n_classes = packed.info.num_classes
+    if n_classes is None or n_classes > MOST_CLASSES:
+        raise CheckpointError(f"{packed.source}: {n_classes} classes; expected a number up to {MOST_CLASSES:,}")
+    # layers first: their shapes bound what the codes unpack to
+    with torch.device("meta"):
+        check_layers_of(architecture.build(n_classes), packed)
+    return build_and_load(lambda: architecture.build(n_classes), lambda _: packed.plan, packed.state(), packed.source)
+
+
+def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
+    """Which layers of `model` a published file has coded, and how: every codebook says its k and d.
+
+    Raises:
+        CheckpointError: the file codes something that the network cannot code so.
+    """
+    modules = dict(model.named_modules())
+    layers = {}
+    for key in state:
+        name, _, leaf = key.rpartition(".")
+        if leaf != "codes_matrix" or name not in modules:
+            continue  # a layer that the network does not have is reported with all keys that do not fit
+        codebook = state.get(f"{name}.codebook")
+        module = modules[name]
+        fits = codebook is not None and codebook.dim() == 2 and min(codebook.shape) >= 1 and can_be_quantized(module)
+        k, d = codebook.shape if fits and codebook is not None else (0, 1)
+        if k < 2 or k & (k - 1) or module.weight[0].numel() % d:
+            raise CheckpointError(
+                f"{source} does not fit the network: layer {name!r} cannot be a coded {type(module).__name__} with the codebook that the file holds"
+            )
+        layers[name] = LayerPlan(name, d, k, "kmeans", 0)
+    return Plan(layers, ())
+
+
+def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Architecture:
+    """The architecture `arch`, or the first whose layers are those of `state`.
+
+    Raises:
+        SettingsError: `arch` is not known.
+        CheckpointError: no architecture has these layers.
+    """
+    known = architectures.ARCHITECTURES
+    if arch is not None:
+        if arch not in known:
+            raise SettingsError(f"--arch {arch} is not known; known: {', '.join(sorted(known))}")
+        return known[arch]
+    for architecture in known.values():
+        state = architecture.current_state(state)
+        layers = {name.rpartition(".")[0] for name in state}
+        with torch.device("meta"):
+            model = architecture.build(architecture.n_classes)
+        own = {name.rpartition(".")[0] for name in model.state_dict()}
+        if own == layers and all(_same_shape(name, tensor, model, architecture) for name, tensor in state.items()):
+            return architecture
+    raise CheckpointError(
+        f"{source} is no architecture known here ({', '.join(known)}); with another one's layers, name it with --arch"
+    )
+
+
+def _same_shape(name: str, tensor: Tensor, model: nn.Module, architecture: Architecture) -> bool:
+    """Whether a dense weight of the file has the network's shape; coded weights and the head are checked later."""
+    layer, _, leaf = name.rpartition(".")
+    if leaf != "weight" or layer == architecture.head:
+        return True
+    return bool(model.get_parameter(name).shape == tensor.shape)
+
+
+def _classes(architecture: Architecture, state: Mapping[str, Tensor]) -> int:
+    return min(architecture.classes_of(state) or architecture.n_classes, MOST_CLASSES)
+
+
+def _left_by_the_run(path: Path) -> tuple[AppliedPermutation, ...] | None:
+    """The permutations that the run which wrote `path` applied, if it left a table of them."""
+    return read_permutations(path.parent.parent / "compression.json") if path.parent.name == "trained_models" else None
+
+
+def read_permutations(table: Path) -> tuple[AppliedPermutation, ...] | None:
+    """The permutations that a run's `compression.json` lists; None where it is missing or does not name all layers."""
+    try:
+        groups = json.loads(table.read_text(encoding="utf-8"))["groups"]
+        return tuple(
+            AppliedPermutation(
+                tuple(group["parents"]),
+                tuple(group["readers"]),
+                torch.tensor(group["permutation"], dtype=torch.int64),
+                {name: tuple(shape) for name, shape in group["reshapes"].items()},
+            )
+            for group in groups
+            if group["permutation"] is not None
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None

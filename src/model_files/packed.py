@@ -1,0 +1,260 @@
+"""Packed model files: `.safetensors` of the size that is reported, with everything in it that rebuilds the network.
+
+Tensors (L: coded layer, B: batch norm):
+- `L.codes_packed`: U8, the codes at log2(k) bits each (`packing`), or `L.codes_entropy`: the same entropy coded (`entropy`);
+- `L.codebook`: F16 (k, d); `B.weight`, `B.bias`: the folded norm; everything else as in the published format (`files`);
+- `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
+
+Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture, number of
+classes, compression settings and metric, null where not known; `layers`: for each coded layer type, weight shape, d, k;
+`permutations`: parents, children, width and reshapes of each group; `tied`: names that share the tensors of another name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import CheckpointError
+from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
+from ..compression.quantize.plan import LayerPlan, Plan
+from ..compression.quantize.subvectors import Layer, bits_per_code, can_be_quantized
+from . import entropy
+from .bit_packing import Bytes, pack, packed_size, unpack
+from .metadata import LAYER_TYPES, AppliedPermutation, ModelInfo, PackedLayer, describe, group_entry, index_bits
+from .norms import NORM_VECTORS, is_folded_norm
+from .pth import compressed_state
+from .safetensors_file import read_container, read_metadata, write_container
+
+FORMAT = "pqf"
+FORMAT_VERSION = 1
+PACKED, ENTROPY = "codes_packed", "codes_entropy"
+PERMUTATIONS = "permutations"
+_NAME_OF = {coded: kind.__name__ for kind, coded in QUANTIZED_LAYERS.items()}
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """A packed file, checked; its codes are unpacked when `state` is asked for.
+
+    Attributes:
+        source: the file, for messages.
+        info: what it says about the model.
+        layers: the coded layers by name.
+        tensors: as stored, views of the file's bytes.
+        tied: name -> the name that holds its tensor.
+    """
+
+    source: str
+    info: ModelInfo
+    layers: Mapping[str, PackedLayer]
+    tensors: Mapping[str, Tensor]
+    tied: Mapping[str, str]
+
+    @property
+    def plan(self) -> Plan:
+        """What builds the coded network, without any setting."""
+        return Plan({name: LayerPlan(name, layer.d, layer.k, "kmeans", 0) for name, layer in self.layers.items()}, ())
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors as the published format names them, codes as int32 (R, m).
+
+        Raises:
+            CheckpointError: codes that are damaged or not below k.
+        """
+        state = {}
+        for name, tensor in self.tensors.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf in (PACKED, ENTROPY) and layer in self.layers:
+                state[_key(layer, "codes_matrix")] = _unpacked(self.source, layer, self.layers[layer], leaf, tensor)
+            elif name != PERMUTATIONS:
+                state[name] = tensor
+        return {**state, **{name: state[owner] for name, owner in self.tied.items()}}
+
+
+def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding: bool = False) -> None:
+    """Write `model` as a packed file, atomically; equal models and infos give equal files.
+
+    Args:
+        model: with coded layers.
+        path: ends in .safetensors.
+        info: what to say about the model.
+        entropy_coding: entropy-code the codes of every layer where that is smaller.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; an existing file is unchanged.
+        CheckpointError: a codebook that 16-bit floats cannot hold.
+    """
+    state = compressed_state(model)
+    tied = _tied(model, state)
+    tensors: dict[str, Tensor] = {}
+    layers = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, tensor in state.items():
+        if name in tied:
+            continue
+        prefix, _, leaf = name.rpartition(".")
+        module = modules[prefix]
+        if isinstance(module, QuantizedLayer) and leaf == "codes_matrix":
+            stored, codes = _packed(module, entropy_coding)
+            tensors[_key(prefix, stored)] = torch.from_numpy(codes)
+        else:
+            tensors[name] = tensor
+    for prefix, module in model.named_modules():  # a layer used twice once
+        if isinstance(module, QuantizedLayer):
+            layers[prefix] = [_NAME_OF[type(module)], list(module.weight_shape), module.d, module.k]
+    groups = None
+    if info.permutations is not None:
+        groups = [group_entry(group) for group in info.permutations]
+        if groups:
+            streams = [
+                pack(g.permutation.numpy().astype(np.int32), index_bits(g.permutation.numel()))
+                for g in info.permutations
+            ]
+            tensors[PERMUTATIONS] = torch.from_numpy(np.concatenate(streams))
+    known = {
+        "arch": info.arch,
+        "num_classes": info.num_classes,
+        "settings": info.settings,
+        "metric": None if info.metric is None else {name: float(value) for name, value in info.metric.items()},
+    }
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "producer": info.producer}
+    for name, value in {"model": known, "layers": layers, "permutations": groups, "tied": tied}.items():
+        metadata[name] = json.dumps(value, separators=(",", ":"))
+    write_container(path, tensors, metadata)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file calls itself a packed model; nothing else of it is checked."""
+    return path.suffix == ".safetensors" and path.is_file() and read_metadata(path).get("format") == FORMAT
+
+
+def load_packed(path: Path) -> PackedFile:
+    """Read a packed file and check it: checksum, sizes, and that every coded layer has what it needs.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged, or was written by a later version.
+    """
+    tensors, metadata = read_container(path)
+    source = str(path)
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{source} is not a packed model: its metadata do not say format {FORMAT}")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise CheckpointError(
+            f"{source} has the format version {metadata.get('format_version', '?')[:20]!r} (written by {metadata.get('producer', '?')[:40]}); "
+            f"this program reads version {FORMAT_VERSION}"
+        )
+    info, layers, tied = describe(source, metadata, tensors.get(PERMUTATIONS))
+    packed = PackedFile(source, info, layers, tensors, tied)
+    _check_layers(packed)
+    return packed
+
+
+def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
+    """Check that every coded layer of the file is a layer of that type and shape in `model` (may be on the meta device).
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    modules: Mapping[str, Layer] = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in packed.layers.items():
+        module: Layer = modules.get(name)
+        shape = tuple(module.weight.shape) if can_be_quantized(module) else None
+        if shape != layer.shape or type(module) is not LAYER_TYPES[layer.kind]:
+            found = "no such layer" if module is None else f"a {type(module).__name__} of another shape or kind"
+            raise CheckpointError(
+                f"{packed.source}: layer {name!r} is a {layer.kind} {layer.shape} in the file, {found} in the network"
+            )
+
+
+def _check_layers(packed: PackedFile) -> None:
+    """Every coded layer has one tensor of codes of the right size and a codebook; nothing calls itself codes without a layer."""
+    names = {**dict.fromkeys(packed.tensors), **dict.fromkeys(packed.tied)}
+    for name, owner in packed.tied.items():
+        if name in packed.tensors:
+            raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r} and yet there")
+        prefix, _, leaf = owner.rpartition(".")
+        is_codes = leaf == "codes_matrix" and any(
+            _key(prefix, stored) in packed.tensors for stored in (PACKED, ENTROPY)
+        )
+        if owner not in packed.tensors and not is_codes:
+            raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r}, which the file does not hold")
+    for name, layer in packed.layers.items():
+        held = [leaf for leaf in (PACKED, ENTROPY) if _key(name, leaf) in packed.tensors]
+        if len(held) + (_key(name, "codes_matrix") in packed.tied) != 1:
+            raise CheckpointError(f"{packed.source}: layer {name!r} must have its codes once")
+        codebook = packed.tensors.get(packed.tied.get(_key(name, "codebook"), _key(name, "codebook")))
+        if codebook is None or tuple(codebook.shape) != (layer.k, layer.d) or codebook.dtype != torch.float16:
+            raise CheckpointError(
+                f"{packed.source}: layer {name!r} has no codebook of {layer.k} x {layer.d} 16-bit floats"
+            )
+        for leaf in held:
+            stored = packed.tensors[_key(name, leaf)]
+            exact = leaf == ENTROPY or stored.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
+            if stored.dtype != torch.uint8 or stored.dim() != 1 or not exact:
+                raise CheckpointError(
+                    f"{packed.source}: layer {name!r}: {stored.numel()} bytes are not {layer.n_codes} codes below {layer.k}"
+                )
+    for name in names:
+        prefix, _, leaf = name.rpartition(".")
+        if leaf in (PACKED, ENTROPY) and prefix not in packed.layers:
+            raise CheckpointError(f"{packed.source}: {name!r} belongs to no layer")
+
+
+def _packed(layer: QuantizedLayer, entropy_coding: bool) -> tuple[str, Bytes]:
+    """Name and bytes of a layer's codes."""
+    codes = layer.codes_matrix.detach().cpu().reshape(-1).numpy().astype(np.int32)
+    packed = pack(codes, bits_per_code(layer.k))
+    if entropy_coding:
+        stream = entropy.encode(codes, layer.k)
+        if stream is not None and stream.size < packed.size:
+            return ENTROPY, stream
+    return PACKED, packed
+
+
+def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stored: Tensor) -> Tensor:
+    try:
+        if leaf == ENTROPY:
+            codes = entropy.decode(stored.numpy(), layer.n_codes, layer.k)
+        else:
+            codes = unpack(stored.numpy(), layer.n_codes, bits_per_code(layer.k))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: the codes of layer {name!r} are damaged: {error}") from error
+    return torch.from_numpy(codes).view(layer.shape[0], -1)
+
+
+def _key(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of `state` whose tensor another name holds already -> that name."""
+    first: dict[Any, str] = {}
+    tied = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        own: dict[str, Any]
+        if is_folded_norm(module):
+            own = {name: (id(module.running_mean), id(module), name) for name in NORM_VECTORS}
+        else:
+            own = {
+                name: id(tensor)
+                for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+                if tensor is not None
+            }
+        for name, key in own.items():
+            full = _key(prefix, name)
+            if full in state and first.setdefault(key, full) != full:
+                tied[full] = first[key]
+    return tied
+
+
+__all__ = [
+    "AppliedPermutation", "ModelInfo", "PackedFile", "PackedLayer", "check_layers_of", "is_packed", "load_packed", "save_packed",
+]  # fmt: skip

@@ -1,0 +1,88 @@
+"""Bits of a network, dense or coded (paper section 4; the golden figures of the tables).
+
+Counted: codebooks at 16 bits per value, codes at log2(k) bits, a batch norm as two vectors, everything else at its own
+width. MB are 2^20 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.subvectors import Layer, bits_per_code
+from .norms import is_folded_norm
+
+CODEBOOK_BITS = 16
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bits of a network by what they hold, and of the dense network it came from."""
+
+    codes: int
+    codebooks: int
+    other: int
+    original: int
+
+    @property
+    def bits(self) -> int:
+        """All bits."""
+        return self.codes + self.codebooks + self.other
+
+    @property
+    def megabytes(self) -> float:
+        """MB = 2^20 bytes."""
+        return self.bits / 8 / 2**20
+
+    @property
+    def ratio(self) -> float:
+        """Original / compressed."""
+        return self.original / self.bits
+
+    def summary(self) -> str:
+        """One line with the exact bits, MB and ratio."""
+        return (
+            f"{self.bits:,} bits (codes {self.codes:,}; codebooks {self.codebooks:,}; other {self.other:,}) "
+            f"= {self.megabytes:.2f} MB, {self.ratio:.2f}x smaller than {self.original:,} bits ({self.original / 8 / 2**20:.2f} MB)"
+        )
+
+
+def _bits(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() * 8
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count the bits of `model`. Tensors that are shared count once; buffers that are not saved do not count."""
+    codes = codebooks = other = original = 0
+    seen: set[int] = set()
+
+    def first_time(tensor: Tensor) -> bool:
+        new = id(tensor) not in seen
+        seen.add(id(tensor))
+        return new
+
+    module: Layer
+    for module in model.modules():
+        if isinstance(module, QuantizedLayer):
+            if first_time(module.codebook):
+                codebooks += module.codebook.numel() * CODEBOOK_BITS
+                codes += module.codes_matrix.numel() * bits_per_code(module.k)
+                original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
+            own: list[Tensor] = [] if module.bias is None else [module.bias]
+        elif is_folded_norm(module):
+            width = module.running_mean
+            own = []
+            if first_time(width):
+                other += 2 * _bits(width)
+                original += 2 * _bits(width)
+        else:
+            skipped = module._non_persistent_buffers_set
+            own = [p for p in module._parameters.values() if p is not None]
+            own += [b for name, b in module._buffers.items() if b is not None and name not in skipped]
+        for tensor in own:
+            if first_time(tensor):
+                other += _bits(tensor)
+                original += _bits(tensor)
+    return ModelSize(codes, codebooks, other, original)

@@ -1,0 +1,72 @@
+"""COCO's images and annotations in: the folder of the settings, checked, and the detection task on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..engines.engine import Engine
+from ..run.processes import check_same, digest_of
+from ..settings import Settings
+from ..tasks.coco.data import CocoSplit, read_coco, unusable_images, without
+from ..tasks.detection import Detection
+from ..tasks.images import BadFiles
+from ..tasks.sources import SCENES
+from .data import SAME_IMAGES, check_together, data_root, warn_of_skipped, workers
+
+ADVICE = "Set it to the folder that holds annotations/, train2017/ and val2017/."
+
+
+def read_splits(
+    settings: Settings, splits: Sequence[str], engine: Engine, look_at_images: bool = True
+) -> list[CocoSplit]:
+    """The wanted splits of `dataloader.coco_path`, checked: files, annotations, readable images of the right size.
+
+    Raises:
+        SettingsError: the path is not set or not there, or the processes see other images or annotations.
+        DataError: the folder does not hold what it should.
+    """
+    data = settings.dataloader
+    root = data_root(settings, "dataloader.coco_path", ADVICE, SCENES, engine)
+    found = []
+    for split in [read_coco(root, name) for name in splits]:
+        check_same(engine, f"the list of images and objects in {split.source}", _listed(split), SAME_IMAGES)
+
+        def check(share: slice, split: CocoSplit = split) -> BadFiles:
+            return unusable_images(split.keeping(split.image_ids[share]), data.verify_images, engine.is_main)
+
+        bad = check_together(engine, split.paths, check) if look_at_images else []
+        kept, bad = without(split, bad, data.skip_unreadable)
+        warn_of_skipped(bad, split.folder, engine.is_main)
+        found.append(kept)
+    return found
+
+
+def _listed(split: CocoSplit) -> Iterator[str]:
+    """Images and numbers of objects."""
+    return (f"{image_id} {len(objects)}" for image_id, objects in zip(split.image_ids, split.annotations, strict=True))
+
+
+def splits_fingerprint(*splits: CocoSplit) -> str:
+    """A digest of which images there are, and of their numbers of objects."""
+    return digest_of(line for split in splits for line in _listed(split))
+
+
+def detection_task(settings: Settings, engine: Engine, train: CocoSplit | None, validation: CocoSplit) -> Detection:
+    """The task with the loader settings of the file; without `train` it can only validate."""
+    data = settings.dataloader
+    return Detection(
+        engine,
+        train,
+        validation,
+        batch_size=data.batch_size,
+        num_workers=workers(data.num_workers, engine),
+        train_shuffle=data.train_shuffle,
+        validation_shuffle=data.validation_shuffle,
+        group_by_aspect_ratio=data.group_by_aspect_ratio,
+        horizontal_flip=data.horizontal_flip,
+        skip_unreadable=data.skip_unreadable,
+        seed=settings.seed,
+        amp=settings.amp,
+        backend=settings.evaluation.backend,
+        show_progress=engine.is_main,
+    )

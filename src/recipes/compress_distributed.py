@@ -1,0 +1,109 @@
+"""Permute and quantize over several processes: each takes its share of groups and layers, and all end with the same network.
+
+Every group and every layer draws from a random stream of its own and does not depend on the others, so the result is that of
+one process, bit by bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+from torch import Tensor, nn
+
+from ..compression.permute.groups import Group, resolve
+from ..compression.permute.permute import GroupResult, group_result, group_row
+from ..compression.quantize.compress import LayerResult, build_quantized
+from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.plan import LayerPlan, Plan
+from ..engines.engine import Engine
+
+
+def permute_together(
+    engine: Engine,
+    model: nn.Module,
+    groups: Sequence[Group],
+    reshapes: dict[str, tuple[int, ...]],
+    search: Callable[[nn.Module, Sequence[Group], Sequence[int]], list[GroupResult]],
+) -> list[GroupResult]:
+    """Search every group on one of the processes and permute `model` alike on all, in place.
+
+    Args:
+        engine: the processes.
+        model: the dense network, the same everywhere.
+        groups: of the network.
+        reshapes: of flattened layers, by name.
+        search: permutes a network by some groups, in place; told which of all they are.
+    """
+    if engine.world_size == 1:
+        return search(model, groups, range(len(groups)))
+    mine = range(len(groups))[engine.rank :: engine.world_size]
+    found = search(
+        copy.deepcopy(model), [groups[number] for number in mine], mine
+    )  # on a copy: all are applied at the end, in order
+    rows = [[number, group_row(result)] for number, result in zip(mine, found, strict=True)]
+    results = []
+    for group, (_, row) in zip(resolve(model, groups, reshapes), sorted(engine.gather(rows)), strict=True):
+        result = group_result(group.label, row)
+        if result.permutation is not None:
+            group.apply(result.permutation)
+        results.append(result)
+    return results
+
+
+def quantize_together(
+    engine: Engine,
+    model: nn.Module,
+    plan: Plan,
+    code: Callable[[nn.Module, Plan], tuple[nn.Module, list[LayerResult]]],
+) -> tuple[nn.Module, list[LayerResult]]:
+    """Code every planned layer on one of the processes, in place, and send codes and codebooks to all.
+
+    Args:
+        engine: the processes.
+        model: the dense network, the same everywhere.
+        plan: for the network.
+        code: codes the layers of a plan, in place.
+    """
+    if engine.world_size == 1:
+        return code(model, plan)
+    owners = _owners(model, plan, engine.world_size)
+    mine = {name: layer for name, layer in plan.layers.items() if owners[name] == engine.rank}
+    others = {name: layer for name, layer in plan.layers.items() if owners[name] != engine.rank}
+    model, results = code(model, replace(plan, layers=mine))
+    model = build_quantized(model, replace(plan, layers=others))
+    modules = dict(model.named_modules())
+    for source in range(engine.world_size):
+        tensors: list[Tensor] = []
+        for name in plan.layers:
+            layer = modules[name]
+            assert isinstance(layer, QuantizedLayer)
+            if owners[name] == source:
+                tensors += [layer.codebook, layer.codes_matrix]
+        engine.broadcast(tensors, source)
+    place = {name: number for number, name in enumerate(plan.layers)}
+    gathered = [LayerResult(**row) for row in engine.gather([asdict(result) for result in results])]
+    return model, sorted(gathered, key=lambda result: place[result.name])
+
+
+def _owners(model: nn.Module, plan: Plan, world_size: int) -> dict[str, int]:
+    """Which process codes each layer: the costliest first, always to the one with least to do; layers with one weight stay together."""
+    modules = dict(model.named_modules())
+    tied: dict[int, list[str]] = {}
+    for name in plan.layers:
+        tied.setdefault(id(modules[name].weight), []).append(name)
+    load = [0.0] * world_size
+    owners: dict[str, int] = {}
+    for names in sorted(tied.values(), key=lambda names: -_cost(modules[names[0]], plan.layers[names[0]])):
+        owner = load.index(min(load))
+        load[owner] += _cost(modules[names[0]], plan.layers[names[0]])
+        owners |= dict.fromkeys(names, owner)
+    return owners
+
+
+def _cost(dense: nn.Module, layer: LayerPlan) -> float:
+    """Multiplications of clustering: every value meets every centroid in every iteration."""
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    return float(weight.numel()) * layer.k * (layer.k_means_n_iters + 1)

@@ -1,0 +1,128 @@
+"""One model file into another form: published `.pth`, packed or dense `.safetensors`, ONNX with codes or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..common.errors import SettingsError
+from ..common.paths import find
+from ..common.randomness import stream
+from ..compression.quantize.dequantize import dequantized_state
+from ..compression.quantize.layers import QuantizedLayer
+from ..model_files.onnx_file import dense_graph, difference, put_codes, write_graph
+from ..model_files.open_model_file import OpenModelFile, open_model_file
+from ..model_files.packed import save_packed
+from ..model_files.pth import save_compressed, save_dense, save_dense_safetensors
+from ..model_files.size import model_size
+from ..run.model_writer import PRODUCER
+
+SUFFIXES = (".pth", ".safetensors", ".onnx")
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    dense: bool = False,
+    entropy_coding: bool = False,
+    arch: str | None = None,
+    image_size: int = 224,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Read `source`, whatever it is, and write it as `target`, whose ending says as what.
+
+    Args:
+        source: `.pth` or `.safetensors`.
+        target: `.pth`: published format; `.safetensors`: packed; `.onnx`: codebooks and codes.
+        dense: decode the weights instead, for other programs. Dense networks are always written densely.
+        entropy_coding: entropy-code the codes of a packed file where that is smaller.
+        arch: name of the architecture, where the file does not tell.
+        image_size: side of the images with which an ONNX graph is traced and checked.
+        overwrite: replace `target`.
+        say: prints a line.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SettingsError: the file is not there, `target` is, or the two do not go together.
+        CheckpointError: `source` cannot be read.
+        RunError: `target` cannot be written, or an ONNX file does not compute what it should.
+    """
+    path, to = find(source, "the model to convert"), Path(target).expanduser()
+    _check_target(path, to, dense, entropy_coding, overwrite)
+    stored = open_model_file(path, arch)
+    dense = dense or not stored.coded
+    if dense and entropy_coding:
+        raise SettingsError("--entropy: a dense network has no codes")
+    say(f"{path}: {stored.kind} {stored.architecture.name}, {path.stat().st_size:,} bytes")
+    if to.suffix == ".onnx":
+        _write_onnx(stored, to, dense, image_size, say)
+    elif dense:
+        (save_dense if to.suffix == ".pth" else save_dense_safetensors)(_dequantized(stored), to)
+    elif to.suffix == ".pth":
+        save_compressed(stored.model, to)
+    else:
+        save_packed(stored.model, to, replace(stored.info, producer=PRODUCER), entropy_coding=entropy_coding)
+    bits = model_size(stored.model).bits
+    share = "" if dense else f", {to.stat().st_size / (bits / 8):.4f} of the {bits / 8:,.0f} that are reported"
+    say(f"{to}: {'dense' if dense else 'coded'}, {to.stat().st_size:,} bytes{share}")
+    return 0
+
+
+def _check_target(source: Path, target: Path, dense: bool, entropy_coding: bool, overwrite: bool) -> None:
+    if target.suffix not in SUFFIXES:
+        raise SettingsError(
+            f"{target} ends in {target.suffix!r}; expected one of {', '.join(SUFFIXES)}, which says what to write"
+        )
+    if entropy_coding and (dense or target.suffix != ".safetensors"):
+        raise SettingsError("--entropy is for packed files: write to a .safetensors file, without --dense")
+    if target.is_dir() or (target.exists() and source.exists() and target.samefile(source)):
+        raise SettingsError(
+            f"{target} is {'a folder' if target.is_dir() else 'the file to convert'}; name another file to write"
+        )
+    if target.exists() and not overwrite:
+        raise SettingsError(f"{target} already exists; name another file, or replace it with --overwrite")
+
+
+def _dequantized(stored: OpenModelFile) -> nn.Module:
+    """The dense network of a stored one; it may share what is not coded with it."""
+    if not stored.coded:
+        return stored.model
+    state = dequantized_state(stored.model)
+    with torch.device("meta"):
+        model = stored.architecture.build_for(state)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _write_onnx(stored: OpenModelFile, target: Path, dense: bool, image_size: int, say: Callable[[str], None]) -> None:
+    if stored.architecture.task != "classification":
+        raise SettingsError(
+            f"ONNX files are written for classification networks; {stored.architecture.name} is for {stored.architecture.task}"
+        )
+    graph = dense_graph(_dequantized(stored), image_size)
+    if not dense:
+        put_codes(graph, stored.model)
+    about = {
+        "producer": PRODUCER,
+        "arch": stored.architecture.name,
+        "weights": "dense" if dense else "codebook and codes",
+    }
+    images = torch.randn(2, 3, image_size, image_size, generator=stream(0, "onnx check"))
+    found: list[float | None] = []
+    write_graph(graph, target, about, lambda written: found.append(difference(written, stored.model, images)))
+    off = found[0]
+    coded = sum(isinstance(module, QuantizedLayer) for module in stored.model.modules())
+    checked = (
+        "not checked: onnxruntime is not installed"
+        if off is None
+        else f"onnxruntime's logits are PyTorch's to {off:.1e}"
+    )
+    say(f"{checked}; {0 if dense else coded} weights as codebook and codes")

@@ -1,0 +1,136 @@
+"""Images in: the folders of the settings, checked, and the classification task on them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..common.errors import SettingsError
+from ..common.paths import candidates, find
+from ..engines.engine import Engine
+from ..engines.machine import available_processors, own_processors
+from ..run.processes import check_same, digest_of, first_here
+from ..settings import Settings, require
+from ..tasks.classification import Classification
+from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
+from ..tasks.sources import SOURCES, Sources, prepare
+
+SAME_IMAGES = "Give every machine the same images, under the same path."
+
+
+def read_images(settings: Settings, splits: Sequence[str], engine: Engine) -> list[ImageFolderIndex]:
+    """The wanted splits of `dataloader.imagenet_path`, checked: folders, classes, readable files.
+
+    Raises:
+        SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other images.
+        DataError: the folders do not hold what they should.
+    """
+    data = settings.dataloader
+    root = data_root(
+        settings, "dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES, engine
+    )
+    indices = [read_folder(root, split, engine.is_main) for split in splits]
+    for index in indices:
+        listed = (os.path.relpath(path, index.root) for path in index.paths)
+        check_same(engine, f"the list of images in {index.root}", listed, SAME_IMAGES)
+        if data.num_classes is not None and len(index.classes) != data.num_classes:
+            raise SettingsError(
+                f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} class folders"
+            )
+    if len(indices) == 2:
+        check_same_classes(*indices)
+    readable = []
+    for index in indices:
+
+        def check(share: slice, index: ImageFolderIndex = index) -> BadFiles:
+            return check_images(
+                replace(index, paths=index.paths[share], labels=index.labels[share]), data.verify_images, engine.is_main
+            )
+
+        kept, bad = leave_out(index, check_together(engine, index.paths, check), data.skip_unreadable)
+        warn_of_skipped(bad, index.root, engine.is_main)
+        readable.append(kept)
+    return readable
+
+
+def images_fingerprint(*indices: ImageFolderIndex) -> str:
+    """A digest of which images there are, by their paths below the folders of their splits."""
+    return digest_of(os.path.relpath(path, index.root) for index in indices for path in index.paths)
+
+
+def data_root(settings: Settings, key: str, advice: str, sources: Sources, engine: Engine) -> Path:
+    """The folder that the setting `key` names, filled by `dataloader.source` if that is not a folder of the user's own.
+
+    Raises:
+        SettingsError: the path is not set or not there.
+        DataError: the source cannot write it.
+    """
+    path, source = require(settings, key), settings.dataloader.source
+    if source == "folder":
+        return find(path, key, advice)
+    places = candidates(path)
+    root = next((place for place in places if place.exists()), places[0])
+    with first_here(engine):
+        prepare(source, root, sources=sources)
+    return root
+
+
+def check_together(engine: Engine, paths: Sequence[str], check: Callable[[slice], BadFiles]) -> BadFiles:
+    """The unreadable ones of `paths`, in their order, each process looking at its share.
+
+    Args:
+        engine: the processes.
+        paths: the same on all processes.
+        check: finds the unreadable ones in a slice of them.
+    """
+    bad = dict(engine.gather(check(slice(engine.rank, None, engine.world_size))))
+    return [(path, bad[path]) for path in paths if path in bad] if bad else []
+
+
+def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
+    """One line on standard error about the files that are left out."""
+    if bad and is_main:
+        names = some(path for path, _ in bad)
+        print(f"warning: skipped {len(bad):,} unreadable images of {folder}: {names}", file=sys.stderr)
+
+
+def classification_task(
+    settings: Settings, engine: Engine, train: ImageFolderIndex | None, validation: ImageFolderIndex
+) -> Classification:
+    """The task with the loader settings of the file; without `train` it can only validate."""
+    data = settings.dataloader
+    return Classification(
+        engine,
+        train,
+        validation,
+        batch_size=data.batch_size,
+        num_workers=workers(data.num_workers, engine),
+        train_shuffle=data.train_shuffle,
+        validation_shuffle=data.validation_shuffle,
+        resize=data.resize,
+        image_size=data.image_size,
+        crop_padding=data.crop_padding,
+        horizontal_flip=data.horizontal_flip,
+        mean=data.mean,
+        std=data.std,
+        skip_unreadable=data.skip_unreadable,
+        seed=settings.seed,
+        amp=settings.amp,
+        channels_last=settings.channels_last,
+        show_progress=engine.is_main,
+    )
+
+
+def workers(wanted: int, engine: Engine) -> int:
+    """`num_workers`, or this process's share of the processors where that is less; results do not depend on it."""
+    share = own_processors()
+    if wanted > share and engine.is_main:
+        among = f", shared by {engine.local_size} processes" if engine.local_size > 1 else ""
+        print(
+            f"note: dataloader.num_workers: {share} instead of {wanted}, as this machine has {available_processors()} processors{among}",
+            file=sys.stderr,
+        )
+    return min(wanted, share)

@@ -1,0 +1,65 @@
+"""Shows what a model file holds: text for the terminal and a page with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..common.errors import SettingsError
+from ..common.paths import find, write_text
+from ..model_files.inspection import Inspection, about, cells, examine, header, totals
+from ..model_files.inspection_page import page
+
+
+def inspect(
+    source: str,
+    *,
+    against: str | None = None,
+    html: str | None = None,
+    arch: str | None = None,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Print what a model file holds.
+
+    Args:
+        source: `.pth` or `.safetensors`: published, packed or dense.
+        against: the dense network it came from; adds the signal-to-quantization-noise ratio of every coded layer.
+        html: also write a page with figures there.
+        arch: name of the architecture, where the file does not tell.
+        say: prints a line.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SettingsError: a file is not there, or `html` does not end in .html.
+        CheckpointError: a file cannot be read, or the two networks differ.
+        RunError: the page cannot be written.
+    """
+    path = find(source, "the model to inspect")
+    dense = find(against, "--against") if against is not None else None
+    if html is not None and Path(html).suffix not in (".html", ".htm"):
+        raise SettingsError(f"--html {html}: expected a name that ends in .html")
+    found = examine(path, dense, arch)
+    for line in text(found):
+        say(line)
+    if html is not None:
+        write_text(Path(html).expanduser(), page(found))
+        say(f"page with figures: {html}")
+    return 0
+
+
+def text(found: Inspection) -> list[str]:
+    """The report as lines for a terminal."""
+    lines = [f"{found.path}: {found.kind}, {found.architecture}, {found.file_bytes:,} bytes", *about(found), ""]
+    table = [header(found), *(cells(row, found) for row in found.rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    for number, row in enumerate(table):
+        padded = [
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+        if number == 0:
+            lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
+    return [*lines, "", *totals(found), *(f"note: {note}" for note in found.notes)]

@@ -1,0 +1,98 @@
+"""Layer names in settings: the old names of a layer are replaced once, where settings meet an architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from ..architectures.architecture import Architecture
+from ..compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
+from ..compression.permute.permute import PermutationSpec
+from ..compression.quantize import plan
+from ..compression.quantize.plan import QuantizationSpec
+from ..compression.quantize.subvectors import BlockRule
+from ..settings import GroupSettings, LayerSpec, Settings
+from ..settings import PermutationSpec as PermutationSection
+
+Spec = TypeVar("Spec", LayerSpec, PermutationSection)
+
+
+def with_current_names(settings: Settings, architecture: Architecture) -> Settings:
+    """The settings with every layer under the name it has in this version of torchvision.
+
+    Users' files list old and new names of one layer: such a layer then stands there once, and what is said under its new name
+    wins.
+    """
+    if not architecture.old_names:
+        return settings
+    model = settings.model
+    parameters = model.compression_parameters.model_copy(
+        update={
+            "ignored_modules": _names(architecture, model.compression_parameters.ignored_modules),
+            "layer_specs": _specs(architecture, model.compression_parameters.layer_specs),
+        }
+    )
+    groups = model.permutations
+    if groups is not None:
+        groups = tuple(
+            GroupSettings(parents=_names(architecture, group.parents), children=_names(architecture, group.children))
+            for group in groups
+        )
+    update = {
+        "compression_parameters": parameters,
+        "permutations": groups,
+        "permutation_specs": _specs(architecture, model.permutation_specs),
+    }
+    return settings.model_copy(update={"model": model.model_copy(update=update)})
+
+
+def _names(architecture: Architecture, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Current names; a layer listed as old and as new stands there once. A name repeated as it is stays, to be complained about."""
+    listed = set(names)
+    return tuple(
+        architecture.current_name(name)
+        for name in names
+        if name not in architecture.old_names or architecture.current_name(name) not in listed
+    )
+
+
+def _specs(architecture: Architecture, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    merged: dict[str, Spec] = {}
+    for name in sorted(specs, key=lambda name: name not in architecture.old_names):  # old names first
+        now = architecture.current_name(name)
+        given = specs[name].model_dump(exclude_none=True)
+        merged[now] = merged[now].model_copy(update=given) if now in merged else specs[name]
+    return merged
+
+
+def quantization_spec(settings: Settings) -> QuantizationSpec:
+    """`model.compression_parameters` as the compression package wants it."""
+    given = settings.model.compression_parameters
+    return QuantizationSpec(
+        given.k,
+        given.k_means_type,
+        given.k_means_n_iters,
+        BlockRule(given.fc_subvector_size, given.pw_subvector_size, given.large_subvectors),
+        given.ignored_modules,
+        {name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
+        given.k_means_tolerance,
+    )
+
+
+def permutation_specs(settings: Settings, architecture: Architecture) -> dict[str, PermutationSpec]:
+    """`model.permutation_specs`, with the architecture's reshapes where they give none."""
+    specs = {name: PermutationSpec(reshape) for name, reshape in architecture.reshapes.items()}
+    for name, spec in settings.model.permutation_specs.items():
+        specs[name] = PermutationSpec(spec.reshape or architecture.reshapes.get(name), spec.optimization)
+    return specs
+
+
+def rates(settings: Settings, world_size: int) -> tuple[OptimizerSpec, ScheduleSpec]:
+    """Optimizer and schedule: learning_rate and min_lr are multiplied by the number of processes (as the paper does), unless the settings say no."""
+    factor = world_size if settings.scale_learning_rate else 1
+    optimizer = OptimizerSpec(
+        settings.optimizer, factor * settings.learning_rate, settings.momentum, settings.weight_decay
+    )
+    return optimizer, ScheduleSpec(
+        **{**settings.lr_scheduler.model_dump(), "min_lr": factor * settings.lr_scheduler.min_lr}
+    )

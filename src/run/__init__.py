@@ -1,0 +1,1 @@
+"""A run around the science: processes, signals, output folder, recorder, checkpoints, resuming."""

@@ -1,0 +1,153 @@
+"""A command line around a job: help, settings, and errors as a person wants to read them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+from ..common.errors import LostContactError, SettingsError, UserError
+from ..engines import launch
+from ..settings import Settings, help_text, ineffective, load
+from .signals import Terminated
+
+INTERRUPTED = 130
+TERMINATED = 143
+BROKEN_PIPE = 141
+SAME_ERROR_SECONDS = 3.0
+"""How long a process other than the first keeps an error back: if all of them have it, the first one's message ends the run."""
+LOST_CONTACT_SECONDS = 10.0
+"""The same for the loss of another process, which has a message of its own."""
+
+
+def run(
+    job: Callable[[Settings], int], *, prog: str, purpose: str, default_config: str, argv: list[str] | None = None
+) -> int:
+    """Load the settings that the command line asks for and run `job` with them.
+
+    Args:
+        job: does the work and returns the exit status.
+        prog: how the command is started, for the help.
+        purpose: what it does, in a sentence, for the help.
+        default_config: settings file that is read without `--config`.
+        argv: arguments without the program's name; None: those of this process.
+
+    Returns:
+        The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 143 after
+        SIGTERM where the job handles it, 141 when the reader of the output went away. Any other exception is a defect and propagates.
+    """
+
+    def whole() -> int:
+        arguments = sys.argv[1:] if argv is None else argv
+        if "-h" in arguments or "--help" in arguments:
+            print(help_text(prog, default_config, purpose), end="", flush=True)
+            return 0
+        config, overrides = split_config(arguments, default_config)
+        settings = load(config, overrides)
+        if launch.here().is_main:
+            for warning in ineffective(settings):
+                print(f"warning: {warning}", file=sys.stderr)
+        return job(settings)
+
+    return guarded(whole)
+
+
+def guarded(job: Callable[[], int]) -> int:
+    """Run `job`; errors for people become one message, warnings one line.
+
+    Returns:
+        As `run`.
+    """
+    try:
+        with warnings.catch_warnings(), _quiet_threads():
+            warnings.showwarning = _show_warning
+            status = job()
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"error: {_whose(error)}{error}", file=sys.stderr, flush=True)
+        return error.status
+    except KeyboardInterrupt as interrupt:
+        if launch.here().is_main:
+            print(": ".join(["interrupted", *filter(None, [str(interrupt)])]), file=sys.stderr, flush=True)
+        return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        _silence_output()
+        return BROKEN_PIPE
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """No traceback for a full disk that TensorBoard's own thread meets: it reaches the main thread as an error too."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _whose(error: UserError) -> str:
+    """Which of several processes an error comes from; waits where another process may be about to say it better."""
+    try:
+        here = launch.here()
+    except UserError:  # the error may be this very one
+        return ""
+    if here.world_size == 1:
+        return ""
+    if isinstance(error, LostContactError):
+        time.sleep(LOST_CONTACT_SECONDS)
+    elif not here.is_main:
+        time.sleep(SAME_ERROR_SECONDS)
+    return f"process {here.rank} of {here.world_size}: "
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1 from a command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    number = int(text)
+    if not 1 <= number <= 1 << 16:
+        raise ValueError
+    return number
+
+
+def split_config(arguments: list[str], default_config: str) -> tuple[str, list[str]]:
+    """The settings file that `--config` names (the last one counts), and the other arguments.
+
+    Raises:
+        SettingsError: `--config` has no value.
+    """
+    config, others, rest = default_config, [], iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag != "--config":
+            others.append(argument)
+            continue
+        config = value if equals else next(rest, "")
+        if not config or config.startswith("--"):
+            raise SettingsError("command line: --config has no value; write --config FILE")
+    return config, others
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One line for the person who runs the command, without the place in the code; of several processes only the first warns."""
+    if launch.here().is_main:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _silence_output() -> None:
+    """Point standard output at nothing, so that Python's own flush at exit does not fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

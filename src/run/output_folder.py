@@ -1,0 +1,163 @@
+"""The folder of a run: checked before any work, held by one run at a time, cleared only when the work begins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ..common.errors import SettingsError
+from ..common.paths import remove_half_written
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # not on this system: two runs in one folder are not noticed there
+    fcntl = None
+
+LEAVINGS = ("tensorboard", "trained_models", "results.txt", "results.json", "config.yaml", "compression.json", "resume")
+EVALUATION_LEAVINGS = ("results.json", "detections.json")
+FINISHED = "results.json"
+"""What a training run writes last."""
+STARTED = "resume/run.json"
+"""What a training run writes first."""
+
+
+PATIENCE_SECONDS = 2.0
+"""A process that was just killed may take so long to let go of its folder."""
+
+
+class OutputFolder:
+    """The folder of a run; only this run writes into it until it is closed."""
+
+    def __init__(
+        self,
+        path: Path,
+        overwrite: bool,
+        leavings: Sequence[str] = LEAVINGS,
+        is_main: bool = True,
+        may_go_on: bool = False,
+    ) -> None:
+        """Take the folder, and check that the run can be written to it.
+
+        Args:
+            path: of the folder, made if it is not there.
+            overwrite: accept a folder that holds a run.
+            leavings: names in the folder that a run writes, and replaces.
+            is_main: False where another process writes; nothing is checked then.
+            may_go_on: accept a folder with a run that did not finish.
+
+        Raises:
+            SettingsError: it cannot be written, another run is going on in it, or it already holds a run.
+        """
+        self.path = path.expanduser().absolute()
+        self.leavings = leavings
+        self._lock: IO[str] | None = None
+        if not is_main:
+            return
+        probe = self.path / ".write_test"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = take(self.path / ".lock", "output_path: choose another one, or wait until that run has ended")
+            probe.write_bytes(b"pqf")
+            probe.unlink()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+            self.close()
+            raise SettingsError(
+                f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
+            ) from error
+        held = [name for name in leavings if (self.path / name).exists()]
+        if held and not overwrite and not (may_go_on and self.is_unfinished):
+            self.close()
+            on = "go on with it: --resume auto, or " if self.is_unfinished and leavings == LEAVINGS else ""
+            raise SettingsError(
+                f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or {on}replace that run with --overwrite True"
+            )
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the folder holds a training run that began and did not end."""
+        return (self.path / STARTED).exists() and not (self.path / FINISHED).exists()
+
+    def begin(self) -> None:
+        """Remove what an earlier run left (only the files and folders of a run), and make the folder of this one."""
+        for name in self.leavings:
+            place = self.path / name
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            elif place.exists():
+                place.unlink()
+        if "trained_models" in self.leavings:
+            self.models.mkdir(parents=True)
+
+    def go_on(self) -> None:
+        """Keep what the run that is to go on left, but for halves of files."""
+        for place in (self.path, self.models, self.resume):
+            place.mkdir(exist_ok=True)
+        for place in (self.path, self.models, self.resume, *self.resume.glob("*/")):
+            remove_half_written(place)
+
+    def close(self) -> None:
+        """Let other runs have the folder."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                Path(self._lock.name).unlink()
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def models(self) -> Path:
+        """Where models go."""
+        return self.path / "trained_models"
+
+    @property
+    def resume(self) -> Path:
+        """Where a run keeps what it needs to go on after a crash."""
+        return self.path / "resume"
+
+
+def take(path: Path, advice: str) -> IO[str] | None:
+    """Lock a file, made for it, for as long as it is open and this process lives.
+
+    The lock is the operating system's own: it ends with the process, however that ends, and is not handed down to loader processes.
+    None where the system or the disk has no locks.
+
+    Raises:
+        SettingsError: another process holds it.
+        OSError: the file cannot be made.
+    """
+    if fcntl is None:
+        return None
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() < deadline:
+                file.close()
+                time.sleep(0.05)
+                continue
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            file.close()
+            raise SettingsError(f"{path.parent} is in use: a run is going on in it ({holder}). {advice}") from error
+        except OSError:  # a network disk without locks
+            return file
+        try:
+            same = os.fstat(file.fileno()).st_ino == os.stat(path).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:  # else the run before removed it between opening and locking
+            with contextlib.suppress(OSError):  # a full disk: the lock holds, only its holder's name is missing
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()

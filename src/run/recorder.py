@@ -1,0 +1,189 @@
+"""What a run leaves in its output folder (spec section 8).
+
+<output_path>/config.yaml        the resolved settings
+<output_path>/tensorboard/       figures over time
+<output_path>/trained_models/    0.pth, 1.pth, ... and best.pth
+<output_path>/results.txt, .json start, end, last, best, best epoch
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ..common.errors import RunError
+from ..common.paths import write_text
+from ..compression.finetune.outcome import Outcome
+from .output_folder import OutputFolder
+
+Save = Callable[[nn.Module, Path, Mapping[str, float] | None], None]
+"""Model, path, what the last validation measured on this model (None: nothing)."""
+
+VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5", "BoxAP", "MaskAP")
+"""Metrics that go to TensorBoard and to the screen; all of them are kept in results.json."""
+
+
+class RunRecorder:
+    """Keeps figures in TensorBoard and models on disk."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        save: Save,
+        metric_name: str,
+        say: Callable[[str], None],
+        started: datetime | None = None,
+        after_step: int | None = None,
+    ) -> None:
+        """Open the log.
+
+        Args:
+            folder: of the run.
+            save: writes a model to a path, with what was measured on it if anything was.
+            metric_name: the metric that counts.
+            say: prints a line.
+            started: when the run began, if that was in an earlier process.
+            after_step: TensorBoard is to hide what an earlier process logged for later steps than this one.
+
+        Raises:
+            RunError: the log cannot be written.
+        """
+        self.folder = folder
+        self._save = save
+        self._metric = metric_name
+        self._say = say
+        self._measured: Mapping[str, float] | None = None
+        self._started = started or datetime.now().astimezone()
+        purge = None if after_step is None else after_step + 1
+        self._log = folder.path / "tensorboard"
+        with self._disk():
+            self._writer = SummaryWriter(str(self._log), purge_step=purge, flush_secs=10)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What the writer of the log meets, as an error for people."""
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self._log}: {error.strerror or error}; the models and states that were saved are kept. "
+                "Free some space or choose another output_path."
+            ) from error
+
+    def text(self, name: str, text: str) -> None:
+        """Keep a text, shown as it is."""
+        with self._disk():
+            self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
+
+    def scalar(self, tag: str, value: float, step: int = 0) -> None:
+        """Keep one figure."""
+        with self._disk():
+            self._writer.add_scalar(tag, value, step)
+
+    def flush(self) -> None:
+        """See to it that what was logged is on the disk."""
+        with self._disk():
+            self._writer.flush()
+
+    def file(self, name: str, text: str) -> None:
+        """Write a text file into the folder of the run."""
+        write_text(self.folder.path / name, text)
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Figures of a training step, under `Train/`."""
+        for name, value in figures.items():
+            self.scalar(f"Train/{name}", value, step)
+
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Metrics of a validation, under `Validation/`, at the step count of the epoch's end."""
+        self._measured = metrics
+        for name in VALIDATION_TAGS:
+            if name in metrics:
+                self.scalar(f"Validation/{name}", metrics[name], step)
+        self.flush()
+        when = "before training" if epoch == 0 else f"epoch {epoch}"
+        shown = ", ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %"
+            for name, value in metrics.items()
+            if name in VALIDATION_TAGS
+        )
+        self._say(f"{when}: {shown}")
+
+    def model(self, epoch: int, model: nn.Module) -> None:
+        """Write `trained_models/<epoch>.pth`."""
+        self._save(model, self.folder.models / f"{epoch}.pth", None)
+
+    def best(self, epoch: int, model: nn.Module) -> None:
+        """Write `trained_models/best.pth`."""
+        self._save(model, self.folder.models / "best.pth", self._measured)
+
+    def finish(self, outcome: Outcome, more: Mapping[str, Any]) -> None:
+        """Write results.txt and results.json and close the log."""
+        results: dict[str, Any] = {
+            "start": self._started.isoformat(timespec="seconds"),
+            "end": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "metric": self._metric,
+            "before training": outcome.initial,
+            "last": outcome.last,
+            "best": outcome.best,
+            "best epoch": outcome.best_epoch,
+            "seconds per step": None if math.isnan(outcome.seconds_per_step) else round(outcome.seconds_per_step, 4),
+            **more,
+        }
+        self.flush()
+        lines = [f"{name}: {'-' if value is None else value}" for name, value in results.items()]
+        write_text(self.folder.path / "results.txt", "\n".join(lines) + "\n")
+        write_text(
+            self.folder.path / "results.json", json.dumps({**results, "history": outcome.history}, indent=1) + "\n"
+        )
+        self.close()
+
+    def close(self) -> None:
+        """Close the log."""
+        with suppress(OSError):  # `flush` has said what there is to say
+            self._writer.close()
+
+
+class NoRecorder:
+    """What processes other than the first record: nothing."""
+
+    def text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def scalar(self, tag: str, value: float, step: int = 0) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def file(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+    def model(self, epoch: int, model: nn.Module) -> None:
+        """Nothing."""
+
+    def best(self, epoch: int, model: nn.Module) -> None:
+        """Nothing."""
+
+    def finish(self, outcome: Outcome, more: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+AnyRecorder = RunRecorder | NoRecorder

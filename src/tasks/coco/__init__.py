@@ -1,0 +1,1 @@
+"""COCO's data, checks and figures."""

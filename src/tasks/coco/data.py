@@ -1,0 +1,314 @@
+"""Objects in images in COCO's layout: what the annotations say, checked before any work.
+
+`<root>/annotations/instances_{train,val}2017.json` and the images in `<root>/{train,val}2017`. The file is read once; it
+becomes a `pycocotools` COCO, whose rules for masks and crowds hold everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pycocotools.coco import COCO
+
+from ...common.errors import DataError
+from ..images import CHECKS, BadFiles, in_threads, some, unreadable_error
+from .checks import check_annotations, check_images_and_categories, check_lists
+
+KEY = "dataloader.coco_path"
+SPLITS = {"train": "train2017", "val": "val2017"}
+LAYOUT = "Expected annotations/instances_{train,val}2017.json, train2017/ and val2017/ in it."
+MISSING = "the file is missing"
+THINNEST = 0.01
+"""Pixels. A box that is thinner has no area to learn from (and none at all after rounding to 32 bits)."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What training leaves out, with the number of each."""
+
+    crowds: int = 0
+    degenerate_boxes: int = 0
+    without_mask: int = 0
+    images_without_annotations: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.crowds:,} crowds, {self.degenerate_boxes:,} degenerate boxes, {self.without_mask:,} objects without a mask, "
+            f"{self.images_without_annotations:,} images without usable annotations"
+        )
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """The images of one split and what is in them.
+
+    Attributes:
+        folder: of the images.
+        source: the annotation file.
+        api: everything the file says.
+        image_ids: the images that are used, in the order of the file.
+        annotations: per image (as `image_ids`) the objects to train on; the evaluation asks `api` instead.
+        dropped: what a training split leaves out.
+    """
+
+    folder: Path
+    source: Path
+    api: COCO
+    image_ids: tuple[int, ...]
+    annotations: tuple[tuple[Mapping[str, Any], ...], ...]
+    dropped: Dropped = Dropped()
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def paths(self) -> list[str]:
+        """The image files, as `image_ids`."""
+        return [self.path(image_id) for image_id in self.image_ids]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Category id -> name."""
+        return {category["id"]: str(category["name"]) for category in self.api.dataset["categories"]}
+
+    def path(self, image_id: int) -> str:
+        """The file of an image."""
+        return str(self.folder / self.api.imgs[image_id]["file_name"])
+
+    def size(self, image_id: int) -> tuple[int, int]:
+        """(width, height) of an image as the annotations say."""
+        image = self.api.imgs[image_id]
+        return int(image["width"]), int(image["height"])
+
+    def keeping(self, image_ids: Sequence[int]) -> CocoSplit:
+        """The same split with these of its images only."""
+        wanted = set(image_ids)
+        kept = [number for number, image_id in enumerate(self.image_ids) if image_id in wanted]
+        return CocoSplit(
+            self.folder,
+            self.source,
+            self.api,
+            tuple(self.image_ids[number] for number in kept),
+            tuple(self.annotations[number] for number in kept),
+            self.dropped,
+        )
+
+
+def read_coco(root: str | Path, split: str) -> CocoSplit:
+    """The `train` or `val` split of the COCO folder `root`.
+
+    For training, crowds, degenerate boxes and objects without a mask are left out, and images of which nothing remains; for
+    validation every image stays.
+
+    Raises:
+        DataError: the folder or the file is missing, the file is not JSON, not COCO's, or contradicts itself; nothing is left to
+            train on, or nothing is there to find.
+    """
+    root = Path(os.path.abspath(Path(root).expanduser()))
+    folder, source = root / SPLITS[split], root / "annotations" / f"instances_{SPLITS[split]}.json"
+    for place, exists in ((root, root.is_dir()), (source, source.is_file()), (folder, folder.is_dir())):
+        if not exists:
+            raise DataError(f"{KEY}: {place} does not exist. {LAYOUT}")
+    api = make_api(read_annotation_file(source), source)
+    if split == "train":
+        return _to_train(folder, source, api)
+    if not any(not annotation["iscrowd"] for annotation in api.anns.values()):
+        raise DataError(f"{KEY}: {source} holds no object, so there is nothing to measure detections against")
+    image_ids = tuple(api.imgs)
+    return CocoSplit(folder, source, api, image_ids, ((),) * len(image_ids))
+
+
+def read_annotation_file(source: Path) -> dict[str, Any]:
+    """The contents of an annotation file, checked.
+
+    Raises:
+        DataError: not JSON, not COCO's, or it contradicts itself; names the first entries that do.
+    """
+    try:
+        contents = json.loads(source.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{source} is not a JSON file ({error}). Expected COCO's instances_*.json") from error
+    check_lists(contents, source)
+    check_images_and_categories(contents, source)
+    check_annotations(contents, source)
+    return contents
+
+
+def make_api(contents: dict[str, Any], source: Path) -> COCO:
+    """A COCO of checked contents; what COCO's rules need and files leave out is filled in."""
+    _number(contents["annotations"])
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        api = COCO()
+        api.dataset = contents
+        api.createIndex()
+    for annotation in contents["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation:
+            annotation["area"] = _area(api, annotation)
+    return api
+
+
+def _number(annotations: list[dict[str, Any]]) -> None:
+    """Give annotations numbers from 1 where theirs cannot serve: COCO's evaluation reads 0 as "no match"."""
+    ids = [annotation.get("id") for annotation in annotations]
+    if all(isinstance(number, int) and number > 0 for number in ids) and len(set(ids)) == len(ids):
+        return
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+
+
+def _area(api: COCO, annotation: Mapping[str, Any]) -> float:
+    if has_mask(annotation):
+        return float(api.annToMask(annotation).sum())
+    return float(annotation["bbox"][2] * annotation["bbox"][3])
+
+
+def has_mask(annotation: Mapping[str, Any]) -> bool:
+    """Whether an annotation comes with a mask."""
+    return bool(annotation.get("segmentation"))
+
+
+def box_in_image(annotation: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """The annotation's box (left, top, right, bottom) in pixels, cut to the image."""
+    x, y, w, h = (float(value) for value in annotation["bbox"])
+    return max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
+
+
+def _to_train(folder: Path, source: Path, api: COCO) -> CocoSplit:
+    counts = {"crowds": 0, "degenerate_boxes": 0, "without_mask": 0, "images_without_annotations": 0}
+    image_ids, kept = [], []
+    for image_id, image in api.imgs.items():
+        usable = []
+        for annotation in api.imgToAnns.get(image_id, []):
+            reason = _unusable(annotation, image["width"], image["height"])
+            if reason:
+                counts[reason] += 1
+            else:
+                usable.append(annotation)
+        if usable:
+            image_ids.append(image_id)
+            kept.append(tuple(usable))
+        else:
+            counts["images_without_annotations"] += 1
+    dropped = Dropped(**counts)
+    if not image_ids:
+        raise DataError(f"{KEY}: {source} leaves nothing to train on; left out were {dropped}")
+    return CocoSplit(folder, source, api, tuple(image_ids), tuple(kept), dropped)
+
+
+def _unusable(annotation: Mapping[str, Any], width: int, height: int) -> str | None:
+    """Why training leaves an object out; None: it does not."""
+    if annotation["iscrowd"]:
+        return "crowds"
+    left, top, right, bottom = box_in_image(annotation, width, height)
+    if right - left < THINNEST or bottom - top < THINNEST:
+        return "degenerate_boxes"
+    return None if has_mask(annotation) else "without_mask"
+
+
+def check_same_categories(train: CocoSplit, validation: CocoSplit) -> None:
+    """Raises DataError where a category id has another name in the other split."""
+    ours, theirs = train.names, validation.names
+    other = [
+        f"{number}: {ours[number]!r} and {theirs[number]!r}"
+        for number in ours
+        if number in theirs and ours[number] != theirs[number]
+    ]
+    if other:
+        raise DataError(f"{KEY}: the two splits give the same category ids to different things: {some(other)}")
+
+
+def check_categories(split: CocoSplit, n_classes: int) -> None:
+    """A category id is the number of an output of the network's head, of which the first is the background.
+
+    Raises:
+        DataError: an object's category id has no output.
+    """
+    names = split.names
+    used = {annotation["category_id"] for annotation in split.api.dataset["annotations"]}
+    beyond = sorted(number for number in used if not 1 <= number < n_classes)
+    if beyond:
+        listing = some(f"{number} ({names[number]})" for number in beyond)
+        raise DataError(
+            f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. The head has {n_classes} "
+            f"classes, which are ids 1 to {n_classes - 1} and the background, 0. Use the data the model was trained for, or a model made for these."
+        )
+
+
+def require_images(
+    split: CocoSplit, how: str = "quick", skip_unreadable: bool = False, show: bool = True
+) -> tuple[CocoSplit, BadFiles]:
+    """The split with its readable images, and what was left out of it (always empty unless `skip_unreadable`).
+
+    An image whose size is not what the annotations say is as bad as an unreadable one: its boxes and masks would not fit.
+
+    Args:
+        split: of which every image is looked at.
+        how: `quick`, `full` (decodes everything) or `none` (only that the files exist).
+        skip_unreadable: go on without bad images.
+        show: show a progress bar.
+
+    Raises:
+        DataError: there are bad images and `skip_unreadable` is False, or nothing is left.
+    """
+    return without(split, unusable_images(split, how, show), skip_unreadable)
+
+
+def unusable_images(split: CocoSplit, how: str = "quick", show: bool = True) -> BadFiles:
+    """(path, reason) of every image that is missing, cannot be read or has another size than the annotations say."""
+    bad = [(path, MISSING) for path in split.paths if not os.path.isfile(path)]
+    check = CHECKS[how]
+    if check is None:
+        return bad
+    gone = {path for path, _ in bad}
+    sizes = {
+        path: split.size(image_id)
+        for path, image_id in zip(split.paths, split.image_ids, strict=True)
+        if path not in gone
+    }
+
+    def look(path: str) -> str | None:
+        return check(path) or _size_problem(path, sizes[path])
+
+    return bad + [
+        (path, why) for path, why in in_threads(look, list(sizes), f"checking images ({how})", show) if why is not None
+    ]
+
+
+def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[CocoSplit, BadFiles]:
+    """The split without the images `bad`, and these; raises as `require_images`."""
+    if not bad:
+        return split, []
+    missing = [path for path, why in bad if why == MISSING]
+    if missing and not skip_unreadable:
+        raise DataError(
+            f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: {some(missing)}. "
+            "Add them, or go on without them: --dataloader.skip_unreadable True"
+        )
+    if not skip_unreadable:
+        raise unreadable_error(bad, KEY)
+    left_out = {path for path, _ in bad}
+    kept = split.keeping([image_id for image_id in split.image_ids if split.path(image_id) not in left_out])
+    if not len(kept):
+        raise DataError(f"{KEY}: not one image of {split.folder} can be used. For example {bad[0][0]}: {bad[0][1]}")
+    return kept, bad
+
+
+def _size_problem(path: str, expected: tuple[int, int]) -> str | None:
+    with Image.open(path) as image:
+        return size_problem(image.size, expected)
+
+
+def size_problem(found: tuple[int, int], expected: tuple[int, int]) -> str | None:
+    """Why an image of the size (width, height) does not fit its annotations; None: it does."""
+    if found == expected:
+        return None
+    return f"the image has {found[0]}x{found[1]} pixels, but the annotations say {expected[0]}x{expected[1]}"

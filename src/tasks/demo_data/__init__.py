@@ -1,0 +1,1 @@
+"""Data for the demonstrations, made from scikit-learn's digits."""

@@ -1,0 +1,89 @@
+"""Small COCO folders made for tests: coloured rectangles and ellipses on noise, with exact polygons or run lengths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_codec
+
+CATEGORIES = [{"id": 1, "name": "square"}, {"id": 2, "name": "disc"}, {"id": 4, "name": "bar"}]
+
+
+def rectangle(number: int, image_id: int, category_id: int, box: list[float], **more: Any) -> dict[str, Any]:
+    """An annotation of a filled rectangle."""
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    return {
+        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": w * h, "iscrowd": 0, "segmentation": [polygon],
+        **more,
+    }  # fmt: skip
+
+
+def crowd(number: int, image_id: int, category_id: int, mask: np.ndarray) -> dict[str, Any]:
+    """An annotation of a crowd region (H, W)."""
+    encoded = mask_codec.encode(np.asfortranarray(mask.astype(np.uint8)))
+    box = [float(value) for value in mask_codec.toBbox(encoded)]
+    runs = {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+    return {
+        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": float(mask.sum()), "iscrowd": 1, "segmentation": runs,
+    }  # fmt: skip
+
+
+def contents(
+    images: list[dict[str, Any]], annotations: list[dict[str, Any]], categories: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """An annotation file."""
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": CATEGORIES if categories is None else categories,
+    }
+
+
+def entry(image_id: int, width: int, height: int) -> dict[str, Any]:
+    """An image in an annotation file."""
+    return {"id": image_id, "file_name": f"{image_id:06d}.png", "width": width, "height": height}
+
+
+def write(root: Path, split: str, what: dict[str, Any], pictures: bool = True) -> Path:
+    """Write a split into the folder `root`; returns the annotation file. Objects' boxes are painted in their category's colour."""
+    source = root / "annotations" / f"instances_{split}2017.json"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(json.dumps(what))
+    folder = root / f"{split}2017"
+    folder.mkdir(exist_ok=True)
+    if pictures:
+        for image in what["images"]:
+            draw = np.random.default_rng(image["id"])
+            pixels = draw.integers(0, 60, (image["height"], image["width"], 3), dtype=np.uint8)
+            for annotation in what["annotations"]:
+                if annotation["image_id"] == image["id"]:
+                    x, y, w, h = (int(value) for value in annotation["bbox"])
+                    pixels[max(y, 0) : y + h, max(x, 0) : x + w, annotation["category_id"] % 3] += 150
+            Image.fromarray(pixels).save(folder / image["file_name"])
+    return source
+
+
+def small_coco(root: Path) -> Path:
+    """Four training images of two shapes and three for validation (one without objects), with a crowd and a degenerate box each."""
+    sizes = {1: (96, 64), 2: (64, 96), 3: (96, 64), 4: (64, 96)}
+    annotations = []
+    for image_id, (width, height) in sizes.items():
+        first = 10 * image_id
+        annotations += [
+            rectangle(first, image_id, 1, [8, 8, 24, 20]),
+            rectangle(first + 1, image_id, 4, [30, 30, 30, 24]),
+        ]
+        if image_id == 1:
+            region = np.zeros((height, width), dtype=bool)
+            region[40:60, 4:20] = True
+            annotations += [crowd(first + 2, image_id, 2, region), rectangle(first + 3, image_id, 2, [5, 5, 0, 9])]
+    images = [entry(image_id, *size) for image_id, size in sizes.items()]
+    write(root, "train", contents(images, annotations))
+    kept = [annotation for annotation in annotations if annotation["image_id"] != 3]
+    write(root, "val", contents(images[:3], [annotation for annotation in kept if annotation["image_id"] < 3]))
+    return root
