@@ -26,10 +26,9 @@ from src.compression.finetune.checkpoint import Checkpoint, Position, Training, 
 from src.compression.finetune.gradients import GradientWatch
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.engines.single import SingleProcess
-from src.run.checkpoints import PROCESSES, StoredCheckpoint
+from src.run.checkpoints import CheckpointFolder, StoredCheckpoint
+from src.run.fingerprint import PROCESSES, RunFingerprint
 from src.run.output_folder import OutputFolder
-from src.run.resume import ResumableRun
-from src.run.signals import Stop
 from src.settings import Settings
 
 from .cost import batch, coded_model, dense_model, training_step
@@ -57,11 +56,10 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
     engine = SingleProcess(device)
     output = OutputFolder(folder / f"{arch}{'' if coded else '-dense'}", overwrite=False)
     output.begin()
-    output.go_on()
-    kept = ResumableRun(output, engine, 500, Stop(), print, None)
-    kept.check_fingerprint({PROCESSES: 1}, Settings())
+    output.continue_run()
+    kept = CheckpointFolder(output.resume, engine, RunFingerprint.of(Settings(), {PROCESSES: 1}))
     states = [seconds(lambda: kept.keep(take(training, engine)), device) for _ in range(options.repeats + 2)]
-    newest = max(output.resume.glob("state-*"))
+    newest = max(output.resume.glob("checkpoint-*"))
     watch = GradientWatch(model)
     watched = [seconds(lambda: bool(watch.look(1)), device) for _ in range(options.repeats)]
     reading = seconds(lambda: restore(_read(newest), training, training.position), device)

@@ -27,7 +27,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "compression.permute": ("common", "engines.machine", "compression.quantize.subvectors"),
     "compression.finetune": ("common", "engines.engine"),
     "architectures": ("common", "compression.permute.groups"),
-    "model_files": ("common", "compression.quantize", "compression.permute.groups", "architectures"),
+    "model_files": ("common", "compression.quantize", "compression.permute", "architectures"),
     "model_files.pickle_safety": ("common",),
     "model_files.safetensors_file": ("common",),
     "model_files.bit_packing": (),

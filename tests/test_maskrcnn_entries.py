@@ -225,7 +225,7 @@ def test_a_packed_file_says_what_the_run_did_and_is_evaluated_without_settings_o
     printed = capsys.readouterr()
     metrics = results["history"][str(results["best epoch"])]
     assert f"model: maskrcnn, {path}" in printed.out
-    assert "what the settings file says about that is not used" in printed.err
+    assert "what the settings file says about that is not used" in printed.out
     assert f"box AP {metrics['BoxAP']:.1f} " in printed.out
     assert f"mask AP {metrics['MaskAP']:.1f} " in printed.out
     command = [*SMALL, *flags, "--model.state_dict_compressed", str(path), "--model.arch", "resnet18"]

@@ -1,9 +1,12 @@
-"""Any model file in: packed, published or dense; what it is is read from the file itself, not from settings."""
+"""Any model file in: packed, published or dense; what it is is read from the file itself, not from settings.
+
+A file is read, and its checksum and contents checked, once: `read_model_file`. From what was read a network is built, of the
+architecture that the file names or that its tensors fit: `open_model_file`, or `build_network` where settings say more.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,33 +19,74 @@ from ..common.errors import CheckpointError, SettingsError
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.subvectors import can_be_quantized
 from .building import build_and_load
-from .packed import AppliedPermutation, ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
+from .compression_report import permutations_of_run
+from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
 from .pth import is_compressed, read_tensors
 
 MOST_CLASSES = 1 << 24
 
 
 @dataclass(frozen=True)
+class ModelFile:
+    """What a model file holds, read and checked, and not yet a network.
+
+    Attributes:
+        path: of the file.
+        packed: its contents where it is a packed file; None for others.
+        tensors: of a published or dense file, under the names in the file; empty for packed ones.
+    """
+
+    path: Path
+    packed: PackedFile | None
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it has quantized layers."""
+        return bool(self.packed.layers) if self.packed is not None else is_compressed(self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """Packed, published or dense."""
+        return "packed" if self.packed is not None else "published" if self.quantized else "dense"
+
+
+@dataclass(frozen=True)
 class OpenModelFile:
-    """A model file, read and checked.
+    """A model file, and the network in it.
 
     Attributes:
         model: the network, in evaluation mode, on the CPU.
         architecture: what it is.
         info: what else is known about it.
-        coded: whether it has coded layers.
+        quantized: whether it has quantized layers.
         kind: packed, published or dense.
     """
 
     model: nn.Module
     architecture: Architecture
     info: ModelInfo
-    coded: bool
+    quantized: bool
     kind: str
 
 
+def read_model_file(path: Path) -> ModelFile:
+    """Read and check any model file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path}: ONNX files are written, not read; name the .pth or .safetensors file it came from"
+        )
+    if is_packed(path):
+        return ModelFile(path, load_packed(path), {})
+    return ModelFile(path, None, read_tensors(path))
+
+
 def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
-    """Read any model file without settings.
+    """Read any model file without settings, and build its network.
 
     Args:
         path: `.pth` or `.safetensors`.
@@ -51,37 +95,46 @@ def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
     Raises:
         CheckpointError: it cannot be read, or is no known architecture.
     """
-    if path.suffix == ".onnx":
-        raise CheckpointError(
-            f"{path}: ONNX files are written, not read; name the .pth or .safetensors file it came from"
-        )
-    if is_packed(path):
-        packed = load_packed(path)
-        architecture = architecture_of(packed)
+    file = read_model_file(path)
+    if file.packed is not None:
+        architecture = architecture_of(file.packed)
         if arch is not None and arch != architecture.name:
             raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
-        return OpenModelFile(
-            build_packed(packed, architecture), architecture, packed.info, bool(packed.layers), "packed"
+        info = file.packed.info
+    else:
+        architecture = _identify(file.tensors, str(path), arch)
+        state = architecture.current_state(file.tensors)
+        info = replace(
+            ModelInfo(architecture.name, _classes(architecture, state)), permutations=permutations_of_run(path)
         )
-    state, source = read_tensors(path), str(path)
-    architecture = _identify(state, source, arch)
-    state = architecture.current_state(state)
-    coded = is_compressed(state)
-    n_classes = _classes(architecture, state)
-    model = build_and_load(
-        lambda: architecture.build_for(state),
-        (lambda dense: plan_of(dense, state, source)) if coded else None,
-        state,
-        source,
-    )
-    info = ModelInfo(architecture.name, n_classes)
     return OpenModelFile(
-        model,
-        architecture,
-        replace(info, permutations=_left_by_the_run(path)),
-        coded,
-        "published" if coded else "dense",
+        model=build_network(file, architecture),
+        architecture=architecture,
+        info=info,
+        quantized=file.quantized,
+        kind=file.kind,
     )
+
+
+def build_network(
+    file: ModelFile, architecture: Architecture, plan: Callable[[nn.Module], Plan] | None = None
+) -> nn.Module:
+    """The network of a file, in evaluation mode, on the CPU; nothing is clustered.
+
+    Args:
+        file: from `read_model_file`.
+        architecture: of the network.
+        plan: dense network -> which of its layers are quantized, and how; None: what the file itself says. Packed files always say it.
+
+    Raises:
+        CheckpointError: the file does not fit the architecture.
+        PlanError: `plan` does not.
+    """
+    if file.packed is not None:
+        return _build_packed(file.packed, architecture)
+    source, state = str(file.path), architecture.current_state(file.tensors)
+    own = plan or (lambda dense: plan_of(dense, state, source))
+    return build_and_load(lambda: architecture.build_for(state), own if file.quantized else None, state, source)
 
 
 def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture:
@@ -99,12 +152,7 @@ def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture
     return found
 
 
-def build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
-    """The network of a packed file, built from what the file says; in evaluation mode, on the CPU.
-
-    Raises:
-        CheckpointError: the file does not fit the architecture.
-    """
+def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
     n_classes = packed.info.num_classes
     if n_classes is None or n_classes > MOST_CLASSES:
         raise CheckpointError(f"{packed.source}: {n_classes} classes; expected a number up to {MOST_CLASSES:,}")
@@ -115,10 +163,10 @@ def build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
 
 
 def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
-    """Which layers of `model` a published file has coded, and how: every codebook says its k and d.
+    """Which layers of `model` a published file has quantized, and how: every codebook says its k and d.
 
     Raises:
-        CheckpointError: the file codes something that the network cannot code so.
+        CheckpointError: the file quantizes something that the network cannot quantize so.
     """
     modules = dict(model.named_modules())
     layers = {}
@@ -132,7 +180,7 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
         k, d = codebook.shape if fits and codebook is not None else (0, 1)
         if k < 2 or k & (k - 1) or module.weight[0].numel() % d:
             raise CheckpointError(
-                f"{source} does not fit the network: layer {name!r} cannot be a coded {type(module).__name__} with the codebook that the file holds"
+                f"{source} does not fit the network: layer {name!r} cannot be a quantized {type(module).__name__} with the codebook that the file holds"
             )
         layers[name] = LayerPlan(name, d, k, "kmeans", 0)
     return Plan(layers, ())
@@ -164,7 +212,7 @@ def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Arc
 
 
 def _same_shape(name: str, tensor: Tensor, model: nn.Module, architecture: Architecture) -> bool:
-    """Whether a dense weight of the file has the network's shape; coded weights and the head are checked later."""
+    """Whether a dense weight of the file has the network's shape; quantized weights and the head are checked later."""
     layer, _, leaf = name.rpartition(".")
     if leaf != "weight" or layer == architecture.head:
         return True
@@ -173,26 +221,3 @@ def _same_shape(name: str, tensor: Tensor, model: nn.Module, architecture: Archi
 
 def _classes(architecture: Architecture, state: Mapping[str, Tensor]) -> int:
     return min(architecture.classes_of(state) or architecture.n_classes, MOST_CLASSES)
-
-
-def _left_by_the_run(path: Path) -> tuple[AppliedPermutation, ...] | None:
-    """The permutations that the run which wrote `path` applied, if it left a table of them."""
-    return read_permutations(path.parent.parent / "compression.json") if path.parent.name == "trained_models" else None
-
-
-def read_permutations(table: Path) -> tuple[AppliedPermutation, ...] | None:
-    """The permutations that a run's `compression.json` lists; None where it is missing or does not name all layers."""
-    try:
-        groups = json.loads(table.read_text(encoding="utf-8"))["groups"]
-        return tuple(
-            AppliedPermutation(
-                tuple(group["parents"]),
-                tuple(group["readers"]),
-                torch.tensor(group["permutation"], dtype=torch.int64),
-                {name: tuple(shape) for name, shape in group["reshapes"].items()},
-            )
-            for group in groups
-            if group["permutation"] is not None
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        return None

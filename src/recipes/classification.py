@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 
 from ..architectures.architecture import Architecture, n_outputs
+from ..common.log import log
 from ..compression.quantize.layers import set_memory_format
-from ..engines.engine import Engine
 from ..model_files.size import model_size
-from ..run.processes import first_here, printer, processes
+from ..run.agreement import first_here
+from ..run.open_run import Run
+from ..run.processes import processes
 from ..settings import Settings
 from ..tasks.classification import check_classes
 from .data import classification_task, images_fingerprint, read_images
-from .initial_model import architecture_to_evaluate, dense_model, model_to_evaluate
-from .train import Prepared, train, verdict
+from .evaluate import verdict
+from .initial_model import dense_model, model_to_evaluate
+from .train import Prepared, train
 
 
 def train_classification(settings: Settings) -> int:
@@ -23,34 +26,37 @@ def train_classification(settings: Settings) -> int:
     return train(settings, "classification", _prepare)
 
 
-def _prepare(settings: Settings, architecture: Architecture, weights: str | Path, engine: Engine) -> Prepared:
-    train_images, validation = read_images(settings, ("train", "val"), engine)
-    with first_here(engine):
-        model = dense_model(architecture, weights, len(train_images.classes), engine.is_main)
+def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepared:
+    train_images, validation = read_images(run.settings, ("train", "val"), run.engine)
+    with first_here(run.engine):
+        model = dense_model(architecture, weights, len(train_images.classes), run.engine.is_main)
     check_classes(len(train_images.classes), n_outputs(architecture, model))
-    side = settings.dataloader.image_size
-    task = classification_task(settings, engine, train_images, validation)
-    return Prepared(model, task, torch.randn(2, 3, side, side), {}, images_fingerprint(train_images, validation))
+    side = run.settings.dataloader.image_size
+    return Prepared(
+        model=model,
+        task=classification_task(run.settings, run.engine, train_images, validation),
+        example=torch.randn(2, 3, side, side),
+        results={},
+        images_digest=images_fingerprint(train_images, validation),
+    )
 
 
 def evaluate_classification(settings: Settings) -> int:
     """Evaluate a compressed (or dense) classification network; returns status 1 if `expected` is missed."""
     with processes(settings) as engine:
-        say = printer(engine)
-        architecture = architecture_to_evaluate(settings, "classification")
         with first_here(engine):
-            model, source = model_to_evaluate(settings, architecture, engine.is_main)
+            found = model_to_evaluate(settings, "classification", engine.is_main)
         (validation,) = read_images(settings, ("val",), engine)
-        check_classes(len(validation.classes), n_outputs(architecture, model))
-        say(f"model: {source}")
-        say(f"size: {model_size(model).summary()}")
-        model = set_memory_format(model.to(engine.device), settings.channels_last)
+        check_classes(len(validation.classes), found.n_outputs)
+        log.info("model: %s", found.source)
+        log.info("size: %s", model_size(found.model).summary())
+        model = set_memory_format(found.model.to(engine.device), settings.channels_last)
         metrics = classification_task(settings, engine, None, validation).validate(model, "evaluate")
     images, correct, top5 = (int(metrics[name]) for name in ("images", "correct", "correct_top5"))
-    say(f"top-1 accuracy: {metrics['accuracy']:.2f} % ({correct:,} of {images:,})")
-    say(f"top-5 accuracy: {metrics['accuracy_top5']:.2f} % ({top5:,} of {images:,})")
-    say(f"cross entropy: {metrics['loss']:.4f}")
+    log.info("top-1 accuracy: %.2f %% (%s of %s)", metrics["accuracy"], f"{correct:,}", f"{images:,}")
+    log.info("top-5 accuracy: %.2f %% (%s of %s)", metrics["accuracy_top5"], f"{top5:,}", f"{images:,}")
+    log.info("cross entropy: %.4f", metrics["loss"])
     if metrics["skipped"]:
-        say(f"skipped: {int(metrics['skipped']):,} unreadable images")
+        log.info("skipped: %s unreadable images", f"{int(metrics['skipped']):,}")
     expected = settings.expected
-    return verdict(metrics, {"accuracy": expected.accuracy}, expected.tolerance, say)
+    return verdict(metrics, {"accuracy": expected.accuracy}, expected.tolerance)

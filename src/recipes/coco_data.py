@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..engines.engine import Engine
-from ..run.processes import check_same, digest_of
+from ..run.agreement import check_same, digest_of
 from ..settings import Settings
 from ..tasks.coco.data import CocoSplit, read_coco, unusable_images, without
 from ..tasks.detection import Detection

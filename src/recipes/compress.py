@@ -1,24 +1,24 @@
-"""From settings to a permuted and coded network: everything is checked first, then done, then reported."""
+"""From settings to a permuted and quantized network: everything is checked first, then done, then reported."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from ..architectures.architecture import Architecture
+from ..common.log import log, note
 from ..compression.permute.groups import Group, check_function, resolve
 from ..compression.permute.permute import GroupResult, PermutationSpec, permute
 from ..compression.quantize.compress import LayerResult, candidate_distortion, compress
 from ..compression.quantize.plan import Plan, make_plan
-from ..engines.engine import Engine
+from ..model_files.compression_report import FILE_NAME, report_text
 from ..model_files.size import model_size
+from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
-from ..run.resume import ResumableRun
 from ..settings import Settings
 from .compress_distributed import permute_together, quantize_together
 from .specs import permutation_specs, quantization_spec
@@ -26,15 +26,30 @@ from .specs import permutation_specs, quantization_spec
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """What will be done to a network, checked against it."""
+    """What will be done to a network, checked against it.
 
-    plan: Plan
+    Attributes:
+        quantization: how each layer will be quantized.
+        groups: of layers that share a permutation.
+        specs: how single layers are searched, by name.
+        search: `best` or `published`.
+        n_tries: swaps per group of the published search.
+        seconds: limit of the best search; None: none.
+        seed: of all random choices.
+    """
+
+    quantization: Plan
     groups: Sequence[Group]
-    specs: dict[str, PermutationSpec]
+    specs: Mapping[str, PermutationSpec]
     search: str
     n_tries: int
     seconds: float | None
     seed: int
+
+    @property
+    def reshapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes in which linear layers read flattened feature maps, by name."""
+        return {name: spec.reshape for name, spec in self.specs.items() if spec.reshape}
 
 
 def plan_compression(
@@ -49,74 +64,95 @@ def plan_compression(
         example: a batch of inputs (B, 3, H, W) to try the groups on.
 
     Raises:
-        PlanError: a layer cannot be coded as asked.
+        PlanError: a layer cannot be quantized as asked.
         GroupError: a group does not fit, or would change the network's function.
     """
     given = settings.model
-    plan = make_plan(model, quantization_spec(settings))
+    quantization = make_plan(model, quantization_spec(settings))
     if not given.use_permutations:
         groups = []
     elif given.permutations is None:
         groups = architecture.groups(model)
     else:
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
-    specs = permutation_specs(settings, architecture)
-    reshapes = {name: spec.reshape for name, spec in specs.items() if spec.reshape}
-    resolve(model, groups, reshapes)
-    check_function(model, groups, example, reshapes, settings.seed, architecture.outputs)
-    return CompressionPlan(plan, groups, specs, given.search, given.sls_iterations, given.search_seconds, settings.seed)
+    plan = CompressionPlan(
+        quantization=quantization,
+        groups=groups,
+        specs=permutation_specs(settings, architecture),
+        search=given.search,
+        n_tries=given.sls_iterations,
+        seconds=given.search_seconds,
+        seed=settings.seed,
+    )
+    resolve(model, groups, plan.reshapes)
+    check_function(model, groups, example, plan.reshapes, settings.seed, architecture.outputs)
+    return plan
 
 
-def run_compression(
-    intent: CompressionPlan,
-    model: nn.Module,
-    engine: Engine,
-    recorder: AnyRecorder,
-    say: Callable[[str], None],
-    kept: ResumableRun,
-) -> nn.Module:
-    """Permute and code `model` and report distortion; returns the coded network. Groups and layers that `kept` has are not done again."""
-    for note in intent.plan.notes:
-        say(f"note: {note}")
-    search = partial(
-        permute,
-        sizes=intent.plan.sizes,
-        how=intent.search,
-        n_tries=intent.n_tries,
-        seconds=intent.seconds,
-        specs=intent.specs,
-        seed=intent.seed,
-        measure=candidate_distortion(intent.plan, intent.seed),
-        show_progress=engine.is_main,
+def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
+    """Permute and quantize `model` and report the distortion; returns the quantized network.
+
+    Groups and layers that an earlier process of the run finished are not done again.
+    """
+    for text in plan.quantization.notes:
+        note(text)
+    permuted = _permute(run, plan, model)
+    log.info("%s", _permutation_summary(permuted))
+    quantize = partial(
+        compress,
+        seed=plan.seed,
+        device=run.engine.device,
+        show_progress=run.engine.is_main,
+        finished=run.checkpoints.clusterings,
     )
-    reshapes = {name: spec.reshape for name, spec in intent.specs.items() if spec.reshape}
-    permuted = permute_together(
-        engine,
-        model,
-        intent.groups,
-        reshapes,
-        lambda part, groups, numbers: search(part, groups, finished=kept.searches(numbers)),
-    )
-    say(_permutation_summary(permuted))
-    code = partial(
-        compress, seed=intent.seed, device=engine.device, show_progress=engine.is_main, finished=kept.clusterings
-    )
-    model, layers = quantize_together(engine, model, intent.plan, code)
-    for layer in layers:
-        recorder.scalar(f"Distortion/{layer.name or 'model'}", layer.relative_error)
-    say(_quantization_summary(layers))
-    recorder.file("compression.json", _table(layers, permuted, intent))
+    model, layers = quantize_together(run.engine, model, plan.quantization, quantize)
+    log.info("%s", _quantization_summary(layers))
+    run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
+    run.recorder.file(FILE_NAME, report_text(layers, plan.groups, permuted, plan.reshapes))
     return model
 
 
-def report_size(model: nn.Module, recorder: AnyRecorder, say: Callable[[str], None]) -> dict[str, float]:
-    """Say and keep the size of a coded network; returns its figures."""
+def _permute(run: Run, plan: CompressionPlan, model: nn.Module) -> list[GroupResult]:
+    """Permute `model` in place, by all processes together."""
+    search = partial(
+        permute,
+        sizes=plan.quantization.sizes,
+        how=plan.search,
+        n_tries=plan.n_tries,
+        seconds=plan.seconds,
+        specs=plan.specs,
+        seed=plan.seed,
+        measure=candidate_distortion(plan.quantization, plan.seed),
+        show_progress=run.engine.is_main,
+    )
+    return permute_together(
+        run.engine,
+        model,
+        plan.groups,
+        plan.reshapes,
+        lambda part, groups, numbers: search(part, groups, finished=run.checkpoints.searches(numbers)),
+    )
+
+
+def report_size(model: nn.Module, recorder: AnyRecorder) -> dict[str, float]:
+    """Log and record the size of a quantized network; returns its figures."""
     counted = model_size(model)
-    say(f"size: {counted.summary()}")
-    size = {"bits": counted.bits, "megabytes": round(counted.megabytes, 4), "ratio": round(counted.ratio, 4)}
-    for name, value in size.items():
-        recorder.scalar(f"Size/{name}", value)
-    return size
+    log.info("size: %s", counted.summary())
+    recorder.table(
+        "size",
+        ["", "bits", "MB"],
+        [
+            [name, f"{bits:,}", f"{bits / 8 / 2**20:.2f}"]
+            for name, bits in (
+                ("codes", counted.codes),
+                ("codebooks", counted.codebooks),
+                ("other", counted.other),
+                ("all", counted.bits),
+                (f"dense network, {counted.ratio:.2f} times as large", counted.original),
+            )
+        ],
+    )
+    return {"bits": counted.bits, "megabytes": round(counted.megabytes, 4), "ratio": round(counted.ratio, 4)}
 
 
 def _permutation_summary(results: Sequence[GroupResult]) -> str:
@@ -125,40 +161,20 @@ def _permutation_summary(results: Sequence[GroupResult]) -> str:
     improved = [r for r in results if r.children and r.after < r.before]
     fixed = sum(not r.children for r in results)
     mean = sum(r.after - r.before for r in improved) / len(improved) if improved else 0.0
-    text = f"permute: {len(improved)} of {len(results)} groups reordered, log det(Cov) changed by {mean:.3f} on average"
-    return text + (f"; {fixed} do not depend on the order of channels" if fixed else "")
+    text = f"permute: {len(improved)} of {len(results)} groups permuted, log det(Cov) changed by {mean:.3f} on average"
+    return text + (f"; {fixed} do not depend on a permutation" if fixed else "")
 
 
 def _quantization_summary(layers: Sequence[LayerResult]) -> str:
     if not layers:
-        return "quantize: no layer was coded"
+        return "quantize: no layer was quantized"
     lost = sum(layer.distortion for layer in layers) / (sum(layer.power for layer in layers) or math.nan)
     worst = max(layers, key=lambda layer: layer.relative_error)
     most = f"most in {worst.name or 'the model'}: {100 * worst.relative_error:.2f} %"
-    return f"quantize: {len(layers)} layers coded, {100 * lost:.2f} % of the weights' energy lost ({most})"
+    return f"quantize: {len(layers)} layers quantized, {100 * lost:.2f} % of the weights' energy lost ({most})"
 
 
-def _table(layers: Sequence[LayerResult], permuted: Sequence[GroupResult], intent: CompressionPlan) -> str:
-    """Distortion per layer and the permutations as applied, for later analysis."""
-    groups = [
-        {
-            "group": result.label,
-            "parents": group.parents,
-            "readers": group.children,
-            "reshapes": {
-                name: intent.specs[name].reshape
-                for name in group.children
-                if name in intent.specs and intent.specs[name].reshape
-            },
-            "children": result.children,
-            "before": result.before,
-            "after": result.after,
-            "permutation": None if result.permutation is None else result.permutation.tolist(),
-        }
-        for group, result in zip(intent.groups, permuted, strict=True)
-    ]
-    table = {
-        "layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers],
-        "groups": groups,
-    }
-    return json.dumps(table, indent=1) + "\n"
+def _distortion_rows(layers: Sequence[LayerResult]) -> list[list[str]]:
+    """The layers that lost most first."""
+    falling = sorted(layers, key=lambda layer: -layer.relative_error)
+    return [[layer.name or "(model)", f"{100 * layer.relative_error:.3f} %"] for layer in falling]

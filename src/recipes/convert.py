@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from ..common.errors import SettingsError
+from ..common.log import log
 from ..common.paths import find
 from ..common.randomness import stream
 from ..compression.quantize.dequantize import dequantized_state
@@ -33,19 +33,17 @@ def convert(
     arch: str | None = None,
     image_size: int = 224,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
 ) -> int:
     """Read `source`, whatever it is, and write it as `target`, whose ending says as what.
 
     Args:
         source: `.pth` or `.safetensors`.
         target: `.pth`: published format; `.safetensors`: packed; `.onnx`: codebooks and codes.
-        dense: decode the weights instead, for other programs. Dense networks are always written densely.
+        dense: dequantize the weights instead, for other programs. Dense networks are always written densely.
         entropy_coding: entropy-code the codes of a packed file where that is smaller.
         arch: name of the architecture, where the file does not tell.
         image_size: side of the images with which an ONNX graph is traced and checked.
         overwrite: replace `target`.
-        say: prints a line.
 
     Returns:
         The exit status.
@@ -57,22 +55,22 @@ def convert(
     """
     path, to = find(source, "the model to convert"), Path(target).expanduser()
     _check_target(path, to, dense, entropy_coding, overwrite)
-    stored = open_model_file(path, arch)
-    dense = dense or not stored.coded
+    file = open_model_file(path, arch)
+    dense = dense or not file.quantized
     if dense and entropy_coding:
         raise SettingsError("--entropy: a dense network has no codes")
-    say(f"{path}: {stored.kind} {stored.architecture.name}, {path.stat().st_size:,} bytes")
+    log.info("%s: %s %s, %s bytes", path, file.kind, file.architecture.name, f"{path.stat().st_size:,}")
     if to.suffix == ".onnx":
-        _write_onnx(stored, to, dense, image_size, say)
+        _write_onnx(file, to, dense, image_size)
     elif dense:
-        (save_dense if to.suffix == ".pth" else save_dense_safetensors)(_dequantized(stored), to)
+        (save_dense if to.suffix == ".pth" else save_dense_safetensors)(_dequantized(file), to)
     elif to.suffix == ".pth":
-        save_compressed(stored.model, to)
+        save_compressed(file.model, to)
     else:
-        save_packed(stored.model, to, replace(stored.info, producer=PRODUCER), entropy_coding=entropy_coding)
-    bits = model_size(stored.model).bits
+        save_packed(file.model, to, replace(file.info, producer=PRODUCER), entropy_coding=entropy_coding)
+    bits = model_size(file.model).bits
     share = "" if dense else f", {to.stat().st_size / (bits / 8):.4f} of the {bits / 8:,.0f} that are reported"
-    say(f"{to}: {'dense' if dense else 'coded'}, {to.stat().st_size:,} bytes{share}")
+    log.info("%s: %s, %s bytes%s", to, "dense" if dense else "quantized", f"{to.stat().st_size:,}", share)
     return 0
 
 
@@ -91,38 +89,38 @@ def _check_target(source: Path, target: Path, dense: bool, entropy_coding: bool,
         raise SettingsError(f"{target} already exists; name another file, or replace it with --overwrite")
 
 
-def _dequantized(stored: OpenModelFile) -> nn.Module:
-    """The dense network of a stored one; it may share what is not coded with it."""
-    if not stored.coded:
-        return stored.model
-    state = dequantized_state(stored.model)
+def _dequantized(file: OpenModelFile) -> nn.Module:
+    """The dense network of an open model file; it may share what is not quantized with it."""
+    if not file.quantized:
+        return file.model
+    state = dequantized_state(file.model)
     with torch.device("meta"):
-        model = stored.architecture.build_for(state)
+        model = file.architecture.build_for(state)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def _write_onnx(stored: OpenModelFile, target: Path, dense: bool, image_size: int, say: Callable[[str], None]) -> None:
-    if stored.architecture.task != "classification":
+def _write_onnx(file: OpenModelFile, target: Path, dense: bool, image_size: int) -> None:
+    if file.architecture.task != "classification":
         raise SettingsError(
-            f"ONNX files are written for classification networks; {stored.architecture.name} is for {stored.architecture.task}"
+            f"ONNX files are written for classification networks; {file.architecture.name} is for {file.architecture.task}"
         )
-    graph = dense_graph(_dequantized(stored), image_size)
+    graph = dense_graph(_dequantized(file), image_size)
     if not dense:
-        put_codes(graph, stored.model)
+        put_codes(graph, file.model)
     about = {
         "producer": PRODUCER,
-        "arch": stored.architecture.name,
+        "arch": file.architecture.name,
         "weights": "dense" if dense else "codebook and codes",
     }
     images = torch.randn(2, 3, image_size, image_size, generator=stream(0, "onnx check"))
     found: list[float | None] = []
-    write_graph(graph, target, about, lambda written: found.append(difference(written, stored.model, images)))
+    write_graph(graph, target, about, lambda written: found.append(difference(written, file.model, images)))
     off = found[0]
-    coded = sum(isinstance(module, QuantizedLayer) for module in stored.model.modules())
+    quantized = sum(isinstance(module, QuantizedLayer) for module in file.model.modules())
     checked = (
         "not checked: onnxruntime is not installed"
         if off is None
         else f"onnxruntime's logits are PyTorch's to {off:.1e}"
     )
-    say(f"{checked}; {0 if dense else coded} weights as codebook and codes")
+    log.info("%s; %d weights as codebook and codes", checked, 0 if dense else quantized)

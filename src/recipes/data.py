@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..common.errors import SettingsError
+from ..common.log import log, note
 from ..common.paths import candidates, find
 from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
-from ..run.processes import check_same, digest_of, first_here
+from ..run.agreement import check_same, digest_of, first_here
 from ..settings import Settings, require
 from ..tasks.classification import Classification
 from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
@@ -91,10 +91,10 @@ def check_together(engine: Engine, paths: Sequence[str], check: Callable[[slice]
 
 
 def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
-    """One line on standard error about the files that are left out."""
+    """One line in the log about the files that are left out."""
     if bad and is_main:
         names = some(path for path, _ in bad)
-        print(f"warning: skipped {len(bad):,} unreadable images of {folder}: {names}", file=sys.stderr)
+        log.warning("skipped %s unreadable images of %s: %s", f"{len(bad):,}", folder, names)
 
 
 def classification_task(
@@ -129,8 +129,7 @@ def workers(wanted: int, engine: Engine) -> int:
     share = own_processors()
     if wanted > share and engine.is_main:
         among = f", shared by {engine.local_size} processes" if engine.local_size > 1 else ""
-        print(
-            f"note: dataloader.num_workers: {share} instead of {wanted}, as this machine has {available_processors()} processors{among}",
-            file=sys.stderr,
+        note(
+            f"dataloader.num_workers: {share} instead of {wanted}, as this machine has {available_processors()} processors{among}"
         )
     return min(wanted, share)

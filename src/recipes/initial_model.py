@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .. import architectures
-from ..architectures.architecture import Architecture
+from ..architectures.architecture import Architecture, n_outputs
 from ..common.errors import CheckpointError, PlanError, SettingsError
+from ..common.log import note
 from ..common.paths import find
-from ..compression.quantize.plan import QuantizationSpec, make_plan
-from ..model_files.building import build_and_load
-from ..model_files.open_model_file import architecture_of, build_packed
-from ..model_files.packed import PackedFile, is_packed, load_packed
-from ..model_files.pth import is_compressed, load_state, read_tensors
+from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
+from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file
+from ..model_files.packed import PackedFile
+from ..model_files.pth import load_state, read_tensors
 from ..settings import Settings, given_on_command_line, require
-from .specs import quantization_spec
+from .specs import quantization_spec, with_current_names
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
+COMPRESSION = "model.compression_parameters"
 
 
-def load_compressed(path: Path, architecture: Architecture, spec: QuantizationSpec) -> nn.Module:
-    """Build `architecture` for the file's classes and coding, without clustering anything, and load the file; on the CPU.
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A network to evaluate.
 
-    An ordinary state dict gives the dense network.
-
-    Raises:
-        CheckpointError: the file cannot be read or does not fit.
-        PlanError: the coding settings do not fit the architecture.
+    Attributes:
+        model: in evaluation mode, on the CPU.
+        architecture: what it is.
+        n_outputs: classes that it tells apart.
+        source: what it is and where it came from, for the log.
     """
-    state = architecture.current_state(read_tensors(path))
-    coded = is_compressed(state)
-    return build_and_load(
-        lambda: architecture.build_for(state),
-        (lambda dense: make_plan(dense, spec)) if coded else None,
-        state,
-        str(path),
-    )
+
+    model: nn.Module
+    architecture: Architecture
+    n_outputs: int
+    source: str
 
 
 def weights_source(settings: Settings) -> str | Path:
@@ -57,7 +57,7 @@ def weights_source(settings: Settings) -> str | Path:
     )
 
 
-def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, is_main: bool) -> nn.Module:
+def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool) -> nn.Module:
     """The dense network to start from; `n_classes` counts only where the head has random weights.
 
     The state dict of a classifier gives the backbone of a network that has such a one; its other layers are random.
@@ -69,21 +69,18 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
     if weights == "none":
         return architecture.build(n_classes)
     if isinstance(weights, Path):
-        state, source = read_tensors(weights), str(weights)
-        if is_compressed(state):
+        file, source = read_model_file(weights), str(weights)
+        if file.quantized or file.packed is not None:
             raise CheckpointError(f"model.weights: {weights} is a compressed model, and a dense one is wanted here")
+        state = architecture.current_state(file.tensors)
     else:
-        if architecture.licence and is_main:
-            print(f"note: licence of the weights of {architecture.name}: {architecture.licence}", file=sys.stderr)
-        state, source = architecture.published_weights(is_main), architecture.weights_url
-    state = architecture.current_state(state)
+        if architecture.licence:
+            note(f"licence of the weights of {architecture.name}: {architecture.licence}")
+        source = architecture.weights_url
+        state = architecture.current_state(architecture.published_weights(show_progress))
     backbone = architecture.backbone_of(state)
     if backbone is not None:
-        if is_main:
-            print(
-                f"note: {source} holds a classifier: the backbone starts from it, the other layers from random weights",
-                file=sys.stderr,
-            )
+        note(f"{source} holds a classifier: the backbone starts from it, the other layers from random weights")
         model = architecture.build(n_classes)
         load_state(model.get_submodule(architecture.backbone), backbone, source)
         return model
@@ -92,96 +89,103 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
     return model
 
 
-def model_to_evaluate(settings: Settings, architecture: Architecture, is_main: bool) -> tuple[nn.Module, str]:
-    """The network of `state_dict_compressed`, or the dense one of `weights` with `use_compression: False`; and its name.
+def load_compressed(path: Path, architecture: Architecture, spec: QuantizationSpec) -> nn.Module:
+    """Build `architecture` for the file's classes and quantization, without clustering anything, and load the file; on the CPU.
+
+    An ordinary state dict gives the dense network.
 
     Raises:
-        SettingsError: the file is not set or not there.
-        CheckpointError: it does not fit.
+        CheckpointError: the file cannot be read or does not fit.
+        PlanError: the quantization settings do not fit the architecture.
+    """
+    return build_network(ModelFile(path, None, read_tensors(path)), architecture, lambda dense: make_plan(dense, spec))
+
+
+def model_to_evaluate(settings: Settings, task: str, show_progress: bool) -> EvaluatedModel:
+    """The network of `state_dict_compressed`, or the dense one of `weights` with `use_compression: False`.
+
+    A packed file says what it is and how it was quantized; what the settings say about that is compared with it.
+
+    Raises:
+        SettingsError: the file is not set or not there; the command line contradicts it. A settings file that does is
+            overridden, with a note.
+        CheckpointError: it cannot be read, does not fit, or names an architecture that is not known for `task`.
     """
     if not settings.model.use_compression:
+        architecture = architectures.get(settings.model.arch, task)
         weights = weights_source(settings)
         n_classes = settings.dataloader.num_classes or architecture.n_classes
-        return dense_model(architecture, weights, n_classes, is_main).eval(), f"dense {architecture.name}, {weights}"
-    if settings.model.state_dict_compressed is None:
+        dense = dense_model(architecture, weights, n_classes, show_progress).eval()
+        return EvaluatedModel(
+            dense, architecture, n_outputs(architecture, dense), f"dense {architecture.name}, {weights}"
+        )
+    file = read_model_file(_compressed_file(settings))
+    architecture = _architecture_to_evaluate(settings, file, task)
+    spec = quantization_spec(with_current_names(settings, architecture))
+    plan: Callable[[nn.Module], Plan] = lambda dense: make_plan(dense, spec)  # noqa: E731
+    model = build_network(file, architecture, plan)
+    if file.packed is not None:
+        _compare(settings, file.packed, architecture, plan)
+    return EvaluatedModel(model, architecture, n_outputs(architecture, model), f"{architecture.name}, {file.path}")
+
+
+def _compressed_file(settings: Settings) -> Path:
+    given = settings.model.state_dict_compressed
+    if given is None:
         raise SettingsError(
             "model.state_dict_compressed: the file to evaluate is not set; use --model.state_dict_compressed PATH"
         )
     require(settings, "model.state_dict_compressed")
-    packed = packed_file_of(settings)
-    if packed is not None:
-        return load_packed_for(settings, packed, architecture, is_main), f"{architecture.name}, {packed}"
-    path = find(settings.model.state_dict_compressed, "model.state_dict_compressed", PAPER_MODELS_ADVICE)
-    return load_compressed(path, architecture, quantization_spec(settings)), f"{architecture.name}, {path}"
+    packed_advice = "python -m src.convert makes packed files from others"
+    advice = packed_advice if given.endswith(".safetensors") else PAPER_MODELS_ADVICE
+    return find(given, "model.state_dict_compressed", advice)
 
 
-def packed_file_of(settings: Settings) -> Path | None:
-    """The packed file that the settings ask to evaluate; None where they ask for anything else.
-
-    Raises:
-        SettingsError: the file is not there.
-    """
-    given = settings.model.state_dict_compressed
-    if not settings.model.use_compression or given is None or not given.endswith(".safetensors"):
-        return None
-    path = find(given, "model.state_dict_compressed", "python -m src.convert makes packed files from others")
-    return path if is_packed(path) else None
-
-
-def architecture_to_evaluate(settings: Settings, task: str) -> Architecture:
-    """The architecture that a packed file names, or that of the settings.
-
-    Raises:
-        CheckpointError: the file cannot be read, or names an architecture that is not known for `task`.
-        SettingsError: the command line says another one than the file, or `model.arch` is not known.
-    """
-    path = packed_file_of(settings)
-    if path is None:
+def _architecture_to_evaluate(settings: Settings, file: ModelFile, task: str) -> Architecture:
+    """The architecture that a packed file names, or that of the settings."""
+    if file.packed is None:
         return architectures.get(settings.model.arch, task)
-    found = architecture_of(load_packed(path), task)
+    found = architecture_of(file.packed, task)
     if settings.model.arch != found.name and given_on_command_line(settings, "model.arch"):
         raise SettingsError(
-            f"{path} holds a {found.name}, and the command line says --model.arch {settings.model.arch}; leave that out"
+            f"{file.path} holds a {found.name}, and the command line says --model.arch {settings.model.arch}; leave that out"
         )
     return found
 
 
-def load_packed_for(settings: Settings, path: Path, architecture: Architecture, is_main: bool) -> nn.Module:
-    """The network of a packed file; what the settings say about its coding is compared with the file, which has the last word.
-
-    Raises:
-        CheckpointError: the file cannot be read or does not fit.
-        SettingsError: the command line contradicts the file. A settings file that does is overridden, with a note.
-    """
-    packed = load_packed(path)
-    model = build_packed(packed, architecture)
-    difference = _difference(settings, packed, architecture)
-    if difference and given_on_command_line(settings, "model.compression_parameters"):
-        raise SettingsError(
-            f"{path} says how it was coded, and the settings contradict it: {difference}. Leave --model.compression_parameters out of the command"
-        )
-    if difference and is_main:
-        print(
-            f"note: {path} says how it was coded; what the settings file says about that is not used ({difference})",
-            file=sys.stderr,
-        )
-    return model
-
-
-def _difference(settings: Settings, packed: PackedFile, architecture: Architecture) -> str | None:
-    """The first difference between the settings and a packed file; None: they mean the same."""
+def _compare(
+    settings: Settings, packed: PackedFile, architecture: Architecture, plan: Callable[[nn.Module], Plan]
+) -> None:
+    """Compare what the settings say about the quantization with the file, which has the last word."""
     if settings.model.arch != architecture.name:
-        return f"model.arch is {settings.model.arch}, the file holds a {architecture.name}"
+        difference: str | None = f"model.arch is {settings.model.arch}, the file holds a {architecture.name}"
+    else:
+        difference = _difference(packed, architecture, plan)
+    if difference is None:
+        return
+    if given_on_command_line(settings, COMPRESSION):
+        raise SettingsError(
+            f"{packed.source} says how it was quantized, and the settings contradict it: {difference}. "
+            f"Leave --{COMPRESSION} out of the command"
+        )
+    note(
+        f"{packed.source} says how it was quantized; what the settings file says about that is not used ({difference})"
+    )
+
+
+def _difference(packed: PackedFile, architecture: Architecture, plan: Callable[[nn.Module], Plan]) -> str | None:
+    """The first difference between the settings' plan and a packed file; None: they mean the same."""
     with torch.device("meta"):
         dense = architecture.build(packed.info.num_classes or architecture.n_classes)
     try:
-        wanted = make_plan(dense, quantization_spec(settings)).layers
+        wanted = plan(dense).layers
     except PlanError as error:
         return str(error)
     for name in {**packed.layers, **wanted}:
         mine, theirs = wanted.get(name), packed.layers.get(name)
         if mine is None or theirs is None:
-            return f"layer {name} is {'coded' if theirs else 'dense'} in the file, {'coded' if mine else 'dense'} with the settings"
+            in_file, in_settings = ("quantized" if one else "dense" for one in (theirs, mine))
+            return f"layer {name} is {in_file} in the file, {in_settings} with the settings"
         for what, own, other in (("k", mine.k, theirs.k), ("d", mine.d, theirs.d)):
             if own != other:
                 return f"layer {name} has {what} = {other} in the file, {own} with the settings"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import SettingsError
+from ..common.log import log
 from ..common.paths import find, write_text
 from ..model_files.inspection import Inspection, about, cells, examine, header, totals
 from ..model_files.inspection_page import page
@@ -17,16 +17,14 @@ def inspect(
     against: str | None = None,
     html: str | None = None,
     arch: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> int:
     """Print what a model file holds.
 
     Args:
         source: `.pth` or `.safetensors`: published, packed or dense.
-        against: the dense network it came from; adds the signal-to-quantization-noise ratio of every coded layer.
+        against: the dense network it came from; adds the signal-to-quantization-noise ratio of every quantized layer.
         html: also write a page with figures there.
         arch: name of the architecture, where the file does not tell.
-        say: prints a line.
 
     Returns:
         The exit status.
@@ -42,10 +40,10 @@ def inspect(
         raise SettingsError(f"--html {html}: expected a name that ends in .html")
     found = examine(path, dense, arch)
     for line in text(found):
-        say(line)
+        log.info("%s", line)
     if html is not None:
         write_text(Path(html).expanduser(), page(found))
-        say(f"page with figures: {html}")
+        log.info("page with figures: %s", html)
     return 0
 
 

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..architectures.architecture import Architecture, n_outputs
 from ..common.errors import SettingsError
+from ..common.log import note
 from ..common.paths import write_atomically
 from ..common.progress import bar
 from ..compression.finetune.task import evaluating
@@ -82,19 +83,15 @@ def detected(model: nn.Module, image: Tensor, device: torch.device) -> dict[str,
 
 def _dense(settings: Settings, architecture: Architecture, n_classes: int) -> nn.Module | None:
     try:
-        dense = dense_model(architecture, weights_source(settings), n_classes, is_main=True)
+        dense = dense_model(architecture, weights_source(settings), n_classes, show_progress=True)
     except SettingsError as error:
         if settings.model.weights != "pretrained":
             raise
-        _note(f"no dense network to draw beside: {error}")
+        note(f"no dense network to draw beside: {error}")
         return None
     if n_outputs(architecture, dense) != n_classes:
-        _note(
+        note(
             f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}"
         )
         return None
     return dense
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)

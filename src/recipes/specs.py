@@ -1,4 +1,4 @@
-"""Layer names in settings: the old names of a layer are replaced once, where settings meet an architecture."""
+"""From settings to what the other parts want: plain records without a settings object, layers under their present names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..architectures.architecture import Architecture
+from ..compression.finetune.loop import FinetuneSpec
 from ..compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from ..compression.permute.permute import PermutationSpec
 from ..compression.quantize import plan
@@ -69,13 +70,17 @@ def quantization_spec(settings: Settings) -> QuantizationSpec:
     """`model.compression_parameters` as the compression package wants it."""
     given = settings.model.compression_parameters
     return QuantizationSpec(
-        given.k,
-        given.k_means_type,
-        given.k_means_n_iters,
-        BlockRule(given.fc_subvector_size, given.pw_subvector_size, given.large_subvectors),
-        given.ignored_modules,
-        {name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
-        given.k_means_tolerance,
+        k=given.k,
+        k_means_type=given.k_means_type,
+        k_means_n_iters=given.k_means_n_iters,
+        rule=BlockRule(
+            fc_subvector_size=given.fc_subvector_size,
+            pw_subvector_size=given.pw_subvector_size,
+            large_subvectors=given.large_subvectors,
+        ),
+        ignored_modules=given.ignored_modules,
+        layer_specs={name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
+        k_means_tolerance=given.k_means_tolerance,
     )
 
 
@@ -87,12 +92,25 @@ def permutation_specs(settings: Settings, architecture: Architecture) -> dict[st
     return specs
 
 
-def rates(settings: Settings, world_size: int) -> tuple[OptimizerSpec, ScheduleSpec]:
-    """Optimizer and schedule: learning_rate and min_lr are multiplied by the number of processes (as the paper does), unless the settings say no."""
+def finetune_spec(settings: Settings, world_size: int, show_progress: bool = True) -> FinetuneSpec:
+    """How a network is fine-tuned by `world_size` processes.
+
+    learning_rate and min_lr are multiplied by their number (as the paper does), unless the settings say no.
+    """
     factor = world_size if settings.scale_learning_rate else 1
-    optimizer = OptimizerSpec(
-        settings.optimizer, factor * settings.learning_rate, settings.momentum, settings.weight_decay
-    )
-    return optimizer, ScheduleSpec(
-        **{**settings.lr_scheduler.model_dump(), "min_lr": factor * settings.lr_scheduler.min_lr}
+    scheduler = settings.lr_scheduler.model_dump()
+    return FinetuneSpec(
+        epochs=settings.epochs,
+        optimizer=OptimizerSpec(
+            name=settings.optimizer,
+            learning_rate=factor * settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        ),
+        lr_scheduler=ScheduleSpec(**{**scheduler, "min_lr": factor * settings.lr_scheduler.min_lr}),
+        amp=settings.amp,
+        skip_initial_validation=settings.skip_initial_validation,
+        log_every_n_steps=settings.log_every_n_steps,
+        checkpoint_every_n_steps=settings.checkpoint_every_n_steps,
+        show_progress=show_progress,
     )

@@ -7,10 +7,10 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
 from ..common.errors import LostContactError, SettingsError, UserError
+from ..common.log import lines_of, log
 from ..engines import launch
 from ..settings import Settings, help_text, ineffective, load
 from .signals import Terminated
@@ -48,23 +48,21 @@ def run(
             return 0
         config, overrides = split_config(arguments, default_config)
         settings = load(config, overrides)
-        if launch.here().is_main:
-            for warning in ineffective(settings):
-                print(f"warning: {warning}", file=sys.stderr)
+        for warning in ineffective(settings):
+            log.warning("%s", warning)
         return job(settings)
 
     return guarded(whole)
 
 
 def guarded(job: Callable[[], int]) -> int:
-    """Run `job`; errors for people become one message, warnings one line.
+    """Run `job`; errors for people become one message, warnings and notes lines of the log.
 
     Returns:
         As `run`.
     """
     try:
-        with warnings.catch_warnings(), _quiet_threads():
-            warnings.showwarning = _show_warning
+        with lines_of(lambda: launch.here().is_main), _quiet_threads():
             status = job()
         sys.stdout.flush()
         return status
@@ -139,12 +137,6 @@ def split_config(arguments: list[str], default_config: str) -> tuple[str, list[s
         if not config or config.startswith("--"):
             raise SettingsError("command line: --config has no value; write --config FILE")
     return config, others
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """One line for the person who runs the command, without the place in the code; of several processes only the first warns."""
-    if launch.here().is_main:
-        print(f"warning: {message}", file=sys.stderr)
 
 
 def _silence_output() -> None:

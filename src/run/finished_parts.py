@@ -1,4 +1,4 @@
-"""Finished groups of a permutation search and finished clusterings, each in a file of its own, for a run that goes on after a crash.
+"""Finished groups of a permutation search and finished clusterings, each in a file of its own, for a run that resumes after a crash.
 
 In several processes each writes what it finished itself, into the one folder that all share.
 """
@@ -19,12 +19,7 @@ from ..common.paths import write_text
 from ..compression.permute.permute import GroupResult, group_result, group_row
 from ..compression.quantize.kmeans import Clustering
 from ..model_files.safetensors_file import read_container, write_container
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """A digest of a tensor's values."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.tobytes()).hexdigest()
+from .fingerprint import tensor_digest
 
 
 class FinishedSearches:
@@ -60,7 +55,10 @@ class FinishedClusterings:
             if metadata["weight"] == tensor_digest(weight) and metadata["layer"] == name:
                 values = json.loads(metadata["values"])
                 return Clustering(
-                    tensors["codebook"], tensors["codes"].to(torch.int32), values["distortion"], values["iterations"]
+                    codebook=tensors["codebook"],
+                    codes=tensors["codes"].to(torch.int32),
+                    distortion=values["distortion"],
+                    iterations=values["iterations"],
                 )
         return None
 

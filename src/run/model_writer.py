@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import __version__
 from ..architectures.architecture import Architecture, n_outputs
-from ..model_files.open_model_file import read_permutations
+from ..model_files.compression_report import FILE_NAME, read_permutations
 from ..model_files.packed import ModelInfo, save_packed
 from ..model_files.pth import save_compressed, save_dense, save_dense_safetensors
 from ..settings import Settings
@@ -28,25 +28,25 @@ class ModelWriter:
 
     def __call__(self, model: nn.Module, path: Path, metrics: Mapping[str, float] | None) -> None:
         """Write `path` (.pth), or a .safetensors file of the same name, or both."""
-        wanted, coded = self._settings.save_format, self._settings.model.use_compression
+        wanted, quantized = self._settings.save_format, self._settings.model.use_compression
         if wanted != "safetensors":
-            (save_compressed if coded else save_dense)(model, path)
+            (save_compressed if quantized else save_dense)(model, path)
         if wanted != "pth":
             packed = path.with_suffix(".safetensors")
-            if coded:
+            if quantized:
                 save_packed(model, packed, self._info(model, metrics))
             else:
                 save_dense_safetensors(model, packed)
 
     def _info(self, model: nn.Module, metrics: Mapping[str, float] | None) -> ModelInfo:
         return ModelInfo(
-            self._architecture.name,
-            n_outputs(self._architecture, model),
-            compression_settings(self._settings),
-            metrics,
-            # from the file, so that a run that goes on where another stopped has them too
-            read_permutations(self._folder.path / "compression.json"),
-            PRODUCER,
+            arch=self._architecture.name,
+            num_classes=n_outputs(self._architecture, model),
+            settings=compression_settings(self._settings),
+            metric=metrics,
+            # from the file, so that a run that resumes another one has them too
+            permutations=read_permutations(self._folder.path / FILE_NAME),
+            producer=PRODUCER,
         )
 
 

@@ -20,8 +20,16 @@ try:
 except ImportError:  # not on this system: two runs in one folder are not noticed there
     fcntl = None
 
-LEAVINGS = ("tensorboard", "trained_models", "results.txt", "results.json", "config.yaml", "compression.json", "resume")
-EVALUATION_LEAVINGS = ("results.json", "detections.json")
+TRAINING_FILES = (
+    "tensorboard",
+    "trained_models",
+    "results.txt",
+    "results.json",
+    "config.yaml",
+    "compression.json",
+    "resume",
+)
+EVALUATION_FILES = ("results.json", "detections.json")
 FINISHED = "results.json"
 """What a training run writes last."""
 STARTED = "resume/run.json"
@@ -39,24 +47,24 @@ class OutputFolder:
         self,
         path: Path,
         overwrite: bool,
-        leavings: Sequence[str] = LEAVINGS,
+        files: Sequence[str] = TRAINING_FILES,
         is_main: bool = True,
-        may_go_on: bool = False,
+        may_resume: bool = False,
     ) -> None:
         """Take the folder, and check that the run can be written to it.
 
         Args:
             path: of the folder, made if it is not there.
             overwrite: accept a folder that holds a run.
-            leavings: names in the folder that a run writes, and replaces.
+            files: names in the folder that a run writes, and replaces.
             is_main: False where another process writes; nothing is checked then.
-            may_go_on: accept a folder with a run that did not finish.
+            may_resume: accept a folder with a run that did not finish.
 
         Raises:
             SettingsError: it cannot be written, another run is going on in it, or it already holds a run.
         """
         self.path = path.expanduser().absolute()
-        self.leavings = leavings
+        self.files = files
         self._lock: IO[str] | None = None
         if not is_main:
             return
@@ -73,12 +81,12 @@ class OutputFolder:
             raise SettingsError(
                 f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
             ) from error
-        held = [name for name in leavings if (self.path / name).exists()]
-        if held and not overwrite and not (may_go_on and self.is_unfinished):
+        held = [name for name in files if (self.path / name).exists()]
+        if held and not overwrite and not (may_resume and self.is_unfinished):
             self.close()
-            on = "go on with it: --resume auto, or " if self.is_unfinished and leavings == LEAVINGS else ""
+            resume = "resume it: --resume auto, or " if self.is_unfinished and files == TRAINING_FILES else ""
             raise SettingsError(
-                f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or {on}replace that run with --overwrite True"
+                f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or {resume}replace that run with --overwrite True"
             )
 
     @property
@@ -88,17 +96,17 @@ class OutputFolder:
 
     def begin(self) -> None:
         """Remove what an earlier run left (only the files and folders of a run), and make the folder of this one."""
-        for name in self.leavings:
+        for name in self.files:
             place = self.path / name
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             elif place.exists():
                 place.unlink()
-        if "trained_models" in self.leavings:
+        if "trained_models" in self.files:
             self.models.mkdir(parents=True)
 
-    def go_on(self) -> None:
-        """Keep what the run that is to go on left, but for halves of files."""
+    def continue_run(self) -> None:
+        """Leave what the run that resumes wrote, but for half-written files."""
         for place in (self.path, self.models, self.resume):
             place.mkdir(exist_ok=True)
         for place in (self.path, self.models, self.resume, *self.resume.glob("*/")):
@@ -119,7 +127,7 @@ class OutputFolder:
 
     @property
     def resume(self) -> Path:
-        """Where a run keeps what it needs to go on after a crash."""
+        """Where a run saves what it needs to resume after a crash."""
         return self.path / "resume"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..common.errors import RunError
+from ..common.log import log
 from ..common.paths import write_text
 from ..compression.finetune.outcome import Outcome
 from .output_folder import OutputFolder
@@ -39,7 +40,6 @@ class RunRecorder:
         folder: OutputFolder,
         save: Save,
         metric_name: str,
-        say: Callable[[str], None],
         started: datetime | None = None,
         after_step: int | None = None,
     ) -> None:
@@ -49,7 +49,6 @@ class RunRecorder:
             folder: of the run.
             save: writes a model to a path, with what was measured on it if anything was.
             metric_name: the metric that counts.
-            say: prints a line.
             started: when the run began, if that was in an earlier process.
             after_step: TensorBoard is to hide what an earlier process logged for later steps than this one.
 
@@ -59,7 +58,6 @@ class RunRecorder:
         self.folder = folder
         self._save = save
         self._metric = metric_name
-        self._say = say
         self._measured: Mapping[str, float] | None = None
         self._started = started or datetime.now().astimezone()
         purge = None if after_step is None else after_step + 1
@@ -74,7 +72,7 @@ class RunRecorder:
             yield
         except OSError as error:
             raise RunError(
-                f"cannot write {self._log}: {error.strerror or error}; the models and states that were saved are kept. "
+                f"cannot write {self._log}: {error.strerror or error}; the models and checkpoints that were saved are kept. "
                 "Free some space or choose another output_path."
             ) from error
 
@@ -82,6 +80,12 @@ class RunRecorder:
         """Keep a text, shown as it is."""
         with self._disk():
             self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()))
+
+    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Keep a table, as a text of TensorBoard."""
+        lines = [header, ["---"] * len(header), *rows]
+        with self._disk():
+            self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:
         """Keep one figure."""
@@ -115,7 +119,7 @@ class RunRecorder:
             for name, value in metrics.items()
             if name in VALIDATION_TAGS
         )
-        self._say(f"{when}: {shown}")
+        log.info("%s: %s", when, shown)
 
     def model(self, epoch: int, model: nn.Module) -> None:
         """Write `trained_models/<epoch>.pth`."""
@@ -156,6 +160,9 @@ class NoRecorder:
     """What processes other than the first record: nothing."""
 
     def text(self, name: str, text: str) -> None:
+        """Nothing."""
+
+    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Nothing."""
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:

@@ -1,308 +1,241 @@
-"""What a run keeps in <output_path>/resume to go on after a crash, and the decision whether it may go on from it.
+"""Whether a run resumes from an earlier one that did not finish, in its own output folder or in another, and from where.
 
-run.json                   settings, what the run works on, when it began
-groups/<n>.json            finished groups of the permutation search
-layers/<n>.safetensors     finished clusterings
-state-<n>.safetensors      the last two states of the training (see compression.finetune.checkpoint)
-
-Each file is written to a temporary one and renamed; the containers have checksums. When the run ends the folder is removed.
+<output_path>/resume/run.json holds the fingerprint of the unfinished run and when it began; checkpoints lie beside it.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+import torch
+
+from .. import __version__
 from ..common.errors import CheckpointError, RunError, SettingsError
-from ..common.paths import find
-from ..compression.finetune.checkpoint import Checkpoint
-from ..compression.finetune.loop import Resumed
-from ..engines.engine import Engine
-from ..settings import Settings, require
-from .checkpoints import (
-    IMAGES,
-    OF_THE_NETWORK,
-    OF_THE_SCHEDULE,
-    PROCESSES,
-    WEIGHTS,
-    About,
-    StoredCheckpoint,
-    StoredRun,
-    checkpoint_number,
-    checkpoints_in,
-    is_among,
-    versions,
-    weights_fingerprint,
-)
-from .finished_parts import FinishedClusterings, FinishedSearches
-from .output_folder import FINISHED, LEAVINGS, STARTED, OutputFolder, take
-from .processes import Say, flat, open_output
-from .recorder import AnyRecorder
-from .signals import Stop, undisturbed
+from ..common.log import log, note
+from ..common.paths import find, write_text
+from ..compression.finetune.hooks import Resumed
+from .checkpoints import StoredCheckpoint, checkpoint_number, checkpoints_in
+from .fingerprint import OF_THE_NETWORK, OF_THE_SCHEDULE, RunFingerprint, is_among
+from .output_folder import FINISHED, STARTED, TRAINING_FILES, OutputFolder, take
 
-KEPT_STATES = 2
+FORMAT = 2
 
 
-class ResumableRun:
-    """The resume folder of a run, and the keeper of its training's states."""
+def versions() -> list[str]:
+    """Of this program and of torch."""
+    return [__version__, torch.__version__]
 
-    def __init__(
-        self,
-        output: OutputFolder,
-        engine: Engine,
-        every: int,
-        stop: Stop,
-        say: Say,
-        stored: StoredRun | None,
-        last: str | None = None,
-    ) -> None:
-        """Nothing is written before `begin`.
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """What stands in run.json.
+
+    Attributes:
+        folder: the run's resume folder.
+        fingerprint: what the run was made with.
+        started: when it began.
+        versions: of this program and of torch.
+        origin: output folder of the run that it resumed from, if that was another one.
+    """
+
+    folder: Path
+    fingerprint: RunFingerprint
+    started: datetime
+    versions: Sequence[str]
+    origin: str | None = None
+
+    @property
+    def output_path(self) -> Path:
+        """The run's output folder."""
+        return self.folder.parent
+
+    @classmethod
+    def read(cls, folder: Path) -> UnfinishedRun:
+        """Read the run.json of the resume folder `folder`.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another format.
+        """
+        path = folder / "run.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            version = str(found["versions"][0])
+            if found["format"] != FORMAT:
+                other = "a later" if found["format"] > FORMAT else "an earlier"
+                raise CheckpointError(
+                    f"resume: {path} was written by {other} version of pqf ({version}); use that one, or --overwrite True to start over"
+                )
+            return cls(
+                folder=folder,
+                fingerprint=RunFingerprint.from_values(found["fingerprint"]),
+                started=datetime.fromisoformat(found["started"]),
+                versions=[str(version) for version in found["versions"]],
+                origin=found.get("origin"),
+            )
+        except OSError as error:
+            raise CheckpointError(f"resume: {path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"resume: {path} is damaged. --overwrite True starts the run over") from error
+
+    def write(self) -> None:
+        """Write it. Raises RunError: the disk is full."""
+        run = {
+            "format": FORMAT,
+            "versions": list(self.versions),
+            "started": self.started.isoformat(timespec="seconds"),
+            "origin": self.origin,
+            "fingerprint": self.fingerprint.as_values(),
+        }
+        write_text(self.folder / "run.json", json.dumps(run, indent=1) + "\n")
+
+
+class Resume:
+    """The decision whether a run resumes, and from which checkpoint."""
+
+    def __init__(self, output: OutputFolder, earlier: UnfinishedRun | None, last: str | None, may_change: bool) -> None:
+        """Nothing is written yet.
 
         Args:
             output: of this run.
-            engine: its processes; the first one writes states, each writes the groups and layers that it finished.
-            every: steps from one state to the next.
-            stop: signals.
-            say: prints on the first process.
-            stored: the run to go on with, in this folder or in another one; None: a new one.
-            last: name of the state to go on from; None: the last one.
+            earlier: the run to resume, in this folder or in another one; None: the run is a new one.
+            last: name of the checkpoint to resume from; None: the last one.
+            may_change: the user allows that settings of the training differ (`resume_with_changes`).
         """
-        self._output, self.folder = output, output.resume
-        self.every = every
-        self.stored = stored
+        self.earlier = earlier
+        self._output = output
         self._last = last
-        self._elsewhere = stored is not None and stored.folder != output.resume.resolve()
-        self._engine, self._stop, self._say = engine, stop, say
-        self._recorder: AnyRecorder | None = None
-        self._about = About({}, {})
-        self._position = ""
-        self._unreadable: MutableMapping[str, str] = {}
-        self._left_out_before: Mapping[str, str] = {}
+        self._may_change = may_change
+        self._elsewhere = earlier is not None and earlier.folder != output.resume.resolve()
 
-    # --- may it go on? ---
-
-    def check_settings(self, settings: Settings) -> None:
-        """Compare the settings with those of the run to go on with.
+    def check(self, now: RunFingerprint) -> None:
+        """Compare this run's fingerprint with that of the run to resume.
 
         Raises:
-            SettingsError: some differ that cannot, or that may only where `resume_with_changes` says so. The message names them.
+            SettingsError: something differs that cannot, or that may only where `resume_with_changes` says so. The message names it.
         """
-        self._refuse_other(About(dict(flat(settings.model_dump(mode="json"))), {}), settings.resume_with_changes)
-
-    def check_fingerprint(self, facts: Mapping[str, Any], settings: Settings) -> None:
-        """The same for what the run works on: starting weights, images, number of processes.
-
-        Raises:
-            SettingsError: as `check_settings`.
-        """
-        self._about = About(dict(flat(settings.model_dump(mode="json"))), facts)
-        self._refuse_other(self._about, settings.resume_with_changes)
-        if self.stored is not None and list(self.stored.versions) != versions():
-            then, now = (" and torch ".join(found) for found in (self.stored.versions, versions()))
-            self._say(f"note: the run began with pqf {then}; this is pqf {now}")
-
-    def _refuse_other(self, now: About, told: bool) -> None:
-        keys = [] if self.stored is None else self.stored.about.differences(now)
-        fixed = [key for key in keys if is_among(key, (*OF_THE_NETWORK, WEIGHTS))]
-        if self.stored is None or not keys or (told and not fixed):
+        keys = [] if self.earlier is None else self.earlier.fingerprint.differences(now)
+        fixed = [key for key in keys if is_among(key, OF_THE_NETWORK)]
+        if self.earlier is None or not keys or (self._may_change and not fixed):
             return
-        shown = fixed or keys
-        listing = [f"  {key}: {self.stored.about.value(key)} then, {now.value(key)} now" for key in shown[:10]]
+        then, shown = self.earlier.fingerprint, fixed or keys
+        listing = [f"  {key}: {then.value(key)} then, {now.value(key)} now" for key in shown[:10]]
         listing += [f"  and {len(shown) - 10} more"] if len(shown) > 10 else []
         which = " that made its network, or the state of its training" if fixed else ""
-        way = "" if fixed else "add --resume_with_changes True to go on with the changes, "
+        way = "" if fixed else "add --resume_with_changes True to resume with the changes, "
         raise SettingsError(
             "\n".join(
                 [
-                    f"resume: the unfinished run in {self.stored.folder.parent} has other settings{which}:",
+                    f"resume: the unfinished run in {self.earlier.output_path} has other settings{which}:",
                     *listing,
-                    f"Use the run's own (its config.yaml), {way}--overwrite True to begin anew, or another output_path.",
+                    f"Use the run's own (its config.yaml), {way}--overwrite True to start over, or another output_path.",
                 ]
             )
         )
 
-    # --- what is kept ---
+    def latest(self, now: RunFingerprint) -> tuple[Resumed, StoredCheckpoint] | None:
+        """The last checkpoint that can be read, or None where there is none yet.
 
-    def make_ready(self) -> None:
-        """On the first process: a new run clears the output folder; one that goes on finds there what it left."""
-        if self.stored is None:
-            self._output.begin()
-        elif self._elsewhere:
-            _adopt(self.stored.folder.parent, self._output)
-        self._output.go_on()
-        for path in checkpoints_in(self.folder):
-            if path not in self._usable(self.folder):
-                path.unlink(missing_ok=True)
-
-    def begin(self, recorder: AnyRecorder, unreadable: MutableMapping[str, str]) -> None:
-        """Write run.json. The others wait until all is there.
-
-        Args:
-            recorder: states are written after what it logged until then.
-            unreadable: the images that this process leaves out, by path; those that the run left out before are put in.
-        """
-        self._recorder, self._unreadable = recorder, unreadable
-        unreadable.update(self._left_out_before)
-        if self._engine.is_main:
-            started = self.stored.started if self.stored else datetime.now().astimezone()
-            origin = (
-                str(self.stored.folder.parent)
-                if self.stored and self._elsewhere
-                else self.stored.origin
-                if self.stored
-                else None
-            )
-            StoredRun(self.folder, self._about, started, versions(), origin).write()
-        self._engine.barrier()
-
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """Write a state, and remove all but the last two."""
-        self._position = str(checkpoint.position)
-        unreadable = dict(self._engine.gather(sorted(self._unreadable.items())))
-        if not self._engine.is_main:
-            return
-        if self._recorder is not None:
-            self._recorder.flush()
-        states = checkpoints_in(self.folder)
-        path = self.folder / f"state-{checkpoint_number(states[-1]) + 1 if states else 1:06d}.safetensors"
-        StoredCheckpoint(checkpoint, self._about, unreadable).write(path)
-        for old in [*states, path][:-KEPT_STATES]:
-            old.unlink(missing_ok=True)
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """Signals wait in here."""
-        return self._stop.deferred()
-
-    def undisturbed(self) -> AbstractContextManager[None]:
-        """No word of loader processes that end in here."""
-        return undisturbed()
-
-    @property
-    def stop_wanted(self) -> bool:
-        """Ctrl-C or SIGTERM came."""
-        return self._stop.wanted
-
-    def leave(self) -> None:
-        """End the process as the signal asks, saying what was kept."""
-        self._stop.leave(f"the state is saved ({self._position}); the same command goes on from there")
-
-    def latest(self) -> Resumed | None:
-        """The last state that can be read, or None where there is none yet.
+        The schedule, and the place in the epoch, are those that settings ask for which changed since it was saved.
 
         Raises:
-            CheckpointError: there are states, and none can be read.
+            CheckpointError: there are checkpoints, and none can be read.
         """
+        if self.earlier is None:
+            return None
+        if list(self.earlier.versions) != versions():
+            then, this = (" and torch ".join(found) for found in (self.earlier.versions, versions()))
+            note(f"the run began with pqf {then}; this is pqf {this}")
         found: StoredCheckpoint | CheckpointError | None = None
-        for path in reversed(self._usable(self.stored.folder) if self.stored else []):
+        for path in reversed(self._usable(self.earlier.folder)):
             found = StoredCheckpoint.read(path)
             if isinstance(found, StoredCheckpoint):
-                return self._resumed(found)
-            self._say(f"warning: {found} The state before it is used.")
+                return _resumed(found, now), found
+            log.warning("%s The checkpoint before it is used.", found)
         if found is not None:
-            raise CheckpointError(f"{found} There is no other state; --overwrite True begins the run anew.")
+            raise CheckpointError(f"{found} There is no other checkpoint; --overwrite True starts the run over.")
         return None
 
     def _usable(self, folder: Path) -> list[Path]:
-        """The states in a resume folder up to the one that `resume` names."""
-        states = checkpoints_in(folder)
-        return (
-            states
-            if self._last is None
-            else [path for path in states if checkpoint_number(path) <= checkpoint_number(Path(self._last))]
-        )
+        """The checkpoints in a resume folder up to the one that `resume` names."""
+        last = None if self._last is None else checkpoint_number(Path(self._last))
+        return [path for path in checkpoints_in(folder) if last is None or checkpoint_number(path) <= last]
 
-    def _resumed(self, state: StoredCheckpoint) -> Resumed:
-        """With the schedule and the place in the epoch that settings ask for which changed since the state was saved."""
-        position, self._left_out_before = state.checkpoint.position, state.unreadable
-        same_schedule = not any(is_among(key, OF_THE_SCHEDULE) for key in state.about.differences(self._about))
-        then, now = state.about.images_per_step, self._about.images_per_step
-        # images are common to all processes: those of the first batches are the first ones of the epoch's order
-        batch = None if then == now else position.batch * then // now
-        self._say(
-            f"resume: goes on {position}" + (f" (batch {batch} with the new batch size)" if batch is not None else "")
-        )
-        return Resumed(state.checkpoint, same_schedule, batch)
+    def prepare_folder(self) -> None:
+        """Clear the output folder for a new run; one that resumes finds there what the earlier one left.
 
-    def finish(self) -> None:
-        """The run has ended: there is nothing to go on with."""
-        if self._engine.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        Raises:
+            SettingsError: the earlier run, in another folder, is still going on.
+            RunError: it cannot be copied.
+        """
+        if self.earlier is None:
+            self._output.begin()
+        elif self._elsewhere:
+            _adopt(self.earlier.output_path, self._output)
+        self._output.continue_run()
+        usable = self._usable(self._output.resume)
+        for path in checkpoints_in(self._output.resume):
+            if path not in usable:
+                path.unlink(missing_ok=True)
 
-    # --- the search's groups and the clusterings ---
-
-    @property
-    def clusterings(self) -> FinishedClusterings:
-        """Where finished layers are kept."""
-        return FinishedClusterings(self.folder / "layers")
-
-    def searches(self, numbers: Sequence[int]) -> FinishedSearches:
-        """Where finished groups are kept, told which of all groups the search works on."""
-        return FinishedSearches(self.folder / "groups", numbers)
-
-
-def open_run(settings: Settings, engine: Engine, stop: Stop, say: Say) -> tuple[OutputFolder, ResumableRun]:
-    """The folder of a run, and what is kept there of one to go on with, its settings compared.
-
-    Raises:
-        SettingsError: as `open_output`; there is nothing to go on from where `resume` says; or settings differ.
-        CheckpointError: what is there cannot be read.
-    """
-    wanted, own = settings.resume, Path(require(settings, "output_path")).expanduser().resolve()
-    folder, last = (None, None) if wanted in ("auto", "none") else _source(wanted)
-    if (
-        folder is not None and folder != own and _came_from(own, folder)
-    ):  # this command was stopped before: it goes on with its own
-        folder, last = own, None
-    elsewhere = folder is not None and folder != own
-    output = open_output(settings, engine, may_go_on=wanted != "none" and not elsewhere)
-    try:
-        # auto leaves the run that --overwrite True is to replace; `resume` may name that very run
-        if folder is None and wanted == "auto" and not settings.overwrite and output.is_unfinished:
-            folder = own
-        stored = None if folder is None else StoredRun.read(folder / "resume")
-        if folder is not None and elsewhere and engine.is_main:
-            with _alone(folder):
-                pass
-        kept = ResumableRun(output, engine, settings.checkpoint_every_n_steps, stop, say, stored, last)
-        kept.check_settings(settings)
-    except BaseException:
-        output.close()
-        raise
-    return output, kept
+    def start(self, fingerprint: RunFingerprint) -> None:
+        """Write run.json into the output folder, from where this run can be resumed from now on."""
+        started, origin = datetime.now().astimezone(), None
+        if self.earlier is not None:
+            started = self.earlier.started
+            origin = str(self.earlier.output_path) if self._elsewhere else self.earlier.origin
+        UnfinishedRun(
+            folder=self._output.resume,
+            fingerprint=fingerprint,
+            started=started,
+            versions=versions(),
+            origin=origin,
+        ).write()
 
 
-def _came_from(own: Path, folder: Path) -> bool:
-    """Whether the unfinished run in `own` went on from that in `folder`."""
+def _resumed(stored: StoredCheckpoint, now: RunFingerprint) -> Resumed:
+    position = stored.checkpoint.position
+    same_schedule = not any(is_among(key, OF_THE_SCHEDULE) for key in stored.fingerprint.differences(now))
+    then, per_step = stored.fingerprint.images_per_step, now.images_per_step
+    # images are common to all processes: those of the first batches are the first ones of the epoch's order
+    batch = None if then == per_step else position.batch * then // per_step
+    more = f" (batch {batch} with the new batch size)" if batch is not None else ""
+    log.info("resume: resumes %s%s", position, more)
+    return Resumed(stored.checkpoint, same_schedule, batch)
+
+
+def came_from(own: Path, folder: Path) -> bool:
+    """Whether the unfinished run in the output folder `own` resumed from that in `folder`."""
     if not (own / STARTED).exists() or (own / FINISHED).exists():
         return False
-    return StoredRun.read(own / "resume").origin == str(folder)
+    return UnfinishedRun.read(own / "resume").origin == str(folder)
 
 
-def _source(given: str) -> tuple[Path, str | None]:
-    """The run's folder that `resume` leads to, and the name of the state if it names one.
+def source_of(given: str) -> tuple[Path, str | None]:
+    """The output folder that `resume` leads to, and the name of the checkpoint if it names one.
 
     Raises:
         SettingsError: it is not there, or holds no unfinished run.
     """
-    found = find(
-        given, "resume", "Expected auto, none, the output folder of an unfinished run, or a state in its resume folder"
-    )
-    folder, state = (found.parent.parent.resolve(), found.name) if found.is_file() else (found.resolve(), None)
+    expected = "the output folder of an unfinished run, or a checkpoint in its resume folder"
+    found = find(given, "resume", f"Expected auto, none, {expected}")
+    folder, last = (found.parent.parent.resolve(), found.name) if found.is_file() else (found.resolve(), None)
     if not (folder / STARTED).exists():
         finished = (folder / FINISHED).exists()
         why = "holds a run that has ended" if finished else "holds no unfinished run"
-        raise SettingsError(
-            f"resume: {folder} {why}; expected the output folder of an unfinished run, or a state in its resume folder"
-        )
-    return folder, state
+        raise SettingsError(f"resume: {folder} {why}; expected {expected}")
+    return folder, last
 
 
 @contextmanager
-def _alone(source: Path) -> Iterator[None]:
+def alone(source: Path) -> Iterator[None]:
     """Nobody writes into the output folder `source` of another run meanwhile.
 
     Raises:
@@ -321,16 +254,11 @@ def _alone(source: Path) -> Iterator[None]:
 
 
 def _adopt(source: Path, output: OutputFolder) -> None:
-    """Copy the run in `source` to the folder of this one.
-
-    Raises:
-        SettingsError: that run is still going on.
-        RunError: it cannot be copied.
-    """
-    with _alone(source):
+    """Copy the run in `source` to the folder of this one."""
+    with alone(source):
         output.begin()
         try:
-            for name in LEAVINGS:
+            for name in TRAINING_FILES:
                 place, target = source / name, output.path / name
                 if place.is_dir():
                     shutil.copytree(place, target, dirs_exist_ok=True)
@@ -342,4 +270,4 @@ def _adopt(source: Path, output: OutputFolder) -> None:
             ) from error
 
 
-__all__ = ["IMAGES", "PROCESSES", "WEIGHTS", "ResumableRun", "open_run", "weights_fingerprint"]
+__all__ = ["Resume", "UnfinishedRun", "alone", "came_from", "source_of", "versions"]

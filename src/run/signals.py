@@ -34,12 +34,31 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals wait in here; whoever opened it looks at `wanted` and calls `leave`. A second Ctrl-C does not wait."""
+        """Signals wait in here; whoever opened it asks `wanted` and calls `leave`. A second Ctrl-C does not wait."""
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
+
+    @staticmethod
+    @contextmanager
+    def undisturbed() -> Iterator[None]:
+        """No error of a child process that ends: torch raises an error for it wherever the main process happens to be, in the middle of a
+        step too. Its loader notices a dead process itself when it waits for a batch."""
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+            yield
+            return
+        before = signal.getsignal(signal.SIGCHLD)
+        _ignore_children()
+        try:
+            yield
+        except KeyboardInterrupt:  # the process ends, and it stays so
+            raise
+        except BaseException:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
     def leave(self, why: str = "") -> None:
         """Do what the signal asked for.
@@ -62,25 +81,6 @@ class Stop:
             self._asked, self._asked_at = signal.Signals(number), time.monotonic()
         if not self._waiting or impatient:
             self.leave()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """No word of a child process that ends: torch raises an error for it wherever the main process happens to be, in the middle of a
-    step too. Its loader notices a dead process itself when it waits for a batch."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    _ignore_children()
-    try:
-        yield
-    except KeyboardInterrupt:  # the process ends, and it stays so
-        raise
-    except BaseException:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-        raise
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _ignore_children() -> None:

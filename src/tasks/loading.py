@@ -6,7 +6,6 @@ An unreadable file travels to the main process as an `Unreadable`, which decides
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import functional
 
 from ..common.errors import DataError, RunError, SettingsError
+from ..common.log import log
 from ..common.randomness import stream
 from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 
@@ -170,7 +170,7 @@ class UnreadableFiles:
         for item in batch.unreadable:
             if item.path not in self.reasons:
                 self.reasons[item.path] = item.reason
-                warnings.warn(f"skipped unreadable image {item.path}: {item.reason}", stacklevel=3)
+                log.warning("skipped unreadable image %s: %s", item.path, item.reason)
 
     def error(self, batch: HasUnreadable) -> DataError:
         """The error that names the unreadable files of `batch`."""

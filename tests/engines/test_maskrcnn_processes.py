@@ -95,7 +95,7 @@ def test_too_few_images_and_a_missed_expectation_end_both_processes(tmp_path: Pa
     assert finished.status != 0
     assert finished.text.count("error: process 0 of 2: ") == 1, finished.text
     assert "1 training images are too few for 2 processes" in finished.text
-    assert "Traceback" not in finished.text
+    assert "/src/" not in finished.text  # no traceback of ours; torchrun prints one of its own
     assert finished.left == 0
 
     found = tmp_path / "found.json"

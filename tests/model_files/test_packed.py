@@ -171,24 +171,24 @@ def test_a_packed_file_is_as_small_as_reported_and_gives_the_network_back(
     path = tmp_path / "model.safetensors"
     save_packed(model, path, info)
     assert path.stat().st_size <= bits / 8 * 1.01 + 8 * 1024
-    stored = open_model_file(path)
-    assert stored.kind == "packed"
-    assert stored.coded
+    opened = open_model_file(path)
+    assert opened.kind == "packed"
+    assert opened.quantized
     x = torch.randn(2, 3, 64, 64)
     assert (
-        torch.equal(outputs(stored.model, x), outputs(model, x))
-        or (outputs(stored.model, x) - outputs(model, x)).abs().max() < 1e-4
+        torch.equal(outputs(opened.model, x), outputs(model, x))
+        or (outputs(opened.model, x) - outputs(model, x)).abs().max() < 1e-4
     )
-    wanted, found = compressed_state(model), compressed_state(stored.model)
+    wanted, found = compressed_state(model), compressed_state(opened.model)
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[key], value) for key, value in wanted.items() if value.dim() > 1)
-    assert (stored.info.arch, stored.info.num_classes, stored.info.metric) == (info.arch, 1000, info.metric)
-    assert stored.info.settings == json.loads(json.dumps(info.settings))
-    assert stored.info.producer == "pqf 0.1.0"
+    assert (opened.info.arch, opened.info.num_classes, opened.info.metric) == (info.arch, 1000, info.metric)
+    assert opened.info.settings == json.loads(json.dumps(info.settings))
+    assert opened.info.producer == "pqf 0.1.0"
     assert info.permutations is not None
-    assert stored.info.permutations is not None
-    assert len(stored.info.permutations) == len(info.permutations) > 5
-    for ours, theirs in zip(info.permutations, stored.info.permutations, strict=True):
+    assert opened.info.permutations is not None
+    assert len(opened.info.permutations) == len(info.permutations) > 5
+    for ours, theirs in zip(info.permutations, opened.info.permutations, strict=True):
         assert (ours.parents, ours.children) == (theirs.parents, theirs.children)
         assert torch.equal(ours.permutation, theirs.permutation)
 
@@ -196,12 +196,12 @@ def test_a_packed_file_is_as_small_as_reported_and_gives_the_network_back(
 @pytest.mark.published
 def test_the_published_resnet18_packed_and_back_is_the_same_to_the_bit(published: Path, tmp_path: Path) -> None:
     source = published / "published" / "resnet18.pth"
-    original, stored = read_tensors(source), open_model_file(source)
-    assert (stored.architecture.name, stored.kind, stored.info.num_classes) == ("resnet18", "published", 1000)
+    original, opened = read_tensors(source), open_model_file(source)
+    assert (opened.architecture.name, opened.kind, opened.info.num_classes) == ("resnet18", "published", 1000)
     sizes = {}
     for coding in (False, True):
         packed, again = tmp_path / f"{coding}.safetensors", tmp_path / f"{coding}.pth"
-        save_packed(stored.model, packed, stored.info, entropy_coding=coding)
+        save_packed(opened.model, packed, opened.info, entropy_coding=coding)
         save_compressed(open_model_file(packed).model, again)
         found = read_tensors(again)
         assert found.keys() == original.keys()

@@ -83,13 +83,13 @@ def test_a_packed_file_is_as_small_as_reported_and_gives_the_network_back(files:
     path = files.folder / "model.safetensors"
     assert model_size(files.model).bits == 55_743_008
     assert path.stat().st_size <= 55_743_008 / 8 * 1.01 + 8 * 1024
-    stored = open_model_file(path)
-    assert (stored.kind, stored.architecture.name, stored.coded) == ("packed", "maskrcnn", True)
-    assert (stored.info.num_classes, stored.info.metric) == (91, files.info.metric)
-    assert same_heads(stored.model, files.model, 1e-4)
-    assert stored.info.permutations is not None
+    opened = open_model_file(path)
+    assert (opened.kind, opened.architecture.name, opened.quantized) == ("packed", "maskrcnn", True)
+    assert (opened.info.num_classes, opened.info.metric) == (91, files.info.metric)
+    assert same_heads(opened.model, files.model, 1e-4)
+    assert opened.info.permutations is not None
     assert files.info.permutations is not None
-    for found, wanted in zip(stored.info.permutations, files.info.permutations, strict=True):
+    for found, wanted in zip(opened.info.permutations, files.info.permutations, strict=True):
         assert (found.parents, found.children, dict(found.reshapes)) == (
             wanted.parents,
             wanted.children,
@@ -102,8 +102,8 @@ def test_a_published_file_with_old_names_is_recognised_and_packed_like_one_with_
     files: Files, tmp_path: Path
 ) -> None:
     for name in ("old", "model"):
-        stored = open_model_file(files.folder / f"{name}.pth")
-        assert (stored.kind, stored.architecture.name) == ("published", "maskrcnn")
+        opened = open_model_file(files.folder / f"{name}.pth")
+        assert (opened.kind, opened.architecture.name) == ("published", "maskrcnn")
         assert convert.main([str(files.folder / f"{name}.pth"), str(tmp_path / f"{name}.safetensors")]) == 0
     assert (tmp_path / "old.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert convert.main([str(tmp_path / "old.safetensors"), str(tmp_path / "again.pth")]) == 0
@@ -116,12 +116,12 @@ def test_a_dense_file_with_old_names_and_frozen_norms_keeps_both_its_function_an
     files: Files, tmp_path: Path
 ) -> None:
     assert convert.main([str(files.folder / "dense.pth"), str(tmp_path / "dense.safetensors"), "--dense"]) == 0
-    stored = open_model_file(tmp_path / "dense.safetensors")
-    assert (stored.kind, stored.architecture.name) == ("dense", "maskrcnn")
-    norm = stored.model.backbone.body.bn1
+    opened = open_model_file(tmp_path / "dense.safetensors")
+    assert (opened.kind, opened.architecture.name) == ("dense", "maskrcnn")
+    norm = opened.model.backbone.body.bn1
     assert isinstance(norm, FrozenBatchNorm2d)
     assert norm.eps == 0
-    assert same_heads(stored.model, lively_network(91, frozen=True), 0)
+    assert same_heads(opened.model, lively_network(91, frozen=True), 0)
 
 
 def test_a_decoded_copy_computes_the_same(files: Files, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torchvision.models import resnet18, resnet50
@@ -11,18 +13,19 @@ from src.architectures.maskrcnn import build, set_box_numbers
 from src.common.errors import CheckpointError
 from src.model_files.pth import save_dense
 from src.recipes.initial_model import dense_model
+from tests.support.logs import logged
 
 
-def test_a_classifier_gives_the_backbone(tmp_path, capsys):
+def test_a_classifier_gives_the_backbone(tmp_path):
     classifier = resnet50(num_classes=7)
     save_dense(classifier, tmp_path / "classifier.pth")
-    model = dense_model(architectures.get("maskrcnn", "detection"), tmp_path / "classifier.pth", 11, True)
+    with logged("the backbone starts from it", logging.INFO):
+        model = dense_model(architectures.get("maskrcnn", "detection"), tmp_path / "classifier.pth", 11, True)
     body = model.backbone.body.state_dict()
     wanted = {name: tensor for name, tensor in classifier.state_dict().items() if not name.startswith("fc.")}
     assert body.keys() == wanted.keys()
     assert all(torch.equal(body[name], tensor) for name, tensor in wanted.items())
     assert model.roi_heads.box_predictor.cls_score.out_features == 11
-    assert "the backbone starts from it" in capsys.readouterr().err
 
 
 def test_a_classifier_of_another_shape_does_not_fit(tmp_path):

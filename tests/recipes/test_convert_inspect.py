@@ -21,8 +21,9 @@ from src import architectures, convert, evaluate_resnet, train_resnet
 from src import inspect as inspect_command
 from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.layers import QuantizedLayer
+from src.model_files.compression_report import read_permutations
 from src.model_files.inspection import examine
-from src.model_files.open_model_file import open_model_file, read_permutations
+from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import AppliedPermutation, ModelInfo, load_packed, save_packed
 from src.model_files.pth import compressed_state, read_tensors, save_compressed, save_dense
 from src.model_files.size import model_size
@@ -71,7 +72,7 @@ def test_every_chain_of_conversions_ends_in_the_same_tensors(
     ):
         there = str(tmp_path / f"{number}{suffix}")
         assert convert.main([here, there, *flags]) == 0
-        assert f"{there}: coded, {Path(there).stat().st_size:,} bytes" in capsys.readouterr().out
+        assert f"{there}: quantized, {Path(there).stat().st_size:,} bytes" in capsys.readouterr().out
         found = compressed_state(open_model_file(Path(there)).model)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], value) for key, value in wanted.items())
@@ -416,7 +417,7 @@ def test_a_packed_file_is_evaluated_without_any_other_setting(
     said = capsys.readouterr()
     results = json.loads((run / "results.json").read_text())
     assert f"top-1 accuracy: {results['best']:.2f} %" in said.out
-    assert "what the settings file says about that is not used" in said.err
+    assert "what the settings file says about that is not used" in said.out
     assert evaluate_resnet.main([*flags, str(run / "trained_models" / "best.pth")]) == 2  # a .pth needs the settings
     assert "large_subvectors" in capsys.readouterr().err
 

@@ -86,7 +86,7 @@ def test_bad_settings_and_keys_without_effect_are_reported(file: Path, capsys: p
     assert run(raising(AssertionError()), file, "--epoch", "2") == 2
     assert capsys.readouterr().err == "error: command line: epoch = 2: unknown key; did you mean epochs?\n"
     assert run(lambda settings: 0, file, "--momentum", "0.5") == 0
-    assert capsys.readouterr().err == "warning: momentum has no effect: only optimizer sgd has a momentum\n"
+    assert capsys.readouterr().out == "warning: momentum has no effect: only optimizer sgd has a momentum\n"
 
 
 def test_a_reader_that_goes_away_leaves_no_noise() -> None:

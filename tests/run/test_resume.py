@@ -24,11 +24,14 @@ from src import train_maskrcnn, train_resnet
 from src.architectures import ARCHITECTURES
 from src.common.errors import CheckpointError, RunError
 from src.compression.finetune.checkpoint import Checkpoint
-from src.compression.finetune.loop import Outcome, Resumed, finetune
-from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
+from src.compression.finetune.hooks import Resumed
+from src.compression.finetune.loop import FinetuneSpec, finetune
+from src.compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
+from src.compression.finetune.outcome import Outcome
 from src.engines.single import SingleProcess
 from src.model_files.safetensors_file import read_container, write_container
-from src.run.checkpoints import PROCESSES, About, StoredCheckpoint
+from src.run.checkpoints import StoredCheckpoint
+from src.run.fingerprint import PROCESSES, RunFingerprint
 from tests.compression.finetune.test_loop import Blobs, Notes
 from tests.conftest import ROOT, write_images
 from tests.support.coco import small_coco
@@ -70,7 +73,7 @@ def whole(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def at_step(output: Path, step: int) -> Callable[[], bool]:
     """Whether the log of the run in `output` is at least at a step: TensorBoard's file is written when a state is saved."""
-    return lambda: any(position(path) >= step for path in found(output, "resume/state-*.safetensors"))
+    return lambda: any(position(path) >= step for path in found(output, "resume/checkpoint-*.safetensors"))
 
 
 def position(state: Path) -> int:
@@ -168,12 +171,11 @@ class Stops(Exception):
 
 
 class StopsAt:
-    """Keeps states as a file would, and stops a training at the n-th one."""
+    """Keeps checkpoints as a file would, and stops a training at the n-th one."""
 
     def __init__(self, every: int, at: int | None = None) -> None:
         self.every, self.at = every, at
         self.states: list[Checkpoint] = []
-        self.stop_wanted = False
 
     def keep(self, checkpoint: Checkpoint) -> None:
         values = json.loads(json.dumps(checkpoint.values))
@@ -181,34 +183,22 @@ class StopsAt:
         if len(self.states) == self.at:
             raise Stops
 
-    def deferred(self):
-        return contextlib.nullcontext()
-
-    def undisturbed(self):
-        return contextlib.nullcontext()
-
-    def leave(self) -> None:
-        raise Stops
-
 
 def train(
     keeper: StopsAt, resumed: Resumed | None, optimizer: str, schedule: ScheduleSpec, amp: str = "none", epochs: int = 3
 ) -> tuple[nn.Module, Outcome, Notes]:
     model, task, notes = Drops(), Blobs(), Notes()
     torch.manual_seed(1 if resumed is None else 99)  # a new process has another state of the generator
-    made = make_optimizer(model, OptimizerSpec(optimizer, 0.01, 0.9, 1e-3))
-    options = {"epochs": epochs, "amp": amp, "show_progress": False, "log_every": 1}
-    outcome = finetune(
-        model,
-        task,
-        made,
-        Schedule(made, schedule, epochs, task.steps_per_epoch),
-        CPU,
-        notes,
-        keeper=keeper,
-        resumed=resumed,
-        **options,
+    how = FinetuneSpec(
+        epochs=epochs,
+        optimizer=OptimizerSpec(optimizer, 0.01, 0.9, 1e-3),
+        lr_scheduler=schedule,
+        amp=amp,
+        log_every_n_steps=1,
+        checkpoint_every_n_steps=keeper.every,
+        show_progress=False,
     )
+    outcome = finetune(model, task, how, CPU, notes, keeper=keeper, resumed=resumed)
     return model, outcome, notes
 
 
@@ -261,7 +251,7 @@ def test_a_state_of_another_network_or_a_damaged_one_is_refused() -> None:
     state = keeper.states[-1]
     for name in ("schedule", "outcome", "optimizer", "processes"):
         values = {key: value for key, value in state.values.items() if key != name}
-        with pytest.raises(CheckpointError, match="resume: the saved state does not fit"):
+        with pytest.raises(CheckpointError, match="resume: the checkpoint does not fit"):
             train(StopsAt(0), Resumed(Checkpoint(state.tensors, values)), "adam", SCHEDULES["cosine"])
     fewer = {name: tensor for name, tensor in state.tensors.items() if not name.endswith("codebook")}
     with pytest.raises(CheckpointError, match="another network"):
@@ -274,10 +264,9 @@ def test_a_network_with_values_that_are_no_numbers_is_not_kept() -> None:
     model = Drops()
     with torch.no_grad():
         model.body[1].running_mean[0] = torch.nan
-    made = make_optimizer(model, OptimizerSpec("adam", 0.01))
-    schedule, keeper = Schedule(made, SCHEDULES["none"], 1, 6), StopsAt(1)
+    keeper, how = StopsAt(1), FinetuneSpec(1, OptimizerSpec("adam", 0.01), SCHEDULES["none"], show_progress=False)
     with pytest.raises(RunError, match=r"body\.1\.running_mean holds values that are no numbers"):
-        finetune(model, Blobs(), made, schedule, CPU, Notes(), epochs=1, show_progress=False, keeper=keeper)
+        finetune(model, Blobs(), how, CPU, Notes(), keeper=keeper)
     assert not keeper.states
 
 
@@ -305,20 +294,20 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     ]
     running = started(arguments)
     wait_for(
-        lambda: at_step(output, 0)() and len(found(output, "resume/state-*")) == 2, running
+        lambda: at_step(output, 0)() and len(found(output, "resume/checkpoint-*")) == 2, running
     )  # validated; training begins
     time.sleep(0.3)
     os.killpg(running.pid, number)  # as a terminal does with Ctrl-C, and a batch system with SIGTERM
     text, _ = running.communicate(timeout=60)
     assert running.returncode == status, text
     assert "Traceback" not in text
-    assert "interrupted: the state is saved (" in text
-    assert "the same command goes on from there" in text
+    assert "interrupted: the checkpoint is saved (" in text
+    assert "the same command resumes from it" in text
     assert not list(output.rglob("*.part"))
     assert not (output / ".lock").exists()
     capsys.readouterr()
     assert train_resnet.main(arguments) == 0
-    assert "resume: goes on" in capsys.readouterr().out
+    assert "resume: resumes" in capsys.readouterr().out
     assert digest(output) == digest(whole)
     assert not (output / "resume").exists()
 
@@ -379,7 +368,7 @@ def test_auto_goes_on_and_leaves_the_same_as_a_run_that_was_not_stopped(
     output = tmp_path / "run"
     half_a_run(small_images, output)
     began = json.loads((output / "resume" / "run.json").read_text())["started"]
-    assert len(list(output.glob("resume/state-*"))) == 2
+    assert len(list(output.glob("resume/checkpoint-*"))) == 2
     # another place, number of workers and log interval change nothing of the result
     moved = shutil.copytree(small_images, tmp_path / "moved")
     assert train_resnet.main([*SMALL, *paths(moved, output), "--dataloader.num_workers", "1"]) == 0
@@ -403,7 +392,7 @@ def test_none_refuses_overwrite_begins_anew_and_a_finished_run_is_not_touched(
         "--overwrite True",
     )
     assert train_resnet.main([*arguments, "--overwrite", "True"]) == 0
-    assert "resume: goes on" not in capsys.readouterr().out
+    assert "resume: resumes" not in capsys.readouterr().out
     assert digest(output) == digest(whole)
     for resume in ("auto", str(output)):
         refused(
@@ -420,7 +409,7 @@ def test_another_folder_goes_on_from_a_run_or_from_one_of_its_states(
     first = tmp_path / "first"
     half_a_run(small_images, first)
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
-    older, newer = sorted(first.glob("resume/state-*"))
+    older, newer = sorted(first.glob("resume/checkpoint-*"))
     for name, resume in (("of a run", first), ("of a state", older), ("of the last", newer)):
         output = tmp_path / name
         capsys.readouterr()
@@ -440,9 +429,9 @@ def test_the_same_command_goes_on_when_it_went_on_from_another_folder_and_was_st
     half_a_run(small_images, first)
     monkeypatch.chdir(tmp_path)
     arguments = [*SMALL, *paths(small_images, Path("second")), "--resume", "first", "--checkpoint_every_n_steps", "1"]
-    reached = max(position(path) for path in first.glob("resume/state-*"))
+    reached = max(position(path) for path in first.glob("resume/checkpoint-*"))
     assert stopped(arguments, signal.SIGINT, at_step(output, reached + 1)) == 130
-    assert max(position(path) for path in output.glob("resume/state-*")) > reached
+    assert max(position(path) for path in output.glob("resume/checkpoint-*")) > reached
     capsys.readouterr()
     assert train_resnet.main(arguments) == 0
     assert (
@@ -487,7 +476,7 @@ def test_settings_that_differ_are_named_and_need_to_be_allowed(
 ) -> None:
     output = tmp_path / "run"
     half_a_run(small_images, output)
-    states = sorted(path.name for path in output.glob("resume/state-*"))
+    states = sorted(path.name for path in output.glob("resume/checkpoint-*"))
     capsys.readouterr()
     changed = [*SMALL, *paths(small_images, output), "--epochs", "3", "--learning_rate", "5e-4", "--momentum", "0.5"]
     refused(
@@ -518,7 +507,7 @@ def test_settings_that_differ_are_named_and_need_to_be_allowed(
             "--overwrite True",
         )
         assert "resume_with_changes" not in text
-    assert sorted(path.name for path in output.glob("resume/state-*")) == states
+    assert sorted(path.name for path in output.glob("resume/checkpoint-*")) == states
     assert train_resnet.main([*changed, "--resume_with_changes", "True"]) == 0
     results = json.loads((output / "results.json").read_text())
     assert set(results["history"]) == {"0", "1", "2", "3"}
@@ -568,7 +557,7 @@ def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_state(
         arguments = [*SMALL, *paths(small_images, output), *changes, "--checkpoint_every_n_steps", "0"]
         if output == outputs[1]:
             begun = (output / "resume" / "run.json").read_text()
-            for path in output.glob("resume/state-*"):  # stops at once, after the run has been described anew
+            for path in output.glob("resume/checkpoint-*"):  # stops at once, after the run has been described anew
                 path.with_suffix(".aside").write_bytes(path.read_bytes())
             assert (
                 stopped(
@@ -578,9 +567,9 @@ def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_state(
                 )
                 == 130
             )
-            for path in output.glob("resume/state-*.safetensors"):
+            for path in output.glob("resume/checkpoint-*.safetensors"):
                 path.unlink()
-            for path in output.glob("resume/state-*.aside"):
+            for path in output.glob("resume/checkpoint-*.aside"):
                 path.rename(path.with_suffix(".safetensors"))
         assert train_resnet.main(arguments) == 0
         rates.append({step: value for step, value in scalars(output)["Train/learning_rate"].items() if step > 12})
@@ -593,7 +582,7 @@ def test_another_batch_size_goes_on_at_the_same_images(
 ) -> None:
     output = tmp_path / "run"
     half_a_run(small_images, output)
-    batch = max(position(path) for path in output.glob("resume/state-*"))
+    batch = max(position(path) for path in output.glob("resume/checkpoint-*"))
     capsys.readouterr()
     arguments = [*SMALL, *paths(small_images, output), "--dataloader.batch_size", "2", "--resume_with_changes", "True"]
     assert train_resnet.main(arguments) == 0
@@ -608,7 +597,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_it(
 ) -> None:
     output = tmp_path / "run"
     half_a_run(small_images, output)
-    older, newer = sorted(output.glob("resume/state-*"))
+    older, newer = sorted(output.glob("resume/checkpoint-*"))
     newer.write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])
     capsys.readouterr()
     copy = shutil.copytree(output, tmp_path / "copy")
@@ -616,19 +605,19 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_it(
     assert train_resnet.main(arguments) == 0
     out = capsys.readouterr().out
     assert f"warning: {newer} cannot be read" in out
-    assert "The state before it is used" in out
+    assert "The checkpoint before it is used" in out
     assert digest(output) == digest(whole)
-    for state in copy.glob("resume/state-*"):
+    for state in copy.glob("resume/checkpoint-*"):
         state.write_bytes(b"x" * 100)
     refused(
         capsys,
         train_resnet.main,
         [*SMALL, *paths(small_images, copy)],
         "cannot be read",
-        "no other state",
+        "no other checkpoint",
         "--overwrite True",
     )
-    assert older.name in {path.name for path in copy.glob("resume/state-*")}
+    assert older.name in {path.name for path in copy.glob("resume/checkpoint-*")}
 
 
 @pytest.fixture(scope="module")
@@ -638,8 +627,10 @@ def state_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     with pytest.raises(Stops):
         train(keeper, None, "adam", SCHEDULES["cosine"])
     state = keeper.states[-1]
-    path = tmp_path_factory.mktemp("state") / "state-000001.safetensors"
-    StoredCheckpoint(state, About({"dataloader.batch_size": 4}, {PROCESSES: 1}), {"a.png": "cut off"}).write(path)
+    path = tmp_path_factory.mktemp("state") / "checkpoint-000001.safetensors"
+    StoredCheckpoint(state, RunFingerprint({"dataloader.batch_size": 4}, {PROCESSES: 1}), {"a.png": "cut off"}).write(
+        path
+    )
     assert isinstance(StoredCheckpoint.read(path), StoredCheckpoint)
     return path, path.read_bytes()
 
@@ -667,10 +658,10 @@ def tolerant(text: str) -> object:
     ["", "[]", "{}", '{"position": {}}', '{"position": {"epoch": -1}}', '{"position": {"epoch": "x"}}', "[" * 9999],
 )
 def test_a_whole_file_that_is_no_state(values: str, tmp_path: Path) -> None:
-    path = tmp_path / "state-000001.safetensors"
+    path = tmp_path / "checkpoint-000001.safetensors"
     good = {
         "values": '{"position": {}}',
-        "about": '{"settings": {"dataloader.batch_size": 4}, "facts": {"(processes)": 1}}',
+        "fingerprint": '{"settings": {"dataloader.batch_size": 4}, "inputs": {"(processes)": 1}}',
         "unreadable": "{}",
     }
     for name in good:
@@ -689,8 +680,9 @@ def test_a_whole_file_that_is_no_state(values: str, tmp_path: Path) -> None:
         ("{", ["run.json is damaged", "--overwrite True"]),
         ("[]", ["is damaged"]),
         ('{"format": 1}', ["is damaged"]),
-        ('{"format": 2, "versions": ["9.9", "9"]}', ["later version", "9.9"]),
-        ('{"format": 1, "versions": [], "started": "x", "settings": {}, "facts": {}}', ["is damaged"]),
+        ('{"format": 3, "versions": ["9.9", "9"]}', ["later version", "9.9"]),
+        ('{"format": 1, "versions": ["0.0", "9"]}', ["earlier version", "0.0", "--overwrite True"]),
+        ('{"format": 2, "versions": [], "started": "x", "fingerprint": {}}', ["is damaged"]),
     ],
 )
 def test_a_damaged_description_of_the_run(
@@ -741,7 +733,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(
         error = refused(capsys, train_resnet.main, arguments, "cannot write", status=1)
         assert "no space left" in error.lower()
         assert not list(output.rglob("*.part"))
-        for state in output.glob("resume/state-*"):
+        for state in output.glob("resume/checkpoint-*"):
             read_container(state)
         hog.unlink()
         assert train_resnet.main(arguments) == 0
@@ -759,7 +751,8 @@ def test_a_full_disk_under_the_log_is_one_error(
     code = f"""
 import shutil, sys
 from pathlib import Path
-from src import recorder, train_resnet
+from src import train_resnet
+from src.run import recorder
 place = Path({str(place)!r})
 class Moved(recorder.SummaryWriter):
     def __init__(self, folder, **more):
@@ -824,7 +817,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
         """The loaders, when training has begun: two states are there, and the second loader is."""
         while not ended.is_set():
             new = set(children.read_text().split()) - before
-            if len(found(output, "resume/state-*")) == 2 and len(new) == 2:
+            if len(found(output, "resume/checkpoint-*")) == 2 and len(new) == 2:
                 for number in new:
                     os.kill(int(number), signal.SIGKILL)
                 return
@@ -837,7 +830,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
     finally:
         ended.set()
         killer.join()
-    assert max(position(path) for path in output.glob("resume/state-*")) >= 0
+    assert max(position(path) for path in output.glob("resume/checkpoint-*")) >= 0
     assert train_resnet.main(arguments) == 0
     assert digest(output) == digest(whole)
 
@@ -866,9 +859,9 @@ def test_an_image_that_becomes_unreadable_in_an_epoch_ends_the_run_and_it_goes_o
         ended.set()
         spoiler.join()
     spoilt.write_bytes(good)
-    reached = max(position(path) for path in output.glob("resume/state-*"))
+    reached = max(position(path) for path in output.glob("resume/checkpoint-*"))
     assert train_resnet.main(arguments) == 0
-    assert "resume: goes on" in capsys.readouterr().out
+    assert "resume: resumes" in capsys.readouterr().out
     assert 0 <= reached < STEPS
     assert digest(output) == digest(whole)
 
@@ -885,7 +878,7 @@ def test_images_that_were_left_out_before_the_stop_are_counted_too(
     arguments = [*flags, *paths(images, outputs[1]), "--checkpoint_every_n_steps", "1"]
     assert stopped(arguments, signal.SIGINT, at_step(outputs[1], STEPS - 1)) == 130
     assert train_resnet.main(arguments) == 0
-    assert capsys.readouterr().err.count("skipped unreadable image") == 2  # once in each run
+    assert capsys.readouterr().out.count("skipped unreadable image") == 2  # once in each run
     assert digest(outputs[1]) == digest(outputs[0])
     assert json.loads((outputs[1] / "results.json").read_text())["skipped images"] == 1
 
@@ -913,13 +906,13 @@ def test_a_gradient_that_is_no_number_is_named_and_the_last_good_state_stays(
         "went first, at step",
         status=1,
     )
-    states = sorted(output.glob("resume/state-*"))
+    states = sorted(output.glob("resume/checkpoint-*"))
     assert states
     for state in states:
         assert all(
             tensor.isfinite().all() for tensor in read_container(state)[0].values() if tensor.is_floating_point()
         )
-    assert "The last saved state and model are kept" in error
+    assert "The last checkpoint and model are kept" in error
     calm = [*arguments[:-6], "--learning_rate", "1e-3", "--optimizer", "sgd", "--resume_with_changes", "True"]
     assert train_resnet.main([*calm, "--resume", str(states[0])]) == 0
 
@@ -964,7 +957,7 @@ def test_a_clock_that_is_set_back_changes_nothing(small_images: Path, whole: Pat
     wait_for(at_step(output, 4), running)
     running.kill()
     running.communicate()
-    newest = max(output.glob("resume/state-*"), key=position)
+    newest = max(output.glob("resume/checkpoint-*"), key=position)
     os.utime(newest, (time.time() - 86400, time.time() - 86400))
     done = subprocess.run(
         [sys.executable, "-m", "src.train_resnet", *arguments],
@@ -1019,5 +1012,5 @@ def test_mask_r_cnn_goes_on_too(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert stopped(arguments, signal.SIGTERM, at_step(outputs[1], 1), train_maskrcnn.main) == 143
     capsys.readouterr()
     assert train_maskrcnn.main(arguments) == 0
-    assert "resume: goes on in epoch 1, after batch" in capsys.readouterr().out
+    assert "resume: resumes in epoch 1, after batch" in capsys.readouterr().out
     assert digest(outputs[1]) == digest(outputs[0])

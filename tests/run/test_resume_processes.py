@@ -96,11 +96,11 @@ def test_a_launched_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
     """Each process gets its own running statistics and random states back."""
     output = tmp_path / "run"
     _, text = stopped("torchrun", small_images, output, at_step(output, 2), signal.SIGTERM)
-    assert "interrupted: the state is saved (" in text, text
+    assert "interrupted: the checkpoint is saved (" in text, text
     assert not (output / "results.json").exists()
     finished = launch("torchrun", ["-m", "src.train_resnet", *arguments(small_images, output)])
     assert finished.status == 0, finished.text
-    assert finished.out.count("resume: goes on") == 1
+    assert finished.out.count("resume: resumes") == 1
     check_like(output, whole, exactly=True)
 
 
@@ -115,7 +115,7 @@ def test_a_run_killed_in_one_engine_goes_on_in_another(
     stopped(first, small_images, output, at_step(output, 2), signal.SIGKILL)
     finished = launch(second, ["-m", "src.train_resnet", *arguments(small_images, output)])
     assert finished.status == 0, finished.text
-    assert finished.out.count("resume: goes on") == 1
+    assert finished.out.count("resume: resumes") == 1
     assert finished.left == 0
     check_like(output, whole, exactly=False)
 

@@ -74,7 +74,7 @@ def moments(draw: random.Random) -> Iterator[tuple[str, Callable[[Path], bool]]]
 
 
 def newest(run: Path) -> int:
-    return max((int(path.name[6:12]) for path in found(run, "resume/state-*.safetensors")), default=0)
+    return max((int(path.stem.rpartition("-")[2]) for path in found(run, "resume/checkpoint-*.safetensors")), default=0)
 
 
 def one_life(arguments: list[str], run: Path, awaited: Callable[[Path], bool], draw: random.Random) -> int | None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import RunError
-from src.compression.finetune.loop import finetune
-from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
+from src.compression.finetune.loop import FinetuneSpec, finetune
+from src.compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from src.compression.permute.groups import Group
 from src.compression.permute.permute import GroupResult, permute
 from src.compression.quantize.compress import compress
@@ -38,6 +38,7 @@ from tests.support.helpers import coded, lively, spec
 from tests.tasks.test_detection import network as detector
 
 EPOCHS = 2
+EVERY_STEP = {"log_every_n_steps": 1, "show_progress": False}
 GROUPS = [Group(("0", "1"), ("3",)), Group(("3", "4"), ("6",)), Group(("6",), ("9",))]
 
 
@@ -108,17 +109,17 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
         return permute(part, groups, plan.sizes, seed=3, show_progress=False)
 
     groups = permute_together(engine, model, GROUPS, {}, search)
-    code = partial(compress, seed=3, show_progress=False)
-    model, layers = quantize_together(engine, model, plan, code)
+    quantize = partial(compress, seed=3, show_progress=False)
+    model, layers = quantize_together(engine, model, plan, quantize)
     coded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     task = classification(engine, images, batch_size)
     if norms == "joint":
         model = join_batch_norms(model, engine) if engine.world_size > 1 else model
     model.train()
     diary = Diary()
-    optimizer = make_optimizer(model, OptimizerSpec("sgd", 0.02, 0.9, 1e-4))
-    schedule = Schedule(optimizer, ScheduleSpec("cosine", 1e-3), EPOCHS, task.steps_per_epoch)
-    finetune(model, task, optimizer, schedule, engine, diary, epochs=EPOCHS, log_every=1, show_progress=False)
+    optimizer = OptimizerSpec("sgd", learning_rate=0.02, momentum=0.9, weight_decay=1e-4)
+    schedule = ScheduleSpec("cosine", min_lr=1e-3)
+    finetune(model, task, FinetuneSpec(EPOCHS, optimizer, schedule, **EVERY_STEP), engine, diary)
     state = model.state_dict()
     assert not any(name.startswith("module.") for name in state)
     digests = engine.gather([diary.digests])
@@ -175,9 +176,7 @@ def detecting(engine: Engine, coco: Path) -> dict:
     model, task, diary = coded(detector(), spec(16, iterations=2)), detection(engine, coco), Diary()
     seen = engine.gather([[image_id for batch in task.training_batches(1) for image_id in batch.image_ids]])
     before = task.detect(model, "before")
-    optimizer = make_optimizer(model, OptimizerSpec(learning_rate=5e-3))
-    schedule = Schedule(optimizer, ScheduleSpec(), EPOCHS, task.steps_per_epoch)
-    finetune(model, task, optimizer, schedule, engine, diary, epochs=EPOCHS, log_every=1, show_progress=False)
+    finetune(model, task, FinetuneSpec(EPOCHS, OptimizerSpec(learning_rate=5e-3), **EVERY_STEP), engine, diary)
     after = task.detect(model, "after")
     digests = engine.gather([diary.digests])
     figures = {"metrics": diary.metrics, "losses": diary.losses, "digests": digests, "seen": seen}

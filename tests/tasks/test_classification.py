@@ -20,6 +20,7 @@ from src.compression.finetune.task import Task
 from src.tasks.classification import Classification, check_classes, images_per_process
 from src.tasks.images import ImageFolderIndex, read_folder
 from src.tasks.loading import Batch
+from tests.support.logs import logged
 
 N_CLASSES, EACH = 3, 7
 
@@ -255,13 +256,13 @@ def test_unreadable_images_are_skipped_and_counted(indices):
     spoil(indices[0], 0, 1, 2)
     spoil(indices[1], 6, 8)
     task = make_task(indices, skip_unreadable=True, batch_size=3, train_shuffle=False)
-    with pytest.warns(UserWarning, match=r"skipped unreadable image .*class0/0\.png"):
+    with logged(r"skipped unreadable image .*class0/0\.png"):
         sizes = [len(batch) for batch in task.training_batches(1)]
     assert sizes == [3] * 6  # the batch of which nothing was left is not among them
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # each file is named once
         assert len(list(task.training_batches(2))) == 6
-    with pytest.warns(UserWarning, match="class1/1"):
+    with logged("class1/1"):
         found = task.validate(small_model(), "v")
     assert (found["images"], found["skipped"]) == (19, 2)
     assert set(task.unreadable) == {indices[0].paths[i] for i in (0, 1, 2)} | {indices[1].paths[i] for i in (6, 8)}
@@ -270,13 +271,13 @@ def test_unreadable_images_are_skipped_and_counted(indices):
 def test_a_lost_batch_among_several_processes_is_an_error(indices):
     spoil(indices[0], 0, 2)
     task = make_task(indices, FakeEngine(0, 2), skip_unreadable=True, batch_size=2, train_shuffle=False)
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(DataError, match="2 unreadable"):
+    with logged("skipped"), pytest.raises(DataError, match="2 unreadable"):
         list(task.training_batches(1))
 
 
 def test_nothing_readable_is_an_error(indices):
     spoil(indices[1], *range(21))
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(DataError, match="not one validation image"):
+    with logged("skipped"), pytest.raises(DataError, match="not one validation image"):
         make_task(indices, skip_unreadable=True).validate(small_model(), "v")
 
 
@@ -333,9 +334,9 @@ def test_on_cuda_batches_are_pinned_and_figures_agree(indices):
     engine = FakeEngine()
     engine.device = torch.device("cuda")
     task, model = make_task(indices, engine, num_workers=1, skip_unreadable=True, channels_last=True), small_model()
-    with pytest.warns(UserWarning, match="skipped"):
+    with logged("skipped"):
         expected = make_task(indices, skip_unreadable=True).validate(model, "v")
-    with pytest.warns(UserWarning, match="skipped"):
+    with logged("skipped"):
         found = task.validate(model.cuda(), "v")
     batch = next(task.training_batches(1))
     assert batch.images.is_pinned()

@@ -17,8 +17,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from src.common.errors import DataError, SettingsError
-from src.compression.finetune.loop import finetune
-from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
+from src.compression.finetune.loop import FinetuneSpec, finetune
+from src.compression.finetune.optimizers import OptimizerSpec
 from src.engines.single import SingleProcess
 from src.tasks.coco.data import CocoSplit, read_coco
 from src.tasks.coco.loading import CocoDataset, DetectionBatch, DetectionItem, collate_detection, target_of
@@ -27,6 +27,7 @@ from src.tasks.detection import Detection, score
 from tests.conftest import DATA
 from tests.support.coco import contents, entry, small_coco, write
 from tests.support.helpers import coded, spec
+from tests.support.logs import logged
 
 CLASSES = 5
 LOSSES = {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
@@ -140,7 +141,7 @@ def test_batches_do_not_depend_on_the_number_of_workers_and_change_with_the_epoc
     ]
 
 
-class ResumableRun:
+class Kept:
     """A recorder that keeps everything in memory."""
 
     def __init__(self) -> None:
@@ -170,10 +171,9 @@ def test_a_small_network_learns_from_a_few_images(coco: Path, compressed: bool, 
                 ignored=["rpn.head.cls_logits", "rpn.head.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits"],
             ),
         )
-    work, kept = task(coco, amp=amp), ResumableRun()
-    optimizer = make_optimizer(model, OptimizerSpec(learning_rate=5e-3))
-    schedule = Schedule(optimizer, ScheduleSpec(), 6, work.steps_per_epoch)
-    outcome = finetune(model, work, optimizer, schedule, CPU, kept, epochs=6, amp=amp, log_every=1, show_progress=False)
+    how = FinetuneSpec(6, OptimizerSpec(learning_rate=5e-3), amp=amp, log_every_n_steps=1, show_progress=False)
+    kept = Kept()
+    outcome = finetune(model, task(coco, amp=amp), how, CPU, kept)
     totals = [figures["loss_total"] for _, figures in sorted(kept.steps.items())]
     assert sum(totals[-4:]) < 0.92 * sum(totals[:4])
     assert outcome.best is not None
@@ -318,7 +318,7 @@ def test_images_that_break_end_the_run_or_are_left_out(tmp_path: Path) -> None:
         list(splits[0].training_batches(1))
     with pytest.raises(DataError, match=r"000001\.png"):
         splits[0].validate(network(), "evaluate")
-    with pytest.warns(UserWarning, match=r"000001\.png"):
+    with logged(r"000001\.png"):
         assert sorted(n for batch in splits[1].training_batches(1) for n in batch.image_ids) == [2, 3, 4]
     assert sorted(splits[1].detect(network(), "evaluate")[1]) == [2, 3]
     assert len(splits[1].unreadable) == 2

@@ -1,4 +1,4 @@
-"""The whole state of a training: everything that the next step depends on, so that it can go on as if it had never stopped."""
+"""The whole state of a training: everything that the next step depends on, so that it can resume as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state as named tensors on the CPU and as values that JSON can hold."""
+    """The state of a training as named tensors on the CPU and as values that JSON can hold."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
@@ -82,14 +82,14 @@ def take(training: Training, engine: Engine) -> Checkpoint:
     """The state of `training`; all processes must call this, each brings its random states and running statistics.
 
     Raises:
-        RunError: a value of the network is not finite, so that there is nothing worth keeping.
+        RunError: a value of the network is not finite, so that there is nothing worth saving.
     """
     tensors = {}
     trained = dict(training.model.named_parameters(remove_duplicate=False))
     for name, tensor in training.model.state_dict().items():
         # a buffer may hold an infinity on purpose (masks do)
         if bool((~torch.isfinite(tensor) if name in trained else torch.isnan(tensor)).any()):
-            raise RunError(f"{name} holds values that are no numbers; the state saved before is kept")
+            raise RunError(f"{name} holds values that are no numbers; the checkpoint saved before is kept")
         small = name.rpartition(".")[2] == CODES and tensor.numel() and int(tensor.max()) < 256
         tensors[MODEL + name] = (tensor.to(torch.uint8) if small else tensor).detach().cpu().clone()
     numbers: dict[str, dict[str, Any]] = {}
@@ -118,16 +118,16 @@ def take(training: Training, engine: Engine) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, training: Training, position: Position, *, same_schedule: bool = True) -> None:
-    """Put a state into `training`, which was made with the same settings, before an engine wraps it.
+    """Put a checkpoint into `training`, which was made with the same settings, before an engine wraps it.
 
     Args:
         checkpoint: from `take`.
         training: changed in place.
-        position: the state's own, or where else to go on.
+        position: the checkpoint's own, or where else to resume.
         same_schedule: False: the learning rate is that of the new schedule at this position, as if it had been so from the start.
 
     Raises:
-        CheckpointError: the state is that of another network or optimizer, or damaged.
+        CheckpointError: it is that of another network or optimizer, or damaged.
     """
     try:
         own = training.model.state_dict()
@@ -137,17 +137,17 @@ def restore(checkpoint: Checkpoint, training: Training, position: Position, *, s
         if {name: tensor.shape for name, tensor in own.items()} != {
             name: tensor.shape for name, tensor in found.items()
         }:
-            raise CheckpointError("resume: the saved state is that of another network")
+            raise CheckpointError("resume: the checkpoint is that of another network")
         training.model.load_state_dict(found)
         _restore_optimizer(checkpoint, training.optimizer)
         training.position = position
         training.outcome = Outcome.of_values(checkpoint.values["outcome"])
         if same_schedule:
             training.schedule.load(checkpoint.values["schedule"])
-            for group, kept in zip(
+            for group, rates in zip(
                 training.optimizer.param_groups, checkpoint.values["optimizer"]["groups"], strict=True
             ):
-                group.update(kept)
+                group.update(rates)
         else:
             training.schedule.go_to(position.step, position.epoch)
         if training.scaler.is_enabled() and checkpoint.values["scaler"]:
@@ -159,14 +159,14 @@ def restore(checkpoint: Checkpoint, training: Training, position: Position, *, s
 
 
 def _unfit(error: Exception) -> CheckpointError:
-    return CheckpointError(f"resume: the saved state does not fit this run ({type(error).__name__}: {error})")
+    return CheckpointError(f"resume: the checkpoint does not fit this run ({type(error).__name__}: {error})")
 
 
 def restore_own(checkpoint: Checkpoint, training: Training, engine: Engine) -> None:
     """Put back what each process has of its own: random states and running statistics; after an engine has wrapped the network.
 
     Raises:
-        CheckpointError: the state is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     try:
         rows = checkpoint.values["processes"]

@@ -6,9 +6,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +16,10 @@ from torch import nn
 from ...common.errors import RunError
 from ...common.progress import bar
 from ...engines.engine import Engine
-from .checkpoint import Checkpoint, Position, Training, restore, restore_own, take
+from .checkpoint import Position, Training, restore, restore_own, take
 from .gradients import GradientWatch, explain
-from .optimizers import Schedule
+from .hooks import Keeper, NeverStop, NoCheckpoints, Recorder, Resumed, StopSignals
+from .optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from .outcome import Outcome
 from .task import StepLoss, Task
 
@@ -26,120 +27,62 @@ TIMED_STEPS = 10_000
 """The last steps, whose median duration is reported."""
 
 
-class Recorder(Protocol):
-    """Where a run leaves its figures and models."""
-
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """Figures of a training step, by name."""
-
-    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
-        """Metrics after `epoch` epochs (0: before training)."""
-
-    def model(self, epoch: int, model: nn.Module) -> None:
-        """The model after `epoch` epochs (0: compressed, before training)."""
-
-    def best(self, epoch: int, model: nn.Module) -> None:
-        """The model after `epoch` epochs has the highest metric so far."""
-
-
-class Keeper(Protocol):
-    """Keeps states of a training, and knows when it is to stop."""
-
-    every: int
-    """Steps from one state to the next within an epoch; 0: none."""
-
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """Keep a state. Every process calls this."""
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """In here the wish to stop waits until the loop asks for it."""
-
-    def undisturbed(self) -> AbstractContextManager[None]:
-        """In here no error of another process breaks in: what is begun is finished."""
-
-    @property
-    def stop_wanted(self) -> bool:
-        """This process was asked to stop."""
-
-    def leave(self) -> None:
-        """Stop; the state has been kept. Raises."""
-
-
-class KeepNothing:
-    """A keeper for trainings that start anew after a crash."""
-
-    every = 0
-    stop_wanted = False
-
-    def keep(self, checkpoint: Checkpoint) -> None:
-        """Nothing."""
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """Nothing waits."""
-        return nullcontext()
-
-    def undisturbed(self) -> AbstractContextManager[None]:
-        """Whatever comes comes."""
-        return nullcontext()
-
-    def leave(self) -> None:
-        """Never called, as nobody asks for it."""
-
-
 @dataclass(frozen=True)
-class Resumed:
-    """A state to go on from.
+class FinetuneSpec:
+    """How a network is trained; the names are those of the settings.
 
     Attributes:
-        checkpoint: the state.
-        same_schedule: False: settings of the schedule have changed since.
-        batch: batches of the broken-off epoch that count as done, where that is another number than the state's.
+        epochs: passes over the training images; 0 only validates and saves.
+        optimizer: over every parameter that is not frozen.
+        lr_scheduler: of the learning rate.
+        amp: `fp16` scales the loss; the task computes it under autocast.
+        skip_initial_validation: do not validate before training.
+        log_every_n_steps: steps between figures.
+        checkpoint_every_n_steps: steps between two checkpoints within an epoch; 0: none.
+        show_progress: show progress bars.
     """
 
-    checkpoint: Checkpoint
-    same_schedule: bool = True
-    batch: int | None = None
+    epochs: int
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    lr_scheduler: ScheduleSpec = field(default_factory=ScheduleSpec)
+    amp: str = "none"
+    skip_initial_validation: bool = False
+    log_every_n_steps: int = 10
+    checkpoint_every_n_steps: int = 0
+    show_progress: bool = True
 
 
 def finetune(
     model: nn.Module,
     task: Task,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    spec: FinetuneSpec,
     engine: Engine,
     recorder: Recorder,
     *,
-    epochs: int,
-    amp: str = "none",
-    skip_initial_validation: bool = False,
-    log_every: int = 10,
-    show_progress: bool = True,
     keeper: Keeper | None = None,
+    signals: StopSignals | None = None,
     resumed: Resumed | None = None,
 ) -> Outcome:
-    """Train `model` for `epochs` epochs, validating and saving after each.
+    """Train `model`, validating and saving after each epoch.
 
     Args:
         model: on the engine's device.
         task: data, loss and metric.
-        optimizer: over the trained parameters.
-        schedule: of `optimizer`.
+        spec: how.
         engine: the processes.
-        recorder: keeps figures and models.
-        epochs: 0 only validates and saves.
-        amp: `fp16` scales the loss; the task computes it under autocast.
-        skip_initial_validation: do not validate before training.
-        log_every: steps between figures.
-        show_progress: show progress bars.
-        keeper: is given the whole state before the first step, every `keeper.every` steps, and before and after each validation;
-            says when to stop. None: nothing is kept.
-        resumed: state to go on from; the result is that of a training that was never interrupted, bit by bit on the CPU.
+        recorder: receives figures and models.
+        keeper: receives a checkpoint before the first step, every `checkpoint_every_n_steps`, and before and after each
+            validation. None: nothing is saved.
+        signals: say when to stop. None: never.
+        resumed: checkpoint to resume from; the result is that of a training that was never interrupted, bit by bit on the CPU.
 
     Raises:
         RunError: the loss or a gradient is not a number; what was saved is kept.
-        CheckpointError: `resumed` is the state of something else.
+        CheckpointError: `resumed` is the checkpoint of something else.
     """
-    scaler = torch.amp.GradScaler(engine.device.type, enabled=amp == "fp16")
+    optimizer = make_optimizer(model, spec.optimizer)
+    schedule = Schedule(optimizer, spec.lr_scheduler, spec.epochs, task.steps_per_epoch)
+    scaler = torch.amp.GradScaler(engine.device.type, enabled=spec.amp == "fp16")
     training = Training(model, optimizer, schedule, scaler)
     if resumed is not None:
         restore(resumed.checkpoint, training, _where(resumed, task), same_schedule=resumed.same_schedule)
@@ -149,17 +92,25 @@ def finetune(
     if resumed is not None:
         restore_own(resumed.checkpoint, training, engine)
     loop = _Loop(
-        training, trained, optimizer, task, engine, recorder, keeper or KeepNothing(), epochs, log_every, show_progress
+        training=training,
+        trained=trained,
+        optimizer=optimizer,
+        task=task,
+        spec=spec,
+        engine=engine,
+        recorder=recorder,
+        keeper=keeper or NoCheckpoints(),
+        signals=signals or NeverStop(),
     )
     if resumed is None:
         recorder.model(0, model)
-        training.position = Position(validated=skip_initial_validation)
+        training.position = Position(validated=spec.skip_initial_validation)
         loop.keep()
     return loop.run()
 
 
 def _where(resumed: Resumed, task: Task) -> Position:
-    """The place to go on from, in the steps and batches of this run."""
+    """The place to resume from, in the steps and batches of this run."""
     position = resumed.checkpoint.position
     if resumed.same_schedule and resumed.batch is None:
         return position
@@ -173,12 +124,11 @@ class _Loop:
     trained: nn.Module
     optimizer: torch.optim.Optimizer
     task: Task
+    spec: FinetuneSpec
     engine: Engine
     recorder: Recorder
     keeper: Keeper
-    epochs: int
-    log_every: int
-    show_progress: bool
+    signals: StopSignals
 
     def __post_init__(self) -> None:
         self.durations: deque[float] = deque(maxlen=TIMED_STEPS)
@@ -188,15 +138,18 @@ class _Loop:
         while True:
             if not self.training.position.validated:
                 self._validate()
-            if self.training.position.epoch >= self.epochs:
+            if self.training.position.epoch >= self.spec.epochs:
                 self._time()
                 return self.training.outcome
-            with self.keeper.deferred():
+            with self.signals.deferred():
                 self._train_epoch()
 
     def keep(self) -> None:
         self._time()
         self.keeper.keep(take(self.training, self.engine))
+
+    def _leave(self) -> None:
+        self.signals.leave(f"the checkpoint is saved ({self.training.position}); the same command resumes from it")
 
     def _time(self) -> None:
         if self.durations:
@@ -206,26 +159,26 @@ class _Loop:
         training, task = self.training, self.task
         epoch, done = training.position.epoch + 1, training.position.batch
         training.model.train()
-        label, total = f"epoch {epoch}/{self.epochs}", task.steps_per_epoch
+        label, total = f"epoch {epoch}/{self.spec.epochs}", task.steps_per_epoch
         with closing(
-            bar(task.training_batches(epoch, done), label, total, self.show_progress, "batch", done)
+            bar(task.training_batches(epoch, done), label, total, self.spec.show_progress, "batch", done)
         ) as batches:
             self._train_on(batches, epoch, done)
         self.engine.average_buffers(training.model)
         self.recorder.model(epoch, training.model)
         training.position = Position(epoch, 0, False, epoch * task.steps_per_epoch)
         self.keep()
-        if self.engine.world_size == 1 and self.keeper.stop_wanted:
-            self.keeper.leave()
+        if self.engine.world_size == 1 and self.signals.wanted:
+            self._leave()
 
     def _train_on(self, batches: Iterator[Any], epoch: int, done: int) -> None:
         """Go through the batches of `epoch` of which `done` are behind."""
         training, task = self.training, self.task
         first, started = True, time.perf_counter()
         while (batch := self._next(batches)) is not None:
-            with self.keeper.undisturbed():
+            with self.signals.undisturbed():
                 number = (epoch - 1) * task.steps_per_epoch + task.position
-                wanted = number % self.log_every == 0 or number == 1
+                wanted = number % self.spec.log_every_n_steps == 0 or number == 1
                 rate = training.schedule.learning_rate
                 loss = self._step(batch, number)
                 training.schedule.after_step()
@@ -238,27 +191,33 @@ class _Loop:
                 if wanted:
                     self.recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / took})
                 training.position = Position(epoch - 1, task.position, True, number)
-                stop = stop or (self.engine.world_size == 1 and self.keeper.stop_wanted)
-                due = self.keeper.every and number % self.keeper.every == 0 and task.position < task.steps_per_epoch
+                stop = stop or (self.engine.world_size == 1 and self.signals.wanted)
+                due = (
+                    self.spec.checkpoint_every_n_steps
+                    and number % self.spec.checkpoint_every_n_steps == 0
+                    and task.position < task.steps_per_epoch
+                )
                 if due or stop:
                     self.keep()
                 if stop:
-                    self.keeper.leave()
+                    self._leave()
             first, started = False, time.perf_counter()
 
     def _next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, None at the end. What was done before is kept if there is none to be had."""
+        """The next batch, None at the end. What was done before is saved if there is none to be had."""
         try:
             return next(batches, None)
         except Exception as error:
-            with self.keeper.undisturbed():
+            with self.signals.undisturbed():
                 if self.engine.world_size == 1:  # several processes would have to agree
                     try:
                         self.keep()
-                    except Exception as further:  # the first error says more; the state saved before is still there
+                    except (
+                        Exception
+                    ) as further:  # the first error says more; the checkpoint saved before is still there
                         raise error from further
-                    if self.keeper.stop_wanted:  # the signal may have ended the loader's processes too
-                        self.keeper.leave()
+                    if self.signals.wanted:  # the signal may have ended the loader's processes too
+                        self._leave()
             raise
 
     def _step(self, batch: Any, number: int) -> StepLoss:
@@ -267,7 +226,7 @@ class _Loop:
         scaler = self.training.scaler
         scaler.scale(loss.loss).backward()
         self.watch.end_of_pass()
-        # where reading from the device costs no synchronisation every step is looked at before it changes anything
+        # where reading from the device costs no synchronisation every step is checked before it changes anything
         at_once = not loss.loss.is_cuda
         if scaler.is_enabled():  # gradients of a scaled loss may overflow: the scaler leaves such steps out
             finite = torch.isfinite(loss.loss.detach())
@@ -285,7 +244,7 @@ class _Loop:
         """The figures of a step as means over the images of all processes, the number of these images, and whether one is to stop."""
         values = torch.stack([value.detach().cpu().double() for value in (loss.loss, *loss.scalars.values())])
         own = torch.cat([values, torch.ones(1, dtype=torch.float64)]) * loss.n_images
-        stop = torch.tensor([float(self.keeper.stop_wanted)], dtype=torch.float64)
+        stop = torch.tensor([float(self.signals.wanted)], dtype=torch.float64)
         *means, n_images, stopping = self.engine.sum(torch.cat([own, stop])).tolist()
         figures = dict(zip(("loss", *loss.scalars), (mean / n_images for mean in means), strict=True))
         return figures, n_images, stopping > 0
@@ -293,7 +252,7 @@ class _Loop:
     def _raise_not_finite(self, number: int) -> None:
         cause = explain(self.watch.first(), dict(self.training.model.named_modules()))
         raise RunError(
-            f"the loss is no longer a number at step {number}. {cause}The last saved state and model are kept. "
+            f"the loss is no longer a number at step {number}. {cause}The last checkpoint and model are kept. "
             "A smaller learning_rate, or amp: bf16 instead of fp16, usually helps."
         )
 
@@ -318,4 +277,4 @@ class _Loop:
         self.keep()
 
 
-__all__ = ["KeepNothing", "Keeper", "Outcome", "Recorder", "Resumed", "finetune"]
+__all__ = ["FinetuneSpec", "Outcome", "finetune"]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from src.common.errors import RunError
 from src.common.randomness import stream
 from src.compression.finetune.gradients import GradientWatch
-from src.compression.finetune.loop import Outcome, finetune
+from src.compression.finetune.loop import FinetuneSpec, Outcome, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.compression.finetune.task import StepLoss, evaluating
 from src.compression.quantize.layers import QuantizedLayer
@@ -114,15 +114,19 @@ def run(
     lr: float = 0.01,
     **options,
 ) -> Outcome:
-    optimizer = make_optimizer(model, OptimizerSpec("adam", lr))
-    schedule_ = Schedule(optimizer, schedule or ScheduleSpec(), epochs, task.steps_per_epoch)
-    engine = SingleProcess(torch.device("cpu"))
-    return finetune(model, task, optimizer, schedule_, engine, recorder, epochs=epochs, show_progress=False, **options)
+    how = FinetuneSpec(
+        epochs=epochs,
+        optimizer=OptimizerSpec("adam", lr),
+        lr_scheduler=schedule or ScheduleSpec(),
+        show_progress=False,
+        **options,
+    )
+    return finetune(model, task, how, SingleProcess(torch.device("cpu")), recorder)
 
 
 def test_the_order_of_saving_validating_and_training() -> None:
     recorder = Notes()
-    outcome = run(network(), Blobs(), recorder, epochs=2, log_every=3)
+    outcome = run(network(), Blobs(), recorder, epochs=2, log_every_n_steps=3)
     best = {epoch for kind, epoch, *_ in recorder.events if kind == "best"}
     wanted: list[tuple] = [("model", 0), ("validation", 0, 0), ("best", 0)]
     wanted += [
@@ -346,7 +350,7 @@ def test_the_loop_tells_the_schedule_of_every_epoch_and_its_metric() -> None:
         recorder,
         epochs=3,
         schedule=ScheduleSpec("multistep", factor=0.5, milestones=(1, 2)),
-        log_every=1,
+        log_every_n_steps=1,
     )
     assert list(recorder.rates.values()) == pytest.approx([0.01] * 6 + [0.005] * 6 + [0.0025] * 6)
     # with a rate of zero nothing is learned, so that the accuracy cannot rise after the first epoch
@@ -360,11 +364,19 @@ def test_the_loop_tells_the_schedule_of_every_epoch_and_its_metric() -> None:
         epochs=3,
         lr=1e-30,
         schedule=ScheduleSpec("plateau", min_lr=0.0, patience=0),
-        log_every=1,
+        log_every_n_steps=1,
     )
     assert [recorder.rates[step] for step in (1, 7, 13)] == pytest.approx([1e-30, 1e-30, 1e-31], rel=1e-3)
     recorder = Notes()
-    run(network(), Blobs(), recorder, epochs=2, lr=0.02, schedule=ScheduleSpec("plateau", patience=0), log_every=1)
+    run(
+        network(),
+        Blobs(),
+        recorder,
+        epochs=2,
+        lr=0.02,
+        schedule=ScheduleSpec("plateau", patience=0),
+        log_every_n_steps=1,
+    )
     assert recorder.rates[12] == 0.02  # the accuracy rose
 
 

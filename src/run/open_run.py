@@ -1,0 +1,182 @@
+"""A run: its processes, output folder, log, recorder and checkpoints, opened together and closed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.log import log
+from ..compression.finetune.hooks import Resumed
+from ..compression.finetune.outcome import Outcome
+from ..engines.engine import Engine
+from ..settings import Settings, is_placeholder, require, to_yaml
+from .checkpoints import CheckpointFolder
+from .fingerprint import PROCESSES, RunFingerprint
+from .output_folder import EVALUATION_FILES, OutputFolder
+from .processes import processes
+from .recorder import AnyRecorder, NoRecorder, RunRecorder, Save
+from .resume import Resume, UnfinishedRun, alone, came_from, source_of
+from .shared_folder import open_output
+from .signals import Stop, stopping
+
+
+@dataclass
+class Run:
+    """A training run.
+
+    Attributes:
+        settings: as they were given.
+        engine: the processes that share it.
+        signals: Ctrl-C and SIGTERM.
+        output: its folder.
+        resume: whether it resumes, and from what.
+        recorder: of figures and models; keeps nothing before `begin`, nor on processes other than the first.
+        checkpoints: what it can be resumed from; there from `begin` on.
+    """
+
+    settings: Settings
+    engine: Engine
+    signals: Stop
+    output: OutputFolder
+    resume: Resume
+    recorder: AnyRecorder = field(default_factory=NoRecorder)
+    _fingerprint: RunFingerprint | None = None
+    _checkpoints: CheckpointFolder | None = None
+
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        """Where checkpoints and finished parts go."""
+        assert self._checkpoints is not None, "begin comes first"
+        return self._checkpoints
+
+    def check_inputs(self, digests: Mapping[str, str]) -> None:
+        """Complete the run's fingerprint, and compare it with that of the run to resume.
+
+        Args:
+            digests: of what the run works on, by name.
+
+        Raises:
+            SettingsError: the run to resume worked on something else.
+        """
+        self._fingerprint = RunFingerprint.of(self.settings, {PROCESSES: self.engine.world_size, **digests})
+        self.resume.check(self._fingerprint)
+
+    def begin(self, unreadable: MutableMapping[str, str], save: Save, metric_name: str) -> Resumed | None:
+        """Write the first files; until here nothing was written, and everything that can be wrong with the input was found.
+
+        Args:
+            unreadable: reason by path of the images that this process leaves out; those that the run left out before are put in.
+            save: writes a model to a path.
+            metric_name: the metric that counts.
+
+        Returns:
+            The checkpoint to resume from, None where there is none.
+
+        Raises:
+            CheckpointError: none of the checkpoints can be read.
+        """
+        assert self._fingerprint is not None, "check_inputs comes first"
+        found = self.resume.latest(self._fingerprint)
+        resumed, stored = (None, None) if found is None else found
+        self._checkpoints = CheckpointFolder(self.output.resume, self.engine, self._fingerprint)
+        self._checkpoints.unreadable = unreadable
+        if stored is not None:
+            unreadable.update(stored.unreadable)
+        if self.engine.is_main:
+            self.resume.prepare_folder()
+            self.recorder = self._recorder(resumed, save, metric_name)
+            self._checkpoints.before_keeping = self.recorder.flush
+            self.resume.start(self._fingerprint)
+        self.engine.barrier()
+        return resumed
+
+    def _recorder(self, resumed: Resumed | None, save: Save, metric_name: str) -> RunRecorder:
+        earlier = self.resume.earlier
+        after_step = None if earlier is None else 0 if resumed is None else resumed.checkpoint.position.step
+        recorder = RunRecorder(self.output, save, metric_name, earlier.started if earlier else None, after_step)
+        recorder.file("config.yaml", to_yaml(self.settings))
+        recorder.text("config", to_yaml(self.settings))
+        return recorder
+
+    def finish(self, outcome: Outcome, results: Mapping[str, Any]) -> None:
+        """Write the results; the run cannot be resumed any more."""
+        skipped = set(self.engine.gather(sorted(self.checkpoints.unreadable)))
+        more = {"skipped images": len(skipped)} if skipped else {}
+        self.recorder.finish(outcome, {**results, **more})
+        self.checkpoints.remove()
+        log.info("results in %s; models in %s", self.output.path / "results.txt", self.output.models)
+
+
+@contextmanager
+def open_run(settings: Settings) -> Iterator[Run]:
+    """A training run with these settings: its processes agree, its folder is free, and what it resumes has the same settings.
+
+    Raises:
+        SettingsError: the processes, the output folder, or the run to resume do not fit the settings.
+        CheckpointError: what is there to resume from cannot be read.
+    """
+    with ExitStack() as stack:
+        engine = stack.enter_context(processes(settings))
+        signals = stack.enter_context(stopping())
+        output, resume = _output_and_resume(settings, engine)
+        stack.callback(output.close)
+        run = Run(settings=settings, engine=engine, signals=signals, output=output, resume=resume)
+        stack.callback(lambda: run.recorder.close())
+        yield run
+
+
+def _output_and_resume(settings: Settings, engine: Engine) -> tuple[OutputFolder, Resume]:
+    wanted, own = settings.resume, Path(require(settings, "output_path")).expanduser().resolve()
+    folder, last = (None, None) if wanted in ("auto", "none") else source_of(wanted)
+    if (
+        folder is not None and folder != own and came_from(own, folder)
+    ):  # this command was stopped before: it has its own
+        folder, last = own, None
+    elsewhere = folder is not None and folder != own
+    output = open_output(settings, engine, may_resume=wanted != "none" and not elsewhere)
+    try:
+        # auto leaves the run that --overwrite True is to replace; `resume` may name that very run
+        if folder is None and wanted == "auto" and not settings.overwrite and output.is_unfinished:
+            folder = own
+        earlier = None if folder is None else UnfinishedRun.read(folder / "resume")
+        if folder is not None and elsewhere and engine.is_main:
+            with alone(folder):
+                pass
+        resume = Resume(output, earlier, last, settings.resume_with_changes)
+        resume.check(RunFingerprint.of(settings))
+    except BaseException:
+        output.close()
+        raise
+    return output, resume
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation.
+
+    Attributes:
+        engine: the processes that share it.
+        output: its folder; None: what it finds is only logged.
+    """
+
+    engine: Engine
+    output: OutputFolder | None
+
+
+@contextmanager
+def open_evaluation(settings: Settings, files: Sequence[str] = EVALUATION_FILES) -> Iterator[Evaluation]:
+    """An evaluation with these settings; it may write `files` into its output folder, if it has one.
+
+    Raises:
+        SettingsError: the processes or the output folder do not fit the settings.
+    """
+    with processes(settings) as engine:
+        output = None if is_placeholder(settings.output_path) else open_output(settings, engine, files)
+        try:
+            yield Evaluation(engine, output)
+        finally:
+            if output is not None:
+                output.close()
