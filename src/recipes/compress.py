@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..architectures.architecture import Architecture
 from ..compression.permute.groups import Group, check_function, resolve
-from ..compression.permute.permute import GroupResult, PermutationSpec, permute
+from ..compression.permute.permute import GroupResult, PermutationSpec, SearchSpec, permute
 from ..compression.quantize.compress import LayerResult, candidate_distortion, compress
 from ..compression.quantize.plan import Plan, make_plan
 from ..engines.engine import Engine
@@ -81,10 +81,12 @@ def run_compression(
     search = partial(
         permute,
         sizes=intent.plan.sizes,
-        how=intent.search,
-        n_tries=intent.n_tries,
-        seconds=intent.seconds,
-        specs=intent.specs,
+        spec=SearchSpec(
+            search=intent.search,
+            sls_iterations=intent.n_tries,
+            search_seconds=intent.seconds,
+            permutation_specs=intent.specs,
+        ),
         seed=intent.seed,
         measure=candidate_distortion(intent.plan, intent.seed),
         show_progress=engine.is_main,
