@@ -16,6 +16,7 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import nn
 
 from src import architectures
 from src.architectures.architecture import Architecture
-from src.compression.permute.permute import PermutationSpec, permute
+from src.compression.permute.permute import PermutationSpec, SearchSpec, permute
 from src.compression.quantize.compress import candidate_distortion, compress
 from src.compression.quantize.plan import LayerSpec, QuantizationSpec, make_plan
 from src.model_files.pth import read_tensors
@@ -65,24 +66,24 @@ def network(arch: str, weights: str | None) -> tuple[Architecture, nn.Module]:
     return architecture, model
 
 
-def search_settings(architecture: Architecture) -> dict[str, Any]:
+def search_settings(architecture: Architecture, search: str) -> SearchSpec:
     """What the published settings say about the search of this network."""
     specs = {name: PermutationSpec(shape, ("STOCHASTIC",)) for name, shape in architecture.reshapes.items()}
-    return {"n_tries": SWAPS.get(architecture.name, 10_000), "specs": specs, "show_progress": False}
+    return SearchSpec(search, SWAPS.get(architecture.name, 10_000), permutation_specs=specs)
 
 
 def run(arch: str, weights: str | None, how: str, iterations: int, tolerance: float) -> dict[str, Any]:
     """One compression in this process."""
     architecture, model = network(arch, weights)
-    groups, given = architecture.groups(model), search_settings(architecture)
-    spec = spec_of(arch)
-    plan = make_plan(model, type(spec)(**{**vars(spec), "k_means_n_iters": iterations, "k_means_tolerance": tolerance}))
+    groups = architecture.groups(model)
+    plan = make_plan(model, replace(spec_of(arch), k_means_n_iters=iterations, k_means_tolerance=tolerance))
     warm_up = [group for group in groups if plan.sizes.get(group.children[0])][-1:]
-    permute(
-        model, warm_up, plan.sizes, how="published", **{**given, "n_tries": 10}
-    )  # compiles, or loads what was compiled
+    # compiles, or loads what was compiled
+    published = replace(search_settings(architecture, "published"), sls_iterations=10)
+    permute(model, warm_up, plan.sizes, published, show_progress=False)
     started, busy = time.perf_counter(), time.process_time()
-    permute(model, groups, plan.sizes, how=how, measure=candidate_distortion(plan, 0), **given)
+    spec = search_settings(architecture, how)
+    permute(model, groups, plan.sizes, spec, measure=candidate_distortion(plan, 0), show_progress=False)
     searched = time.perf_counter()
     _, layers = compress(model, plan, show_progress=False)
     done = time.perf_counter()

@@ -23,7 +23,7 @@ import statistics
 import time
 import timeit
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from src.architectures.architecture import Architecture
 from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import random_permutation, resolve
 from src.compression.permute.objective import child_objective
-from src.compression.permute.permute import permute
+from src.compression.permute.permute import SearchSpec, permute
 from src.compression.permute.search import search, search_best
 from src.compression.quantize.compress import candidate_distortion, compress
 from src.compression.quantize.plan import make_plan
@@ -155,17 +155,15 @@ def whole_network(arch: str, large: bool, tries: int, plain_tries: int, repeats:
     """(b) Seconds of the published search over all groups (median), against the plain formulation extrapolated group by group."""
     architecture, model = network(arch, None)
     groups = architecture.groups(model)
-    spec = spec_of(arch)
-    plan = make_plan(model, type(spec)(**{**vars(spec), "rule": BlockRule(4, 4, large)}))
-    given = {**search_settings(architecture), "n_tries": tries, "how": "published"}
-    permute(
-        copy.deepcopy(model), groups, plan.sizes, **{**given, "n_tries": 10}
-    )  # compiles, or loads what was compiled
+    plan = make_plan(model, replace(spec_of(arch), rule=BlockRule(4, 4, large)))
+    spec = replace(search_settings(architecture, "published"), sls_iterations=tries)
+    # compiles, or loads what was compiled
+    permute(copy.deepcopy(model), groups, plan.sizes, replace(spec, sls_iterations=10), show_progress=False)
     times = []
     for _ in range(repeats):
         trial = copy.deepcopy(model)
         started = time.perf_counter()
-        results = permute(trial, groups, plan.sizes, **given)
+        results = permute(trial, groups, plan.sizes, spec, show_progress=False)
         times.append(time.perf_counter() - started)
     ours = statistics.median(times)
     rng = np.random.default_rng(1)
@@ -220,8 +218,7 @@ def trained(arch: str, path: Path) -> tuple[Architecture, nn.Module]:
 def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict[str, Any]:
     """(c) What is left after clustering (SR-C), total distortion over the weights' energy: as given, published search, default search."""
     architecture, dense = trained(arch, path)
-    spec = spec_of(arch)
-    plan = make_plan(dense, type(spec)(**{**vars(spec), "rule": BlockRule(4, 4, large), "k_means_n_iters": iterations}))
+    plan = make_plan(dense, replace(spec_of(arch), rule=BlockRule(4, 4, large), k_means_n_iters=iterations))
     lost: dict[str, float] = {}
     spent: dict[str, float] = {}
     for how in ("none", "published", "best"):
@@ -232,7 +229,7 @@ def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict
                 model,
                 architecture.groups(model),
                 plan.sizes,
-                how=how,
+                SearchSpec(search=how),
                 measure=candidate_distortion(plan, 0),
                 show_progress=False,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..architectures.architecture import Architecture
 from ..common.log import log, note
 from ..compression.permute.groups import Group, check_function, resolve
-from ..compression.permute.permute import GroupResult, PermutationSpec, permute
+from ..compression.permute.permute import GroupResult, SearchSpec, permute
 from ..compression.quantize.compress import LayerResult, candidate_distortion, compress
 from ..compression.quantize.plan import Plan, make_plan
 from ..model_files.compression_report import FILE_NAME, report_text
@@ -21,7 +21,7 @@ from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings
 from .compress_distributed import permute_together, quantize_together
-from .specs import permutation_specs, quantization_spec
+from .specs import quantization_spec, search_spec
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,14 @@ class CompressionPlan:
     Attributes:
         quantization: how each layer will be quantized.
         groups: of layers that share a permutation.
-        specs: how single layers are searched, by name.
-        search: `best` or `published`.
-        n_tries: swaps per group of the published search.
-        seconds: limit of the best search; None: none.
+        search: how their permutations are searched.
         seed: of all random choices.
     """
 
     quantization: Plan
     groups: Sequence[Group]
-    specs: Mapping[str, PermutationSpec]
-    search: str
-    n_tries: int
-    seconds: float | None
+    search: SearchSpec
     seed: int
-
-    @property
-    def reshapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes in which linear layers read flattened feature maps, by name."""
-        return {name: spec.reshape for name, spec in self.specs.items() if spec.reshape}
 
 
 def plan_compression(
@@ -78,14 +67,11 @@ def plan_compression(
     plan = CompressionPlan(
         quantization=quantization,
         groups=groups,
-        specs=permutation_specs(settings, architecture),
-        search=given.search,
-        n_tries=given.sls_iterations,
-        seconds=given.search_seconds,
+        search=search_spec(settings, architecture),
         seed=settings.seed,
     )
-    resolve(model, groups, plan.reshapes)
-    check_function(model, groups, example, plan.reshapes, settings.seed, architecture.outputs)
+    resolve(model, groups, plan.search.reshapes)
+    check_function(model, groups, example, plan.search.reshapes, settings.seed, architecture.outputs)
     return plan
 
 
@@ -108,7 +94,7 @@ def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Mo
     model, layers = quantize_together(run.engine, model, plan.quantization, quantize)
     log.info("%s", _quantization_summary(layers))
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
-    run.recorder.file(FILE_NAME, report_text(layers, plan.groups, permuted, plan.reshapes))
+    run.recorder.file(FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes))
     return model
 
 
@@ -117,10 +103,7 @@ def _permute(run: Run, plan: CompressionPlan, model: nn.Module) -> list[GroupRes
     search = partial(
         permute,
         sizes=plan.quantization.sizes,
-        how=plan.search,
-        n_tries=plan.n_tries,
-        seconds=plan.seconds,
-        specs=plan.specs,
+        spec=plan.search,
         seed=plan.seed,
         measure=candidate_distortion(plan.quantization, plan.seed),
         show_progress=run.engine.is_main,
@@ -129,7 +112,7 @@ def _permute(run: Run, plan: CompressionPlan, model: nn.Module) -> list[GroupRes
         run.engine,
         model,
         plan.groups,
-        plan.reshapes,
+        plan.search.reshapes,
         lambda part, groups, numbers: search(part, groups, finished=run.checkpoints.searches(numbers)),
     )
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from ..architectures.architecture import Architecture
 from ..compression.finetune.loop import FinetuneSpec
 from ..compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
-from ..compression.permute.permute import PermutationSpec
+from ..compression.permute.permute import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
 from ..compression.quantize.plan import QuantizationSpec
 from ..compression.quantize.subvectors import BlockRule
@@ -84,12 +84,18 @@ def quantization_spec(settings: Settings) -> QuantizationSpec:
     )
 
 
-def permutation_specs(settings: Settings, architecture: Architecture) -> dict[str, PermutationSpec]:
-    """`model.permutation_specs`, with the architecture's reshapes where they give none."""
+def search_spec(settings: Settings, architecture: Architecture) -> SearchSpec:
+    """How permutations are searched, with the architecture's reshapes where `model.permutation_specs` gives none."""
+    given = settings.model
     specs = {name: PermutationSpec(reshape) for name, reshape in architecture.reshapes.items()}
-    for name, spec in settings.model.permutation_specs.items():
+    for name, spec in given.permutation_specs.items():
         specs[name] = PermutationSpec(spec.reshape or architecture.reshapes.get(name), spec.optimization)
-    return specs
+    return SearchSpec(
+        search=given.search,
+        sls_iterations=given.sls_iterations,
+        search_seconds=given.search_seconds,
+        permutation_specs=specs,
+    )
 
 
 def finetune_spec(settings: Settings, world_size: int, show_progress: bool = True) -> FinetuneSpec:

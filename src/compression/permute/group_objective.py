@@ -1,8 +1,8 @@
 """The score of a permutation over several children: sum over children of weight * log det(Cov) (paper equation 6).
 
-With weight n_c, the number of subvectors of child c, this is what all children of a group cost together: at a given rate the
-distortion of a layer grows with n_c times its geometric mean variance. One child with weight 1 is the published score.
-The swaps are tried by the compiled kernel; without numba the same is done in NumPy, with the same result.
+All consumers of a group's channels share one permutation, so what is good for one child may be bad for another. The weight of
+a child says how much its distortion changes with its own log det(Cov) (`permute` chooses the weights); one child with weight 1
+is the published score. The swaps are tried by the compiled kernel; without numba the same is done in NumPy, with the same result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ except ImportError:  # numba is not there for every platform and Python version
     kernel = None
 
 REFRESH = 4096
-"""Swaps tried between exact recomputations: the rounding errors of the running sums must not add up."""
+"""Swaps tried between two computations of moment and mean from all subvectors: rounding errors of the updates must not add up."""
 
 NOTHING = np.empty(0)
 
@@ -62,52 +62,53 @@ class GroupObjective:
             child.reset(permutation)
 
     def evaluate(self, permutation: Ints) -> float:
-        """The score of another permutation; the state stays."""
+        """The score of another permutation; that of the objective stays."""
         return float(sum(w * child.evaluate(permutation) for w, child in zip(self.weights, self.children, strict=True)))
 
     def run(self, first: Ints, second: Ints, temperatures: Floats = NOTHING, draws: Floats = NOTHING) -> int:
-        """Try to swap the channels at positions first[t] and second[t] (T,) one after the other; returns how many were kept.
+        """Try to swap the channels at positions first[t] and second[t] (T,) one after the other; returns how many swaps were made.
 
-        A swap is kept if the score falls, or, where temperatures (T,) are given, with probability exp(-rise / temperature),
-        decided by draws (T,) from [0, 1). With temperatures the best permutation seen is the one that is left.
+        A swap is made if the score falls, or, where temperatures (T,) are given, with probability exp(-rise / temperature),
+        decided by draws (T,) from [0, 1). With temperatures the result is the best permutation met, not the last one.
         """
-        kept = 0
+        made = 0
         annealing = temperatures.size > 0
         best, best_value = self.permutation.copy(), self.value
         for start in range(0, first.size, REFRESH):
             part = slice(start, start + REFRESH)
             before = self.value
             lowest, reached, accepted = self._run_part(first[part], second[part], temperatures[part], draws[part])
-            kept += accepted
+            made += accepted
             if annealing and before + lowest < best_value:
                 best, best_value = reached, before + lowest
         if annealing:
             self.reset(best)
-        return kept
+        return made
 
     def _run_part(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
-        """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps kept."""
+        """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps made."""
         if not self.compiled:
             return self._run_numpy(first, second, temperatures, draws)
         permutation = self.permutation.copy()
         best = permutation.copy()
-        state = {
+        present = {
             name: np.concatenate([getattr(child, name).reshape(-1) for child in self.children])
             for name in ("columns", "moment", "mean")
         }
         logdet = np.array([child.value for child in self.children])
         shared = (self._shape, self.weights, self._ridge, self._gram, self._gram_at, self._column_sum, self._column_at)
-        _, lowest, kept = kernel.run_swaps(
-            first, second, temperatures, draws, permutation, *shared, state["columns"], self._columns_at,
-            state["moment"], self._moment_at, state["mean"], self._mean_at, logdet, best,
+        _, lowest, made = kernel.run_swaps(
+            first, second, temperatures, draws, permutation, *shared, present["columns"], self._columns_at,
+            present["moment"], self._moment_at, present["mean"], self._mean_at, logdet, best,
         )  # fmt: skip
-        if kept:
+        if made:
             self.reset(permutation)
-        return lowest, best, kept
+        return lowest, best, made
 
     def _run_numpy(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
+        """What the kernel does, child by child in NumPy."""
         change = lowest = 0.0
-        best, kept = self.permutation.copy(), 0
+        best, made = self.permutation.copy(), 0
         for t, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
             proposals = [child.propose(i, j) for child in self.children]
             moves = [value - child.value for child, (value, _) in zip(self.children, proposals, strict=True)]
@@ -116,16 +117,16 @@ class GroupObjective:
                 continue
             for child, (_, proposal) in zip(self.children, proposals, strict=True):
                 child.commit(proposal)
-            kept += 1
+            made += 1
             change += delta
             if change < lowest:
                 lowest, best = change, self.permutation.copy()
-        if kept:
+        if made:
             self.reset(self.permutation)
-        return lowest, best, kept
+        return lowest, best, made
 
     def _flatten(self) -> None:
-        """What the kernel reads and never changes, as flat arrays."""
+        """Prepare what the kernel reads and never changes: the arrays of all children one after the other, and where each begins."""
 
         def starts(lengths: list[int]) -> Ints:
             return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)

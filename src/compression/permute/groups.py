@@ -1,6 +1,6 @@
 """Groups of layers that share one permutation: the form users write, checked against the network before any work.
 
-A group lists parents (what produces the channels) and children (what consumes them); paper section 3.2.1.
+A group lists parents (the producers of the channels) and children (their consumers); paper section 3.2.1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...common.errors import GroupError
 from ...common.randomness import stream
-from .operations import NORMS, Reshape, Side, check_permutation, check_reshape, side_of
+from .operations import NORMS, Reshape, Side, check_permutation, check_reshape, flattened_input, side_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Member:
-    """A layer in a group, resolved."""
+    """A layer in a group, resolved.
+
+    Attributes:
+        name: of the layer in the network.
+        module: the layer.
+        side: its output (a parent) or its input (a child).
+        reshape: of a child that is a linear layer and consumes a flattened feature map.
+    """
 
     name: str
     module: nn.Module
@@ -42,7 +49,7 @@ class ResolvedGroup:
     """A group whose layers were found and fit each other.
 
     Attributes:
-        label: how messages call it, for example `permutations[3] (parents layer1.0.conv1, ...)`.
+        label: its name in messages, for example `permutations[3] (layer1.0.conv1, layer1.0.bn1 -> layer1.0.conv2)`.
         width: number of channels C that are permuted.
         n_blocks: a permutation must stay within this many equal blocks (1: anything goes).
     """
@@ -57,7 +64,7 @@ class ResolvedGroup:
         """Reorder the channels of every member by p (C,), in place; the network's function does not change."""
         check_permutation(p, self.width, self.n_blocks)
         for member in self.parents + self.children:
-            member.side.permute(member.module, p, member.reshape)
+            member.side.permute(member.module, p)
 
 
 def resolve(
@@ -68,7 +75,7 @@ def resolve(
     Args:
         model: the dense network.
         groups: names of parents and children.
-        reshapes: `permutation_specs.<layer>.reshape` of linear layers that read a flattened map.
+        reshapes: `permutation_specs.<layer>.reshape` of linear layers that consume a flattened feature map.
 
     Raises:
         GroupError: unknown layer, a type that cannot be permuted, widths that differ, or a layer permuted twice on one side.
@@ -78,20 +85,23 @@ def resolve(
     resolved = []
     seen: dict[tuple[int, str], str] = {}
     for number, group in enumerate(groups):
-        label = f"permutations[{number}] ({', '.join(group.parents[:2])}{', ...' if len(group.parents) > 2 else ''} -> {', '.join(group.children[:1])}{', ...' if len(group.children) > 1 else ''})"
+        label = f"permutations[{number}] ({_shortened(group.parents, 2)} -> {_shortened(group.children, 1)})"
         parents = tuple(_member(label, name, modules, "parent", reshapes) for name in group.parents)
         children = tuple(_member(label, name, modules, "child", reshapes) for name in group.children)
         for role, members in (("output", parents), ("input", children)):
             for member in members:
                 _check_once(label, member, role, seen)
-        widths = [(m.name, m.side.width(m.module, m.reshape)) for m in parents + children]
-        width = widths[0][1]
-        for member, (_, other) in zip(parents + children, widths, strict=True):
-            if other != width:
-                _raise_width(label, widths[0][0], width, member, other)
-        blocks = _common_blocks(label, [(m.name, m.side.blocks(m.module)) for m in parents + children], width)
-        resolved.append(ResolvedGroup(label, parents, children, width, blocks))
+        first, *others = parents + children
+        width = first.side.width(first.module)
+        for member in others:
+            _check_width(label, first.name, width, member)
+        blocks = _common_blocks(label, [(m.name, m.side.blocks(m.module)) for m in (first, *others)], width)
+        resolved.append(ResolvedGroup(label=label, parents=parents, children=children, width=width, n_blocks=blocks))
     return resolved
+
+
+def _shortened(names: Sequence[str], most: int) -> str:
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 def _member(
@@ -108,9 +118,10 @@ def _member(
         reshape = tuple(int(n) for n in reshapes[name]) if role == "child" and name in reshapes else None
         if reshape:
             check_reshape(name, module, reshape)
+            side = flattened_input(reshape)
     except GroupError as error:
         raise GroupError(f"model.{label}: {error}") from None
-    return Member(name, module, side, reshape)
+    return Member(name=name, module=module, side=side, reshape=reshape)
 
 
 def _check_once(label: str, member: Member, role: str, seen: dict[tuple[int, str], str]) -> None:
@@ -124,7 +135,10 @@ def _check_once(label: str, member: Member, role: str, seen: dict[tuple[int, str
     seen[key] = f"{member.name} in {label.split(' ')[0]}"
 
 
-def _raise_width(label: str, first: str, width: int, member: Member, other: int) -> None:
+def _check_width(label: str, first: str, width: int, member: Member) -> None:
+    other = member.side.width(member.module)
+    if other == width:
+        return
     hint = ""
     if isinstance(member.module, nn.Linear) and member.reshape is None and other % width == 0 and other > width:
         side = other // width
@@ -156,7 +170,7 @@ def random_permutation(width: int, n_blocks: int, generator: torch.Generator) ->
 
 
 Outputs = Callable[[nn.Module, Tensor], Any]
-"""Network, example -> the tensors, in lists or maps, that must not change."""
+"""(network, example) -> the tensors, in lists or maps, that must not change."""
 
 
 def call_network(model: nn.Module, example: Tensor) -> Any:
@@ -174,8 +188,8 @@ def check_function(
 ) -> None:
     """Try random permutations of all groups on a float64 copy of the network and compare its output.
 
-    A list that names existing layers of equal width can still be wrong (a consumer forgotten, a norm left out); the
-    network would be broken silently. This finds it before any work, and names the group.
+    A group that names existing layers of equal width can still be wrong (a consumer forgotten, a norm left out); permuting it
+    would break the network silently. This finds it before any work, and names the group.
 
     Args:
         model: the dense network; not changed.
@@ -183,7 +197,7 @@ def check_function(
         example: one batch of inputs (B, ...), any values.
         reshapes: as for `resolve`.
         seed: of the random permutations.
-        outputs: what is compared, where a network does not take `example` as it is or gives too little for it.
+        outputs: the tensors to compare, for networks that do not take `example` as it is or whose output shows too little.
 
     Raises:
         GroupError: a group changes one of the outputs by more than 1e-6 of its norm.
@@ -198,7 +212,7 @@ def check_function(
             group = groups[number]
             raise GroupError(
                 f"model.permutations[{number}]: permuting this group changes the network's output (by {change:.1e} of its norm): "
-                f"a layer that produces or reads these channels is missing or wrong.\n  parents: {', '.join(group.parents)}\n  children: {', '.join(group.children)}"
+                f"a layer that produces or consumes these channels is missing or wrong.\n  parents: {', '.join(group.parents)}\n  children: {', '.join(group.children)}"
             )
     raise GroupError(
         "model.permutations: the groups together change the network's output, although each alone does not"

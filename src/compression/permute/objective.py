@@ -1,11 +1,23 @@
 """The score of a permutation: log det of the covariance of a child's subvectors (paper section 3.2.2, equation 6).
 
-Rate-distortion theory for a Gaussian source: at a given rate the distortion grows with det(Cov). The determinant itself
-underflows in float64 at d = 98, so everything here works with its logarithm.
+Why this score. For a Gaussian source in d dimensions, coded with b bits per vector, rate-distortion theory bounds the squared
+error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the permutation is, so the
+permutation of the smallest determinant promises the smallest error. A determinant is small where variances are unequal and
+values correlated: exactly what a codebook can make use of. The score is the logarithm, because the determinant itself underflows
+in float64 at d = 98, because small ratios become sums that can be weighted over children, and because log det is concave in the
+covariance (`assignment`).
+
+Why the Gram matrix. A permutation only decides which columns of the weight stand together in a subvector. All second moments
+that can ever be needed are the inner products of pairs of columns: they are computed once, by one matrix product. For a
+permutation the d x d second moment of the subvectors is a sum of entries of this Gram matrix, and
+
+    Cov = second moment - mean mean^T + ridge * I
+
+follows without reading the weight again. A swap of two channels changes only the terms of the few subvectors that hold them
+(`kernel`, which does the same for several children at once, has the formulas).
 
 Notation: R rows, C channels, a = h*w values per channel, d subvector length, m subvectors per row, n = R*m subvectors.
-A *column* is one input value of a row: column c*a + q is value q of channel c. The second moment of the subvectors is a
-sum of entries of the Gram matrix of columns, so that a swap of two channels changes it by the few subvectors that hold them.
+A *column* is one input value of a row: column c*a + q is value q of channel c.
 """
 
 from __future__ import annotations
@@ -25,7 +37,8 @@ Proposal = tuple[int, int, Ints, Ints, Floats, Floats, float]
 """Positions i and j, subvectors touched, their columns, second moment, mean and score after the swap."""
 
 RIDGE = 1e-10
-"""Added to the diagonal, relative to the mean square of the weight: keeps dead or equal channels finite. Independent of p."""
+"""Added to the diagonal, relative to the mean square of the weight: with it dead or equal channels have a finite score. It does not
+depend on the permutation, so that scores can be compared."""
 
 
 class ChildObjective:
@@ -38,9 +51,9 @@ class ChildObjective:
         width: W, columns of a row (of a convolution group).
         gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n; only entries on
             and above the diagonal are filled, `products` reads them. Where a subvector holds values of two neighbouring
-            channels at most (1 < d <= a), only those that can meet are kept, in two views of `table`: `within` (C, a, a), of the
-            columns of one channel, and `cross` (C*(d-1), C*(d-1)), of the last d-1 columns of every channel with the first d-1 of
-            every channel; `gram` then has no entries.
+            channels at most (1 < d <= a), only products of columns that can meet in a subvector are computed, in two views of
+            `table`: `within` (C, a, a), of the columns of one channel, and `cross` (C*(d-1), C*(d-1)), of the last d-1 columns of
+            every channel with the first d-1 of every channel; `gram` then has no entries.
         table: all of these, flat.
         tail: d-1 in that case, else 0.
         column_sum: (G*W,), sums of the columns, divided by n.
@@ -70,7 +83,7 @@ class ChildObjective:
         self.width = width
         self.tail = d - 1 if n_groups == 1 and 1 < d <= self.area else 0
         if self.tail:
-            self._keep_what_can_meet(columns)
+            self._multiply_what_can_meet(columns)
         else:
             # one Gram per group; columns of different groups never share a subvector
             grams = [upper_gram(part, 1.0 / self.n_subvectors) for part in grouped]
@@ -84,7 +97,7 @@ class ChildObjective:
         self.ridge = RIDGE * power * np.eye(d)
         self.reset(np.arange(n_channels))
 
-    def _keep_what_can_meet(self, columns: Floats) -> None:
+    def _multiply_what_can_meet(self, columns: Floats) -> None:
         """Fill `table` for subvectors of two channels at most; for Mask R-CNN's fc6 a tenth of the whole Gram."""
         n, t, area = self.n_channels, self.tail, self.area
         by_channel = columns.reshape(-1, n, area)
@@ -100,7 +113,7 @@ class ChildObjective:
         self.gram = np.empty((0, self.width, self.width))
 
     def reset(self, permutation: Ints) -> None:
-        """Start again from `permutation` (C,)."""
+        """Take `permutation` (C,); everything is computed anew."""
         self.permutation = permutation.copy()
         self.columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
         self.moment = self._block(self.columns)
@@ -108,12 +121,12 @@ class ChildObjective:
         self.value = self._logdet(self.moment, self.mean)
 
     def evaluate(self, permutation: Ints) -> float:
-        """The score of another permutation; the state stays."""
+        """The score of another permutation; that of the objective stays."""
         columns = (permutation[:, None] * self.area + np.arange(self.area)).reshape(-1, self.d)
         return self._logdet(self._block(columns), self.column_sum[columns].sum(axis=0))
 
     def propose(self, i: int, j: int) -> tuple[float, Proposal]:
-        """The score after swapping the channels at positions i and j, and what `commit` needs to keep the swap."""
+        """The score after swapping the channels at positions i and j, and what `commit` needs to make the swap."""
         touched = self._subvectors_of(i, j)
         old = self.columns[touched]
         new = old.copy()
@@ -129,14 +142,17 @@ class ChildObjective:
         return value, (i, j, touched, new, moment, mean, value)
 
     def commit(self, proposal: Proposal) -> None:
-        """Keep a swap that `propose` has scored, before any other was kept."""
+        """Make a swap that `propose` has scored; none may have been made in between."""
         i, j, touched, new, moment, mean, value = proposal
         self.columns[touched] = new
         self.moment, self.mean, self.value = moment, mean, value
         self.permutation[[i, j]] = self.permutation[[j, i]]
 
     def try_swap(self, i: int, j: int, threshold: float = 1e-12) -> bool:
-        """Swap the channels at positions i and j if the score falls by more than `threshold` (ties would cycle)."""
+        """Swap the channels at positions i and j if the score falls by more than `threshold`; returns whether it did.
+
+        The threshold keeps swaps of equal score from following each other for ever.
+        """
         value, proposal = self.propose(i, j)
         if value >= self.value - threshold:
             return False
@@ -144,7 +160,7 @@ class ChildObjective:
         return True
 
     def channel_scores(self) -> Floats:
-        """(C,) log determinant of each channel's own a x a covariance (its log variance when a = 1)."""
+        """(C,) log determinant of each channel's own a x a covariance over the rows (its log variance when a = 1)."""
         area, rows = self.area, self.n_subvectors * self.d // self.column_sum.size
         if self.tail:
             blocks = self.within
@@ -155,7 +171,7 @@ class ChildObjective:
             group, local = np.divmod(np.arange(self.n_channels), per_group)
             at = local[:, None] * area + np.arange(area)
             blocks = self.products(group[:, None, None], at[:, :, None], at[:, None, :])
-        scale = self.n_subvectors / rows
+        scale = self.n_subvectors / rows  # gram and column_sum are divided by n, these covariances are over the rows
         mean = self.column_sum.reshape(-1, area) * scale
         covariances = blocks * scale - mean[:, :, None] * mean[:, None, :]
         ridge = np.eye(area) * max(self.ridge[0, 0], np.finfo(float).tiny)
@@ -178,13 +194,14 @@ class ChildObjective:
         return self.products(group[:, :1, None], local[:, :, None], local[:, None, :]).sum(axis=0)
 
     def _block_of_neighbours(self, columns: Ints) -> Floats:
-        """The same from `within` and `cross`."""
+        """The same from `within` and `cross`, for every pair of places of which one is not before the other."""
         later, earlier = np.tril_indices(self.d)
         channel, offset = columns // self.area, columns % self.area
-        same = channel[:, later] == channel[:, earlier]  # (t, pairs)
+        same = channel[:, later] == channel[:, earlier]  # (t, pairs): both columns belong to one channel
         sums = np.where(same, self.within[channel[:, later], offset[:, later], offset[:, earlier]], 0.0).sum(axis=0)
         vector, pair = np.nonzero(~same)
         p, q = later[pair], earlier[pair]
+        # q is among the last columns of its channel, p among the first of the next one
         row = channel[vector, q] * self.tail + offset[vector, q] - (self.area - self.tail)
         np.add.at(sums, pair, self.cross[row, channel[vector, p] * self.tail + offset[vector, p]])
         block = np.zeros((self.d, self.d))
@@ -198,7 +215,7 @@ class ChildObjective:
 
 
 def is_optimisable(module: Layer, d: int, reshape: Reshape = None) -> bool:
-    """Whether the order of the input channels changes which values share a subvector of length d.
+    """Whether the permutation of the input channels changes which values share a subvector of length d.
 
     False where subvectors lie within one channel (small blocks), and for a transposed convolution, whose input channels
     are the rows.
@@ -215,7 +232,7 @@ def child_objective(module: Layer, d: int, reshape: Reshape = None) -> ChildObje
     Args:
         module: convolution or linear layer.
         d: its subvector length.
-        reshape: (C_out, C_in, h, w) of a linear layer that reads a flattened map.
+        reshape: (C_out, C_in, h, w) of a linear layer that consumes a flattened feature map.
 
     Raises:
         GroupError: the weight is zero or not finite.
@@ -224,4 +241,4 @@ def child_objective(module: Layer, d: int, reshape: Reshape = None) -> ChildObje
     groups = int(getattr(module, "groups", 1))
     channels = reshape[1] if reshape else int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
     columns = weight.reshape(weight.shape[0], -1).double().cpu().numpy()
-    return ChildObjective(columns, channels, d, groups)
+    return ChildObjective(columns, n_channels=channels, d=d, n_groups=groups)

@@ -2,11 +2,11 @@
 
 A *parent* produces the permuted channels: its output axis (and bias, and a norm's statistics) is indexed by p.
 A *child* consumes them: its input axis is indexed by p. A depthwise convolution and a norm map channel i to channel i, so
-they stand among the parents. A convolution with groups can take part where p keeps every channel within its group
-(`keeps` says within which blocks). All indexing is done in place and without gradients: parameters stay the same objects,
-keep `requires_grad`, device and dtype.
+they stand among the parents. A convolution with groups can take part where p leaves every channel within its group
+(`blocks` gives their number). All indexing is done in place and without gradients: parameters stay the same objects, with
+the same `requires_grad`, device and dtype.
 
-Shapes: C_out, C_in channels, h, w kernel; F = C_in*h*w inputs of a linear layer that reads a flattened map.
+Shapes: C_out, C_in channels, h, w kernel; F = C_in*h*w inputs of a linear layer that consumes a flattened feature map.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from ...common.errors import GroupError
 from ..quantize.subvectors import Layer
 
 Reshape = tuple[int, ...] | None
+"""(C_out, C_in, h, w) of a linear layer that consumes a flattened feature map; None for all other layers."""
+
+
+def _one_block(_module: Layer) -> int:
+    return 1
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,14 @@ class Side:
     """One side (output or input) of a layer type.
 
     Attributes:
-        width: number of channels on this side; `reshape` is given for flattened linear layers.
-        permute: index the channels by p, in place.
-        blocks: number of equal consecutive blocks a permutation must not leave.
+        width: number of channels on this side.
+        permute: index the channels by p (width,), in place.
+        blocks: number of equal consecutive blocks that a permutation must not leave.
     """
 
-    width: Callable[[Layer, Reshape], int]
-    permute: Callable[[Layer, Tensor, Reshape], None]
-    blocks: Callable[[Layer], int] = lambda module: 1
+    width: Callable[[Layer], int]
+    permute: Callable[[Layer, Tensor], None]
+    blocks: Callable[[Layer], int] = _one_block
 
 
 def is_depthwise(module: Layer) -> bool:
@@ -54,94 +59,91 @@ def _index(tensor: Tensor | None, axis: int, p: Tensor) -> None:
         tensor.data.copy_(tensor.data.index_select(axis, p.to(tensor.device)))
 
 
-def _index_within_groups(weight: Tensor, axis: int, p: Tensor, groups: int) -> None:
-    """Index axis 1 of a grouped weight: rows of group g see their own channels g*C/G ... in that axis."""
+def _index_within_groups(weight: Tensor, p: Tensor, groups: int) -> None:
+    """Index axis 1 of a grouped weight: the rows of group g have channels g*C/G ... of that axis to themselves."""
     width = p.numel() // groups
     rows = weight.shape[0] // groups
     for g in range(groups):
         local = p[g * width : (g + 1) * width] - g * width
         part = weight.data[g * rows : (g + 1) * rows]
-        part.copy_(part.index_select(axis, local.to(part.device)))
+        part.copy_(part.index_select(1, local.to(part.device)))
 
 
-def _conv_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
+def _weight_and_bias_out(module: Layer, p: Tensor) -> None:
     _index(module.weight, 0, p)
     _index(module.bias, 0, p)
 
 
-def _conv_in(module: Layer, p: Tensor, reshape: Reshape) -> None:
+def _conv_in(module: Layer, p: Tensor) -> None:
     if module.groups == 1:
         _index(module.weight, 1, p)
     else:
-        _index_within_groups(module.weight, 1, p, module.groups)
+        _index_within_groups(module.weight, p, module.groups)
 
 
-def _transposed_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
+def _transposed_out(module: Layer, p: Tensor) -> None:
     if is_depthwise(module):
         _index(module.weight, 0, p)
-    elif module.groups == 1:
-        _index(module.weight, 1, p)
     else:
-        _index_within_groups(module.weight, 1, p, module.groups)
+        _conv_in(
+            module, p
+        )  # the weight is (C_in, C_out, h, w): the output axis is where a convolution has its input axis
     _index(module.bias, 0, p)
 
 
-def _transposed_in(module: Layer, p: Tensor, reshape: Reshape) -> None:
+def _weight_rows(module: Layer, p: Tensor) -> None:
     _index(module.weight, 0, p)
 
 
-def _linear_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
-    _conv_out(module, p, None)
+def _linear_in(module: Layer, p: Tensor) -> None:
+    _index(module.weight, 1, p)
 
 
-def _linear_in(module: Layer, p: Tensor, reshape: Reshape) -> None:
-    weight: Tensor = module.weight.data
-    view = weight.view(reshape) if reshape else weight
-    view.copy_(view.index_select(1, p.to(view.device)))
-
-
-def _norm_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
+def _norm_out(module: Layer, p: Tensor) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         _index(getattr(module, name, None), 0, p)
 
 
-def _prelu_out(module: Layer, p: Tensor, reshape: Reshape) -> None:
-    _index(module.weight, 0, p)
-
-
-def _linear_in_width(module: Layer, reshape: Reshape) -> int:
-    return reshape[1] if reshape else int(module.in_features)
+def _norm_width(module: Layer) -> int:
+    return int((module.running_mean if module.running_mean is not None else module.weight).numel())
 
 
 def _groups(module: Layer) -> int:
-    """Blocks a permutation must keep; none for a depthwise convolution, whose rows follow its channels."""
+    """Blocks that a permutation must not leave; one for a depthwise convolution, whose rows follow its channels."""
     return 1 if is_depthwise(module) else int(module.groups)
 
 
-def _attribute(name: str) -> Callable[[Layer, Reshape], int]:
-    return lambda module, reshape: int(getattr(module, name))
+def _attribute(name: str) -> Callable[[Layer], int]:
+    return lambda module: int(getattr(module, name))
 
 
-_NORM = Side(
-    lambda module, _: int((module.running_mean if module.running_mean is not None else module.weight).numel()),
-    _norm_out,
-)
+_NORM = Side(width=_norm_width, permute=_norm_out)
 
 NORMS = (_BatchNorm, FrozenBatchNorm2d)
 
 OUTPUT_SIDE: dict[type, Side] = {
-    nn.Conv2d: Side(_attribute("out_channels"), _conv_out, _groups),
-    nn.ConvTranspose2d: Side(_attribute("out_channels"), _transposed_out, _groups),
-    nn.Linear: Side(_attribute("out_features"), _linear_out),
-    nn.PReLU: Side(_attribute("num_parameters"), _prelu_out),
+    nn.Conv2d: Side(width=_attribute("out_channels"), permute=_weight_and_bias_out, blocks=_groups),
+    nn.ConvTranspose2d: Side(width=_attribute("out_channels"), permute=_transposed_out, blocks=_groups),
+    nn.Linear: Side(width=_attribute("out_features"), permute=_weight_and_bias_out),
+    nn.PReLU: Side(width=_attribute("num_parameters"), permute=_weight_rows),
     FrozenBatchNorm2d: _NORM,
     _BatchNorm: _NORM,
 }
 INPUT_SIDE: dict[type, Side] = {
-    nn.Conv2d: Side(_attribute("in_channels"), _conv_in, _groups),
-    nn.ConvTranspose2d: Side(_attribute("in_channels"), _transposed_in, _groups),
-    nn.Linear: Side(_linear_in_width, _linear_in),
+    nn.Conv2d: Side(width=_attribute("in_channels"), permute=_conv_in, blocks=_groups),
+    nn.ConvTranspose2d: Side(width=_attribute("in_channels"), permute=_weight_rows, blocks=_groups),
+    nn.Linear: Side(width=_attribute("in_features"), permute=_linear_in),
 }
+
+
+def flattened_input(reshape: tuple[int, ...]) -> Side:
+    """The input of a linear layer that consumes a flattened feature map: h*w neighbouring inputs move with each channel."""
+
+    def permute(module: Layer, p: Tensor) -> None:
+        view = module.weight.data.view(reshape)
+        view.copy_(view.index_select(1, p.to(view.device)))
+
+    return Side(width=lambda _module: reshape[1], permute=permute)
 
 
 def side_of(name: str, module: Layer, role: str) -> Side:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .assignment import assign_channels, positions
 from .group_objective import GroupObjective
+from .groups import random_permutation
 from .objective import Floats, Ints
 
 Search = Callable[[GroupObjective, int, int, torch.Generator], None]
@@ -28,7 +29,7 @@ class SearchResult:
     Attributes:
         permutation: p (C,); the identity where nothing better was found.
         before: the score at the identity.
-        after: the same at `permutation`.
+        after: the score at `permutation`.
     """
 
     permutation: Tensor
@@ -36,11 +37,13 @@ class SearchResult:
     after: float
 
 
-def greedy(objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
+def greedy(objective: GroupObjective, n_blocks: int, _n_tries: int, _generator: torch.Generator) -> None:
     """Very unequal variances per position: sort the channels by falling variance, cut into b runs, interleave them.
 
-    With b = d/a channels per subvector, run j supplies position j of every subvector. The first child decides. Where a
-    subvector does not hold a whole number of channels there are no positions to fill, and the order stays.
+    With b = d/a channels per subvector, run j supplies position j of every subvector. By Hadamard's inequality the product of
+    the variances bounds det(Cov) from above, and for a given sum of variances that product is smallest where they are most
+    unequal. The first child decides. Where a subvector does not hold a whole number of channels there are no such positions,
+    and the permutation stays as it is.
     """
     child = objective.children[0]
     if child.d % child.area:
@@ -50,28 +53,25 @@ def greedy(objective: GroupObjective, n_blocks: int, n_tries: int, generator: to
     if size % per_subvector:
         return
     scores = child.channel_scores()
-    order: list[Ints] = []
+    parts: list[Ints] = []
     for block in range(n_blocks):
         channels = np.arange(block * size, (block + 1) * size)
         falling = channels[np.argsort(-scores[channels], kind="stable")]
-        order.append(falling.reshape(per_subvector, -1).T.reshape(-1))
-    objective.reset(np.concatenate(order))
+        parts.append(falling.reshape(per_subvector, -1).T.reshape(-1))  # the rows are the runs
+    objective.reset(np.concatenate(parts))
 
 
 def stochastic(objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
-    """Stochastic local search: swap two random channels `n_tries` times, keeping a swap if the score falls."""
+    """Stochastic local search: swap two random channels `n_tries` times, accepting a swap if the score falls."""
     if objective.n_channels // n_blocks >= 2:
         objective.run(*_pairs(objective, n_blocks, n_tries, generator))
 
 
 def random(objective: GroupObjective, n_blocks: int, n_tries: int, generator: torch.Generator) -> None:
     """The best of `n_tries` uniformly drawn permutations: the baseline that a search has to beat."""
-    size = objective.n_channels // n_blocks
     best, best_value = objective.permutation, objective.value
     for _ in range(n_tries):
-        drawn = torch.cat(
-            [torch.randperm(size, generator=generator) + block * size for block in range(n_blocks)]
-        ).numpy()
+        drawn = random_permutation(objective.n_channels, n_blocks, generator).numpy()
         value = objective.evaluate(drawn)
         if value < best_value:
             best, best_value = drawn, value
@@ -95,24 +95,30 @@ def search(
     before = objective.value
     for name in steps:
         SEARCHES[name](objective, n_blocks, n_tries, generator)
+    objective.reset(objective.permutation)  # computed anew, without the rounding errors of the swaps
+    if not objective.value < before:
+        objective.reset(identity)
     return _result(objective, before)
 
 
 CHUNK_PER_CHANNEL = 200
 SMALL_GAIN = 1e-5
-"""Per subvector: a chunk of swaps that gains less ends a local search."""
+"""A local search tries swaps in chunks of so many per channel, and ends after a chunk that gains less than this per subvector.
+The score is a sum over children of weight * log det: the gain is divided by the sum of the weights."""
 
 ANNEALING_PER_CHANNEL = 4000
 MOST_TRIES = 1_600_000
 MOST_WORK = 80_000_000
-"""Swaps of an annealing: so many per channel and in all, fewer where one costs more: tries * (sum over children of d^2) stays below the last.
-A local search tries no more than these either."""
+"""Swaps of an annealing: so many per channel, at most so many in all, and fewer where one is expensive: a swap costs about the
+sum over children of d^2, and tries * that sum stays below the last number. The two limits hold for a local search too."""
 
 HOTTEST, COLDEST = 3.0, 0.1
-"""Temperatures of an annealing, in units of the mean |change| that random swaps make."""
+"""Temperatures at which an annealing starts and ends, in units of the mean |change| of the score over random swaps. A swap that
+raises the score by that unit is accepted with probability exp(-1/3) = 0.72 at the start, and exp(-10) = 5e-5 at the end."""
 
-Judge = Callable[[Ints], Floats | None]
-"""A permutation -> measurements of what it costs, the same number for all and each taken alike; None for all where it cannot say."""
+CandidateMeasure = Callable[[Ints], Floats | None]
+"""Permutation -> estimates of the distortion that it leaves: several, each made in the same way for every permutation, so that two
+permutations can be compared pair by pair. None, then for all permutations: the score is close enough to the distortion."""
 
 
 def search_best(
@@ -121,61 +127,76 @@ def search_best(
     n_tries: int,
     generator: torch.Generator,
     deadline: float | None = None,
-    judge: Judge | None = None,
+    measure: CandidateMeasure | None = None,
 ) -> SearchResult:
     """As good a permutation as swaps, assignments and annealing find; stops when they no longer gain.
 
-    Candidates are the greedy start with `n_tries` swaps, as published but scored on all children; linear assignments and local search
-    until a chunk of swaps gains next to nothing; and simulated annealing of the better of the two, then local search again. The
-    amount of work depends on the group alone, so that the same seed gives the same result, unless there is a `deadline` (of
-    time.monotonic) to keep.
+    1. The published candidate: the greedy start with `n_tries` swaps, but scored on all children.
+    2. A descent from the identity: linear assignments, which move many channels at once, then swaps, until a chunk of them gains
+       next to nothing. It may end in another local minimum than the first.
+    3. Simulated annealing of the better of the two, which leaves their local minima, and a descent from the best that it met.
+    4. The candidate of the lowest score is taken. The score is exact for Gaussian subvectors only, and real ones are not: with
+       `measure` the distortion of that candidate is compared with those of the published candidate and of the identity, and one
+       of these replaces it where it is better by more than the standard error.
 
-    The score is that of Gaussian subvectors, which real ones are more or less far from. Where `judge` is given, the identity or the
-    published candidate replaces the one of the lowest score if it is measured to be better, by more than the standard error.
+    How many swaps are tried depends on the group alone: the same seed gives the same result, unless a `deadline` cuts it short.
+
+    Args:
+        objective: the score; its permutation is the result afterwards.
+        n_blocks: a permutation stays within this many equal blocks.
+        n_tries: swaps of the published candidate.
+        generator: draws the swaps.
+        deadline: a time of time.monotonic() after which no further step is begun; None: none.
+        measure: estimates the distortion that a permutation leaves; None: the score decides.
     """
     identity = np.arange(objective.n_channels)
     objective.reset(identity)
     before = objective.value
     if objective.n_channels // n_blocks < 2:
         return _result(objective, before)
-    found: list[tuple[float, Ints]] = [(before, identity)]
 
-    def keep() -> None:
-        found.append((objective.value, objective.permutation.copy()))
+    def lowest() -> Ints:
+        return min(candidates, key=lambda candidate: candidate[0])[1]
 
+    candidates: list[tuple[float, Ints]] = [(before, identity)]
     greedy(objective, n_blocks, n_tries, generator)
     stochastic(objective, n_blocks, n_tries, generator)
-    keep()
+    published = objective.permutation.copy()
+    candidates.append((objective.value, published))
     if not _late(deadline):
         objective.reset(identity)
         _descend(objective, n_blocks, generator, deadline)
-        keep()
+        candidates.append((objective.value, objective.permutation.copy()))
     if not _late(deadline):
-        objective.reset(min(found, key=lambda candidate: candidate[0])[1])
+        objective.reset(lowest())
         _anneal(objective, n_blocks, generator, deadline)
         _descend(objective, n_blocks, generator, deadline)
-        keep()
-    chosen = min(found, key=lambda candidate: candidate[0])[1]
-    if judge is not None and not _late(deadline):
-        chosen = _best_candidate([chosen, found[1][1], identity], judge)
+        candidates.append((objective.value, objective.permutation.copy()))
+    chosen = lowest()
+    if measure is not None and not _late(deadline):
+        chosen = _best_measured([chosen, published, identity], measure)
     objective.reset(chosen)
-    return SearchResult(torch.from_numpy(objective.permutation.copy()), before, objective.value)
+    return _result(objective, before)
 
 
-def _best_candidate(candidates: Sequence[Ints], judge: Judge) -> Ints:
-    """The first of `candidates`, or the one that is measured to cost less by the most, if by more than one standard error."""
-    chosen, most = candidates[0], 0.0
-    own = judge(chosen)
-    if own is None:
+def _best_measured(candidates: Sequence[Ints], measure: CandidateMeasure) -> Ints:
+    """The candidate of the least distortion; the first one unless another is better by more than the standard error.
+
+    The estimates of two candidates are paired, so the error is that of the mean of their differences: s / sqrt(m - 1) for m
+    differences of standard deviation s (computed with divisor m).
+    """
+    chosen, largest_gain = candidates[0], 0.0
+    first = measure(chosen)
+    if first is None:
         return chosen
-    for other in candidates[1:]:
-        theirs = own if np.array_equal(other, candidates[0]) else judge(other)
-        if theirs is None:
+    for candidate in candidates[1:]:
+        other = first if np.array_equal(candidate, candidates[0]) else measure(candidate)
+        if other is None:
             return candidates[0]
-        gains = own - theirs
+        gains = first - other
         gain, error = float(gains.mean()), float(gains.std() / max(1, gains.size - 1) ** 0.5)
-        if gain > max(most, error):
-            chosen, most = other, gain
+        if gain > max(largest_gain, error):
+            chosen, largest_gain = candidate, gain
     return chosen
 
 
@@ -184,8 +205,8 @@ def _late(deadline: float | None) -> bool:
 
 
 def _descend(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
-    """Assignments, then swaps until they no longer gain."""
-    stride = positions(objective) if n_blocks == 1 else 0
+    """Assignments, then swaps until a chunk of them no longer gains."""
+    stride = positions(objective) if n_blocks == 1 else 0  # an assignment knows nothing of blocks
     order = torch.randperm(stride, generator=generator).numpy() if stride > 1 else np.empty(0, np.int64)
     enough = SMALL_GAIN * float(objective.weights.sum())
     chunk = CHUNK_PER_CHANNEL * objective.n_channels
@@ -202,7 +223,7 @@ def _most_tries(objective: GroupObjective) -> int:
 
 
 def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:
-    """Simulated annealing, the temperature falling geometrically."""
+    """Simulated annealing: the temperature falls by the same factor at every swap, from `HOTTEST` to `COLDEST`."""
     typical = _typical_change(objective, n_blocks, generator)
     if not np.isfinite(typical) or typical <= 0:
         return
@@ -223,7 +244,7 @@ def _tries_until(deadline: float, objective: GroupObjective, n_blocks: int, gene
 
 
 def _typical_change(objective: GroupObjective, n_blocks: int, generator: torch.Generator) -> float:
-    """Mean |change| of the score over some random swaps."""
+    """Mean |change| of the score over some random swaps, none of which is made."""
     first, second = _pairs(objective, n_blocks, 64, generator)
     changes = []
     for i, j in zip(first.tolist(), second.tolist(), strict=True):
@@ -233,7 +254,7 @@ def _typical_change(objective: GroupObjective, n_blocks: int, generator: torch.G
 
 
 def _pairs(objective: GroupObjective, n_blocks: int, n: int, generator: torch.Generator) -> tuple[Ints, Ints]:
-    """n pairs of different positions, both in the same block."""
+    """n pairs of different positions, both in the same block, all pairs equally likely."""
     size = objective.n_channels // n_blocks
     first = torch.randint(objective.n_channels, (n,), generator=generator)
     shift = torch.randint(1, size, (n,), generator=generator)
@@ -242,7 +263,5 @@ def _pairs(objective: GroupObjective, n_blocks: int, n: int, generator: torch.Ge
 
 
 def _result(objective: GroupObjective, before: float) -> SearchResult:
-    objective.reset(objective.permutation)
-    if not objective.value < before:
-        objective.reset(np.arange(objective.n_channels))
-    return SearchResult(torch.from_numpy(objective.permutation.copy()), before, objective.value)
+    permutation = torch.from_numpy(objective.permutation.copy())
+    return SearchResult(permutation=permutation, before=before, after=objective.value)

@@ -1,4 +1,4 @@
-"""Scoring all children of a group together, the compiled kernel, and the search that goes on until nothing is gained."""
+"""Scoring all children of a group together, the compiled kernel, and the search that ends when nothing is gained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from src.compression.permute.assignment import assign_channels, linearised, posi
 from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import Group
 from src.compression.permute.objective import ChildObjective
-from src.compression.permute.permute import permute
+from src.compression.permute.permute import SearchSpec, permute
 from src.compression.permute.search import search, search_best
 from src.compression.quantize.plan import make_plan
 from tests.support.helpers import lively, outputs, relative, spec
@@ -68,8 +68,8 @@ def test_the_kernel_equals_numpy_and_both_equal_the_score_recomputed(
         objective = together(kinds, seed, compiled)
         assert objective.compiled == compiled
         before = objective.value
-        kept = objective.run(first, second, *heat)
-        found.append((objective.permutation.tolist(), kept))
+        made = objective.run(first, second, *heat)
+        found.append((objective.permutation.tolist(), made))
         assert objective.value <= before
         assert objective.value == pytest.approx(
             together(kinds, seed).evaluate(objective.permutation), abs=1e-9 * abs(before) + 1e-9
@@ -78,16 +78,16 @@ def test_the_kernel_equals_numpy_and_both_equal_the_score_recomputed(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_swaps_are_kept_for_every_kind_of_child(kind: tuple[int, int, int]) -> None:
+def test_swaps_are_made_for_every_kind_of_child(kind: tuple[int, int, int]) -> None:
     """So that the equality above is not one of searches that do nothing; a few drawn groups start at a local optimum."""
-    kept = [together([kind], seed).run(*pairs(300, kind[2], seed)) for seed in range(5)]
-    assert sum(kept) > 20
+    made = [together([kind], seed).run(*pairs(300, kind[2], seed)) for seed in range(5)]
+    assert sum(made) > 20
 
 
-def test_annealing_leaves_the_best_it_has_seen() -> None:
+def test_annealing_ends_at_the_best_permutation_it_met() -> None:
     objective = together(KINDS[:2], 0)
     first, second = pairs(20_000, 1, 0)
-    always = np.ones(20_000) * 1e9  # so hot that nearly every swap is kept: the end is a random order
+    always = np.ones(20_000) * 1e9  # so hot that nearly every swap is made: the end is a random permutation
     objective.run(first, second, always, np.random.default_rng(0).random(20_000))
     best = objective.value
     drawn = [objective.evaluate(np.random.default_rng(seed).permutation(CHANNELS)) for seed in range(200)]
@@ -117,10 +117,10 @@ def test_the_linearised_score_bounds_the_true_one_from_above() -> None:
         for position in range(stride):
             places = np.arange(CHANNELS // stride) * stride + position
             cost = sum(w * linearised(c, places) for w, c in zip(objective.weights, objective.children, strict=True))
-            for order in itertools.permutations(range(places.size)):
+            for chosen in itertools.permutations(range(places.size)):
                 moved = objective.permutation.copy()
-                moved[places] = moved[places][list(order)]
-                bound = sum(cost[order[slot], slot] - cost[slot, slot] for slot in range(places.size))
+                moved[places] = moved[places][list(chosen)]
+                bound = sum(cost[chosen[slot], slot] - cost[slot, slot] for slot in range(places.size))
                 assert objective.evaluate(moved) - objective.value <= bound + 1e-9 * abs(objective.value)
 
 
@@ -130,7 +130,7 @@ def test_subvectors_that_split_channels_have_no_positions_to_assign() -> None:
 
 
 def test_the_best_search_finds_pairs_that_were_torn_apart() -> None:
-    """Channels in equal pairs: the best order puts each pair into one subvector, and the score falls without bound."""
+    """Channels in equal pairs: the best permutation puts each pair into one subvector, and the score falls without bound."""
     draw = np.random.default_rng(0)
     weight = np.concatenate([base := draw.normal(0, 1, (200, 12)), base + 0.01 * draw.normal(0, 1, base.shape)], axis=1)
     objective = GroupObjective([ChildObjective(weight, 24, 2)], [1.0])
@@ -151,7 +151,7 @@ def test_best_is_at_least_as_good_as_published_for_the_group(seed: int) -> None:
     assert torch.equal(best.permutation, again.permutation)
 
 
-def test_the_best_search_stays_within_blocks_and_keeps_to_its_time() -> None:
+def test_the_best_search_stays_within_blocks_and_its_time() -> None:
     objective = together([(4, 8, 2)], 0)
     found = search_best(objective, 2, 1000, stream(0)).permutation
     assert (found // 12).tolist() == [0] * 12 + [1] * 12
@@ -168,7 +168,7 @@ def test_a_resnet18_permuted_by_the_best_search_computes_the_same(large: bool) -
     sizes = make_plan(model, spec(256, large=large, ignored=["conv1"])).sizes
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     before = outputs(model, x)
-    results = permute(model, groups, sizes, seconds=2, show_progress=False)
+    results = permute(model, groups, sizes, SearchSpec(search_seconds=2), show_progress=False)
     assert any(result.after < result.before for result in results)
     assert relative(outputs(model, x), before) < 1e-9  # float64, only the order of additions changes
 
@@ -178,22 +178,21 @@ def test_a_child_of_zeros_does_not_decide_for_the_others() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(8, 6))
     with torch.no_grad():
         model[1].weight.zero_()
+    groups, sizes = [Group(("0",), ("1", "2"))], {"1": 4, "2": 4}
     for how in ("published", "best"):
-        (result,) = permute(
-            copy.deepcopy(model), [Group(("0",), ("1", "2"))], {"1": 4, "2": 4}, how=how, show_progress=False
-        )
+        (result,) = permute(copy.deepcopy(model), groups, sizes, SearchSpec(search=how), show_progress=False)
         assert result.children == ("2",)
         assert result.after < result.before
 
 
 def test_an_unknown_search_is_refused() -> None:
     with pytest.raises(ValueError, match="best, published"):
-        permute(nn.Sequential(), [], {}, how="fast")
+        permute(nn.Sequential(), [], {}, SearchSpec(search="fast"))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_kind_scores_what_the_covariance_of_the_permuted_weight_says(kind: tuple[int, int, int]) -> None:
-    """Also where only the inner products of columns that can meet are kept."""
+    """Also where only the inner products of columns that can meet are computed."""
     area, d, groups = kind
     draw = np.random.default_rng(5)
     weight = draw.normal(0.1, 1, (60, CHANNELS // groups, area))
@@ -209,20 +208,20 @@ def test_every_kind_scores_what_the_covariance_of_the_permuted_weight_says(kind:
     assert objective.evaluate(permutation) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_judge_overrules_the_score_only_clearly() -> None:
-    """One whose measurements prefer the identity by less than their standard error changes nothing; one that prefers it by far decides."""
+def test_measured_distortions_overrule_the_score_only_where_they_differ_clearly() -> None:
+    """Estimates that prefer the identity by less than their standard error change nothing; those that prefer it by far decide."""
     identity = np.arange(CHANNELS)
     scatter = np.array([-0.02, 0.03, 0.0, -0.01])
 
-    def worth(gain: float) -> Callable[[np.ndarray], np.ndarray]:
+    def preferring_identity(gain: float) -> Callable[[np.ndarray], np.ndarray]:
         return lambda p: 1.0 - gain + scatter if np.array_equal(p, identity) else np.ones(4)
 
-    free = search_best(together(KINDS[:2], 0), 1, 1000, stream(0)).permutation
-    hair = search_best(together(KINDS[:2], 0), 1, 1000, stream(0), judge=worth(0.005)).permutation
-    far = search_best(together(KINDS[:2], 0), 1, 1000, stream(0), judge=worth(0.1)).permutation
-    assert torch.equal(free, hair)
-    assert not torch.equal(free, torch.from_numpy(identity))
-    assert torch.equal(far, torch.from_numpy(identity))
+    unmeasured = search_best(together(KINDS[:2], 0), 1, 1000, stream(0)).permutation
+    little = search_best(together(KINDS[:2], 0), 1, 1000, stream(0), measure=preferring_identity(0.005)).permutation
+    much = search_best(together(KINDS[:2], 0), 1, 1000, stream(0), measure=preferring_identity(0.1)).permutation
+    assert torch.equal(unmeasured, little)
+    assert not torch.equal(unmeasured, torch.from_numpy(identity))
+    assert torch.equal(much, torch.from_numpy(identity))
 
 
 @pytest.mark.parametrize("released", [True, False])

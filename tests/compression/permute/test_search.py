@@ -16,7 +16,7 @@ from src.common.randomness import stream
 from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import Group
 from src.compression.permute.objective import ChildObjective, child_objective, is_optimisable
-from src.compression.permute.permute import PermutationSpec, permute
+from src.compression.permute.permute import GroupResult, PermutationSpec, SearchSpec, permute
 from src.compression.permute.search import SEARCHES, greedy, search, stochastic
 from src.compression.quantize.kmeans import cluster
 from src.compression.quantize.plan import make_plan
@@ -27,13 +27,17 @@ def single(*arguments) -> GroupObjective:
     return GroupObjective([ChildObjective(*arguments)], [1.0])
 
 
+def published(n_tries: int) -> SearchSpec:
+    return SearchSpec(search="published", sls_iterations=n_tries)
+
+
 def plain_score(weight: Tensor, p: np.ndarray, d: int, groups: int = 1) -> float:
     """log det of torch.cov of the subvectors of the permuted weight (R, C/groups, a), from scratch, with the documented ridge."""
     rows, per_group, _ = weight.shape
-    order = torch.as_tensor(p)
+    permutation = torch.as_tensor(p)
     parts = []
     for g in range(groups):
-        local = order[g * per_group : (g + 1) * per_group] - g * per_group
+        local = permutation[g * per_group : (g + 1) * per_group] - g * per_group
         parts.append(weight[g * (rows // groups) : (g + 1) * (rows // groups)][:, local])
     subvectors = torch.cat(parts).reshape(-1, d)
     covariance = torch.atleast_2d(torch.cov(subvectors.T, correction=0))
@@ -55,7 +59,7 @@ SHAPES = [
     forced=st.booleans(),
     data=st.data(),
 )
-def test_the_score_kept_swap_by_swap_is_the_log_det_of_the_covariance_computed_anew(
+def test_the_score_updated_swap_by_swap_is_the_log_det_of_the_covariance_computed_anew(
     shape, groups, seed, forced, data
 ) -> None:
     channels, area, d = shape
@@ -79,7 +83,7 @@ def test_the_score_kept_swap_by_swap_is_the_log_det_of_the_covariance_computed_a
         assert objective.evaluate(p) == pytest.approx(objective.value, abs=1e-9)
 
 
-def test_a_convolution_is_scored_on_the_subvectors_that_are_coded() -> None:
+def test_a_convolution_is_scored_on_the_subvectors_that_are_quantized() -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(8, 16, 3, groups=2).double()
     linear = nn.Linear(8 * 6, 32).double()
@@ -99,13 +103,13 @@ def test_the_greedy_start_does_not_depend_on_the_scale_of_the_weights(scale: flo
     area = 9 if d == 18 else 1
     draw = np.random.default_rng(0)
     columns = draw.normal(0, 1, (64, 32, area)) * draw.uniform(0.1, 2, (1, 32, 1))
-    orders = []
+    found = []
     for weight in (columns, columns * scale):
         objective = single(weight.reshape(64, -1), 32, d)
         greedy(objective, 1, 0, stream(0))
-        orders.append(objective.permutation)
-    assert np.array_equal(*orders)
-    assert not np.array_equal(orders[0], np.arange(32))
+        found.append(objective.permutation)
+    assert np.array_equal(*found)
+    assert not np.array_equal(found[0], np.arange(32))
 
 
 def test_the_greedy_start_interleaves_runs_of_falling_variance() -> None:
@@ -166,7 +170,7 @@ def test_every_search_stays_within_its_blocks() -> None:
 
 @pytest.mark.parametrize("steps", [["GREEDY"], ["STOCHASTIC"], ["RANDOM"], ["GREEDY", "STOCHASTIC"]])
 def test_a_result_worse_than_the_identity_is_dropped(steps: list[str]) -> None:
-    # channels that stand together are nearly equal, so that the identity is (close to) the best order
+    # channels that stand together are nearly equal, so that the identity is (close to) the best permutation
     draw = np.random.default_rng(0)
     base = np.repeat(draw.normal(0, 1, (256, 8)), 4, axis=1)
     columns = base + 0.01 * draw.normal(0, 1, base.shape)
@@ -217,7 +221,7 @@ def test_degenerate_weights_do_not_stop_the_search_and_keep_the_function(spoil, 
         model,
         [Group(("0",), ("2",)), Group(("2",), ("4",))],
         {"2": 18 if large else 9, "4": 4},
-        n_tries=50,
+        SearchSpec(sls_iterations=50),
         show_progress=False,
     )
     assert all(np.isfinite([r.before, r.after]).all() and r.after <= r.before for r in results)
@@ -231,7 +235,7 @@ def test_large_blocks_of_a_resnet18_get_a_lower_score_and_the_same_function() ->
     sizes = make_plan(model, spec(256, large=True, ignored=["conv1"])).sizes
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     before = outputs(model, x)
-    results = permute(model, groups, sizes, how="published", n_tries=20, show_progress=False)
+    results = permute(model, groups, sizes, published(20), show_progress=False)
     assert relative(outputs(model, x), before) < 1e-9  # float64, only the order of additions changes
     assert [r.children for r in results] == [g.children[:1] for g in groups]
     for result in results:
@@ -247,7 +251,7 @@ def test_small_blocks_of_3x3_convolutions_are_left_alone() -> None:
     groups = ARCHITECTURES["resnet18"].groups(model)
     weights = copy.deepcopy(model.state_dict())
     sizes = make_plan(model, spec(256, ignored=["conv1"])).sizes
-    results = permute(model, groups, sizes, n_tries=5, show_progress=False)
+    results = permute(model, groups, sizes, SearchSpec(sls_iterations=5), show_progress=False)
     inner = [r for r, g in zip(results, groups, strict=True) if len(g.children) == 1]
     assert inner
     assert all(r.permutation is None and not r.children for r in inner)
@@ -262,16 +266,17 @@ def test_small_blocks_of_3x3_convolutions_are_left_alone() -> None:
     ]
 
 
-def test_the_first_optimisable_child_that_is_coded_decides() -> None:
+def test_the_first_optimisable_child_that_is_quantized_decides() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 6))
     group = Group(("0",), ("1", "2", "3"))
 
-    def decided(sizes: dict[str, int], how: str = "published") -> tuple[str, ...]:
-        return permute(copy.deepcopy(model), [group], sizes, how=how, n_tries=5, show_progress=False)[0].children
+    def decided(sizes: dict[str, int], search: str = "published") -> tuple[str, ...]:
+        how = SearchSpec(search=search, sls_iterations=5)
+        return permute(copy.deepcopy(model), [group], sizes, how, show_progress=False)[0].children
 
     assert decided({"1": 4, "2": 4, "3": 4}) == ("1",)
-    assert decided({"2": 4, "3": 4}) == ("2",)  # 1 is not coded
-    assert decided({"1": 1, "2": 1, "3": 4}) == ("3",)  # a subvector of one value does not depend on the order
+    assert decided({"2": 4, "3": 4}) == ("2",)  # 1 is not quantized
+    assert decided({"1": 1, "2": 1, "3": 4}) == ("3",)  # a subvector of one value does not depend on the permutation
     assert decided({}) == ()
     assert decided({"1": 1, "2": 4, "3": 4}, "best") == ("2", "3")
     assert not is_optimisable(nn.ConvTranspose2d(8, 8, 3), 18)
@@ -285,8 +290,8 @@ def test_the_search_named_for_a_layer_is_the_one_that_runs() -> None:
     found = {}
     for name in SEARCHES:
         twin = copy.deepcopy(model)
-        given = {"1": PermutationSpec(optimization=(name,))}
-        (found[name],) = permute(twin, [Group(("0",), ("1",))], {"1": 4}, n_tries=30, specs=given, show_progress=False)
+        how = SearchSpec(sls_iterations=30, permutation_specs={"1": PermutationSpec(optimization=(name,))})
+        (found[name],) = permute(twin, [Group(("0",), ("1",))], {"1": 4}, how, show_progress=False)
         objective = GroupObjective([child_objective(model[1], 4)], [1.0])
         SEARCHES[name](objective, 1, 30, stream(0, "permutation", "1"))
         assert found[name].permutation.tolist() == objective.permutation.tolist()
@@ -298,17 +303,18 @@ def test_the_result_depends_on_the_seed_alone_and_not_on_other_groups() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 8))
     groups = [Group(("0",), ("1",)), Group(("1",), ("2",))]
     sizes = {"1": 4, "2": 4}
-    both = permute(copy.deepcopy(model), groups, sizes, how="published", n_tries=50, seed=3, show_progress=False)
-    again = permute(copy.deepcopy(model), groups, sizes, how="published", n_tries=50, seed=3, show_progress=False)
-    alone = permute(copy.deepcopy(model), groups[1:], sizes, how="published", n_tries=50, seed=3, show_progress=False)
-    other = permute(copy.deepcopy(model), groups, sizes, how="published", n_tries=50, seed=4, show_progress=False)
+
+    def run(groups: list[Group], seed: int) -> list[GroupResult]:
+        return permute(copy.deepcopy(model), groups, sizes, published(50), seed=seed, show_progress=False)
+
+    both, again, alone, other = run(groups, 3), run(groups, 3), run(groups[1:], 3), run(groups, 4)
     assert [r.permutation.tolist() for r in both] == [r.permutation.tolist() for r in again]
     assert alone[0].permutation.tolist() == both[1].permutation.tolist()
     assert [r.permutation.tolist() for r in both] != [r.permutation.tolist() for r in other]
 
 
-def test_permuting_lowers_the_distortion_of_the_coded_weight() -> None:
-    """The point of it all: channels of unequal variance, coded with and without a search."""
+def test_permuting_lowers_the_distortion_of_the_quantized_weight() -> None:
+    """The point of it all: channels of unequal variance, quantized with and without a search."""
     torch.manual_seed(0)
     ratios = []
     for seed in range(4):
