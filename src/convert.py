@@ -20,7 +20,7 @@ With --dense the weights are decoded first, for programs that know nothing of co
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.convert",
+        prog=command.program(__package__, "convert"),
         description=PURPOSE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,7 +28,7 @@ as it is when it is loaded: shapes, codes below k, finite values, the checksum o
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.inspect", description=PURPOSE)
+    parser = argparse.ArgumentParser(prog=command.program(__package__, "inspect"), description=PURPOSE)
     parser.add_argument("file", metavar="FILE", help="the model file")
     parser.add_argument(
         "--against",

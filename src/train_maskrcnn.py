@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return command.run(
         job,
-        prog=f"python -m {__package__}.train_maskrcnn",
+        prog=command.program(__package__, "train_maskrcnn"),
         purpose="Permute, quantize and fine-tune Mask R-CNN (or train it dense with --model.use_compression False).",
         default_config="../config/train_maskrcnn.yaml",
         argv=argv,

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return command.run(
         job,
-        prog=f"python -m {__package__}.train_resnet",
+        prog=command.program(__package__, "train_resnet"),
         purpose="Permute, quantize and fine-tune a ResNet (or train it dense with --model.use_compression False).",
         default_config="../config/train_resnet50.yaml",
         argv=argv,

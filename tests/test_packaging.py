@@ -8,8 +8,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
+from src.__main__ import COMMANDS
 from tests.conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +83,42 @@ def test_the_committed_models_come_along(installed: Path) -> None:
         assert (installed / "pqf" / "config" / "digits" / f"evaluate_{name}.yaml").is_file()
 
 
-def test_requirements_txt_pins_what_setup_py_asks_for() -> None:
+def test_requirements_txt_pins_what_the_project_asks_for() -> None:
     pinned = {
         line.split("==")[0].lower() for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line
     }
-    text = (ROOT / "setup.py").read_text()
-    asked = text[text.index("install_requires=[") : text.index("extras_require")]
-    names = {part.split(">=")[0].lower() for part in asked.split('"')[1::2]}
-    assert names <= pinned
+    assert {name.split(">=")[0].lower() for name in project()["dependencies"]} <= pinned
+
+
+def test_every_package_is_installed() -> None:
+    found = {path.parent for path in (ROOT / "src").rglob("__init__.py")}
+    names = {".".join(("pqf", *folder.relative_to(ROOT / "src").parts)) for folder in found}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name for name in listed if not name.startswith(("pqf.config", "pqf.compressed_models"))} == names
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_one_command_for_all(installed: Path) -> None:
+    helped = run(installed, "pqf", "--help")
+    assert helped.returncode == 0
+    for name in COMMANDS:
+        assert f"  {name} " in helped.stdout
+        own = run(installed, "pqf", name, "--help")
+        assert own.returncode == 0, own.stderr
+        assert f"usage: python -m pqf {name} " in own.stdout
+    assert run(installed, "pqf").returncode == 2
+    refused = run(installed, "pqf", "train_resnt")
+    assert refused.returncode == 2
+    assert refused.stderr == "error: pqf: unknown command 'train_resnt'; did you mean train-resnet?\n"
+    refused = run(installed, "pqf", "train-resnet", "--output_path", "out")
+    assert refused.returncode == 2
+    assert "dataloader.imagenet_path" in refused.stderr
+    assert project()["scripts"] == {"pqf": "pqf.__main__:main"}
+
+
+def test_the_list_of_commands_is_shown_without_loading_torch() -> None:
+    code = "import sys; from src.__main__ import main; assert main(['--help']) == 0; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode == 0

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ..common.errors import LostContactError, SettingsError, UserError
 from ..common.log import lines_of, log
@@ -107,6 +108,16 @@ def _whose(error: UserError) -> str:
     elif not here.is_main:
         time.sleep(SAME_ERROR_SECONDS)
     return f"process {here.rank} of {here.world_size}: "
+
+
+def program(package: str | None, entry: str) -> str:
+    """How the command of the module `entry` was started, for its help: by a name of its own, or as one of the package's commands."""
+    started = Path(sys.argv[0]).name
+    if started == "pqf":
+        return f"pqf {entry.replace('_', '-')}"
+    if started == "__main__.py":
+        return f"python -m {package} {entry.replace('_', '-')}"
+    return f"python -m {package}.{entry}"
 
 
 def positive(text: str) -> int:

@@ -77,6 +77,6 @@ def test_a_wheel_in_the_cache_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert build_horovod.cached_wheel({}) == wheel
 
 
-def test_setup_py_and_the_script_mean_the_same_release() -> None:
-    assert f'"horovod>={build_horovod.VERSION}"' in (ROOT / "setup.py").read_text()
+def test_pyproject_and_the_script_mean_the_same_release() -> None:
+    assert f'"horovod>={build_horovod.VERSION}"' in (ROOT / "pyproject.toml").read_text()
     assert f"Horovod {build_horovod.VERSION}" in (ROOT / "README.md").read_text()
