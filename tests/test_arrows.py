@@ -32,6 +32,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model_files.safetensors_file": ("common",),
     "model_files.bit_packing": (),
     "model_files.entropy": ("model_files.bit_packing",),
+    "model_files.rans": ("model_files.bit_packing",),
     "settings": ("common",),
     "tasks": ("common", "engines.engine", "compression.finetune.task"),
     "run": (

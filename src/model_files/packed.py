@@ -1,12 +1,13 @@
 """Packed model files: `.safetensors` of the size that is reported, with everything in it that rebuilds the network.
 
-Tensors (L: coded layer, B: batch norm):
-- `L.codes_packed`: U8, the codes at log2(k) bits each (`packing`), or `L.codes_entropy`: the same entropy coded (`entropy`);
-- `L.codebook`: F16 (k, d); `B.weight`, `B.bias`: the folded norm; everything else as in the published format (`files`);
+Tensors (L: quantized layer, B: batch norm):
+- `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded (`entropy`; in
+  files of format 1 `L.codes_entropy`, see `rans`);
+- `L.codebook`: F16 (k, d); `B.weight`, `B.bias`: the folded norm; everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture, number of
-classes, compression settings and metric, null where not known; `layers`: for each coded layer type, weight shape, d, k;
+classes, compression settings and metric, null where not known; `layers`: for each quantized layer type, weight shape, d, k;
 `permutations`: parents, children, width and reshapes of each group; `tied`: names that share the tensors of another name.
 """
 
@@ -26,7 +27,7 @@ from ..common.errors import CheckpointError
 from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.subvectors import Layer, bits_per_code, can_be_quantized
-from . import entropy
+from . import entropy, rans
 from .bit_packing import Bytes, pack, packed_size, unpack
 from .metadata import LAYER_TYPES, AppliedPermutation, ModelInfo, PackedLayer, describe, group_entry, index_bits
 from .norms import NORM_VECTORS, is_folded_norm
@@ -34,10 +35,12 @@ from .pth import compressed_state
 from .safetensors_file import read_container, read_metadata, write_container
 
 FORMAT = "pqf"
-FORMAT_VERSION = 1
-PACKED, ENTROPY = "codes_packed", "codes_entropy"
+FORMAT_VERSION = 2
+READABLE_VERSIONS = ("1", "2")
+PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
+CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
-_NAME_OF = {coded: kind.__name__ for kind, coded in QUANTIZED_LAYERS.items()}
+_NAME_OF = {quantized: kind.__name__ for kind, quantized in QUANTIZED_LAYERS.items()}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class PackedFile:
     Attributes:
         source: the file, for messages.
         info: what it says about the model.
-        layers: the coded layers by name.
-        tensors: as stored, views of the file's bytes.
+        layers: the quantized layers by name.
+        tensors: as they stand in the file.
         tied: name -> the name that holds its tensor.
     """
 
@@ -60,7 +63,7 @@ class PackedFile:
 
     @property
     def plan(self) -> Plan:
-        """What builds the coded network, without any setting."""
+        """What builds the quantized network, without any setting."""
         return Plan({name: LayerPlan(name, layer.d, layer.k, "kmeans", 0) for name, layer in self.layers.items()}, ())
 
     def state(self) -> dict[str, Tensor]:
@@ -72,7 +75,7 @@ class PackedFile:
         state = {}
         for name, tensor in self.tensors.items():
             layer, _, leaf = name.rpartition(".")
-            if leaf in (PACKED, ENTROPY) and layer in self.layers:
+            if leaf in CODES and layer in self.layers:
                 state[_key(layer, "codes_matrix")] = _unpacked(self.source, layer, self.layers[layer], leaf, tensor)
             elif name != PERMUTATIONS:
                 state[name] = tensor
@@ -83,7 +86,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     """Write `model` as a packed file, atomically; equal models and infos give equal files.
 
     Args:
-        model: with coded layers.
+        model: with quantized layers.
         path: ends in .safetensors.
         info: what to say about the model.
         entropy_coding: entropy-code the codes of every layer where that is smaller.
@@ -137,7 +140,7 @@ def is_packed(path: Path) -> bool:
 
 
 def load_packed(path: Path) -> PackedFile:
-    """Read a packed file and check it: checksum, sizes, and that every coded layer has what it needs.
+    """Read a packed file and check it: checksum, sizes, and that every quantized layer has what it needs.
 
     Raises:
         CheckpointError: it cannot be read, is damaged, or was written by a later version.
@@ -146,10 +149,10 @@ def load_packed(path: Path) -> PackedFile:
     source = str(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{source} is not a packed model: its metadata do not say format {FORMAT}")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    if metadata.get("format_version") not in READABLE_VERSIONS:
         raise CheckpointError(
             f"{source} has the format version {metadata.get('format_version', '?')[:20]!r} (written by {metadata.get('producer', '?')[:40]}); "
-            f"this program reads version {FORMAT_VERSION}"
+            f"this program reads versions {' and '.join(READABLE_VERSIONS)}"
         )
     info, layers, tied = describe(source, metadata, tensors.get(PERMUTATIONS))
     packed = PackedFile(source, info, layers, tensors, tied)
@@ -158,7 +161,7 @@ def load_packed(path: Path) -> PackedFile:
 
 
 def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
-    """Check that every coded layer of the file is a layer of that type and shape in `model` (may be on the meta device).
+    """Check that every quantized layer of the file is a layer of that type and shape in `model` (may be on the meta device).
 
     Raises:
         CheckpointError: one is not.
@@ -175,19 +178,17 @@ def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
 
 
 def _check_layers(packed: PackedFile) -> None:
-    """Every coded layer has one tensor of codes of the right size and a codebook; nothing calls itself codes without a layer."""
+    """Every quantized layer has one tensor of codes of the right size and a codebook; nothing calls itself codes without a layer."""
     names = {**dict.fromkeys(packed.tensors), **dict.fromkeys(packed.tied)}
     for name, owner in packed.tied.items():
         if name in packed.tensors:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r} and yet there")
         prefix, _, leaf = owner.rpartition(".")
-        is_codes = leaf == "codes_matrix" and any(
-            _key(prefix, stored) in packed.tensors for stored in (PACKED, ENTROPY)
-        )
+        is_codes = leaf == "codes_matrix" and any(_key(prefix, stored) in packed.tensors for stored in CODES)
         if owner not in packed.tensors and not is_codes:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r}, which the file does not hold")
     for name, layer in packed.layers.items():
-        held = [leaf for leaf in (PACKED, ENTROPY) if _key(name, leaf) in packed.tensors]
+        held = [leaf for leaf in CODES if _key(name, leaf) in packed.tensors]
         if len(held) + (_key(name, "codes_matrix") in packed.tied) != 1:
             raise CheckpointError(f"{packed.source}: layer {name!r} must have its codes once")
         codebook = packed.tensors.get(packed.tied.get(_key(name, "codebook"), _key(name, "codebook")))
@@ -197,14 +198,14 @@ def _check_layers(packed: PackedFile) -> None:
             )
         for leaf in held:
             stored = packed.tensors[_key(name, leaf)]
-            exact = leaf == ENTROPY or stored.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
+            exact = leaf != PACKED or stored.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
             if stored.dtype != torch.uint8 or stored.dim() != 1 or not exact:
                 raise CheckpointError(
                     f"{packed.source}: layer {name!r}: {stored.numel()} bytes are not {layer.n_codes} codes below {layer.k}"
                 )
     for name in names:
         prefix, _, leaf = name.rpartition(".")
-        if leaf in (PACKED, ENTROPY) and prefix not in packed.layers:
+        if leaf in CODES and prefix not in packed.layers:
             raise CheckpointError(f"{packed.source}: {name!r} belongs to no layer")
 
 
@@ -214,17 +215,17 @@ def _packed(layer: QuantizedLayer, entropy_coding: bool) -> tuple[str, Bytes]:
     packed = pack(codes, bits_per_code(layer.k))
     if entropy_coding:
         stream = entropy.encode(codes, layer.k)
-        if stream is not None and stream.size < packed.size:
-            return ENTROPY, stream
+        if stream.size < packed.size:
+            return HUFFMAN, stream
     return PACKED, packed
 
 
 def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stored: Tensor) -> Tensor:
     try:
-        if leaf == ENTROPY:
-            codes = entropy.decode(stored.numpy(), layer.n_codes, layer.k)
-        else:
+        if leaf == PACKED:
             codes = unpack(stored.numpy(), layer.n_codes, bits_per_code(layer.k))
+        else:
+            codes = (entropy if leaf == HUFFMAN else rans).decode(stored.numpy(), layer.n_codes, layer.k)
     except ValueError as error:
         raise CheckpointError(f"{source}: the codes of layer {name!r} are damaged: {error}") from error
     return torch.from_numpy(codes).view(layer.shape[0], -1)

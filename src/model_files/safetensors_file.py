@@ -1,10 +1,8 @@
-"""The safetensors container, written the same way every time and read with suspicion.
+"""Safetensors files that are the same whenever their contents are, with a checksum over the whole file.
 
-    8 bytes: length of the header | header: JSON, padded with blanks to a multiple of 8 | the tensors' bytes, without gaps
-
-The metadata hold a checksum: SHA-256 over the whole file with 64 zeros in its own place. Every other reader of safetensors can open
-these files. This one exists because the library's writer puts metadata in random order (equal models should give equal files), and
-because sizes must be known to fit the file before anything is allocated.
+The safetensors library writes and reads them. It writes metadata in random order, so all of ours stand in one key, `pqf`, as JSON
+with sorted keys; equal models give equal files. Among them is `checksum`: SHA-256 over the file with 64 zeros in the checksum's
+own place. Files of format 1, which a writer of our own made, have the same metadata as keys of their own, and are read too.
 """
 
 from __future__ import annotations
@@ -14,24 +12,27 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ..common.errors import CheckpointError
 from ..common.paths import write_atomically
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+KEY = "pqf"
 CHECKSUM = "checksum"
 _NO_CHECKSUM = "0" * 64
+DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+}  # fmt: skip
 MOST_HEADER = 4 << 20
 """Bytes of a header; that of the largest network here takes a hundredth of it."""
 MOST_DIMENSIONS = 8
+CHUNK = 1 << 20
+"""Bytes read at a time."""
 LARGEST = 1 << 48
 """Above every size in a file."""
 
@@ -42,85 +43,85 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     Raises:
         RunError: the disk is full or the folder cannot be written; an existing file is unchanged.
     """
-    header: dict[str, Any] = {"__metadata__": {CHECKSUM: _NO_CHECKSUM, **metadata}}
-    parts, at = [], 0
-    for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):  # so that every tensor is aligned
-        tensor = tensors[name].contiguous()
-        n_bytes = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + n_bytes]}
-        at += n_bytes
-        if n_bytes:
-            parts.append(memoryview(tensor.view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
-    text += b" " * (-len(text) % 8)
-    beginning = len(text).to_bytes(8, "little") + text
+    texts = {KEY: json.dumps({CHECKSUM: _NO_CHECKSUM, **metadata}, sort_keys=True, separators=(",", ":"))}
+    owned = _without_sharing(tensors)
 
     def write(temporary: Path) -> None:
-        digest = hashlib.sha256(beginning)
-        with open(temporary, "wb") as file:
-            file.write(beginning)
-            for data in parts:  # one after the other: nothing is copied
-                file.write(data)
-                digest.update(data)
-            file.seek(beginning.index(_NO_CHECKSUM.encode()))  # the first value of the file
+        save_file(owned, temporary, metadata=texts)
+        with open(temporary, "r+b") as file:
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+            digest = hashlib.sha256(header)
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+            file.seek(header.index(_NO_CHECKSUM.encode()))  # metadata come first in a header
             file.write(digest.hexdigest().encode())
 
     write_atomically(path, write)
+
+
+def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors; a copy where another one has the same memory, which the library refuses to write twice."""
+    seen: set[int] = set()
+    owned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen and tensor.numel():
+            tensor = tensor.clone()
+        seen.add(place)
+        owned[name] = tensor
+    return owned
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, unchecked; empty where there are none or the header is not readable."""
     try:
         with open(path, "rb") as file:
-            header = _header(file, path.stat().st_size, str(path))
+            beginning = file.read(8)
+            size = path.stat().st_size
+            return _metadata(_parsed(beginning + file.read(_header_length(beginning, size, str(path))), str(path)))
     except (OSError, CheckpointError):
         return {}
-    found = header.get("__metadata__")
-    return found if _is_text_map(found) else {}
 
 
 def read_container(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata that `write_container` wrote.
+    """The tensors and metadata that `write_container` wrote, or that stand in a file of format 1.
 
-    Memory: the file's size; the tensors are views into its bytes.
+    Memory: twice the file's size while it is read.
 
     Raises:
         CheckpointError: the file cannot be read, is truncated or damaged, or its checksum is missing or wrong.
     """
     source = str(path)
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            header = _header(file, size, source)
-            start = file.tell()
-            file.seek(0)
-            contents = bytearray(file.read(size))
+        contents = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {error.strerror}") from error
-    if len(contents) != size:
-        raise _damaged(source, "it changed while it was read")
-    metadata = header.pop("__metadata__", None)
-    if not _is_text_map(metadata):
-        raise _damaged(source, "it has no metadata")
-    _check_checksum(contents, start, metadata, source)
-    tensors = {}
-    end = start
-    for name, entry in sorted(header.items(), key=lambda item: _offset(item[1])):
-        tensor, end = _tensor(contents, start, end, name, entry, source)
-        tensors[name] = tensor
-    if end != size:
-        raise _damaged(source, f"{size - end:,} bytes belong to no tensor")
+    end = 8 + _header_length(contents[:8], len(contents), source)
+    metadata = _metadata(_parsed(contents[:end], source))
+    _check_checksum(contents, end, metadata.pop(CHECKSUM, ""), source)
+    try:
+        tensors = load(contents)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise _damaged(source, str(error).splitlines()[0][:100] if str(error) else type(error).__name__) from error
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor, source)
     return tensors, metadata
 
 
-def _header(file: BinaryIO, size: int, source: str) -> dict[str, Any]:
-    length = int.from_bytes(file.read(8), "little")
+def _header_length(beginning: bytes, size: int, source: str) -> int:
+    length = int.from_bytes(beginning, "little")
     if size < 8 or length > size - 8:
         raise _damaged(source, "it is shorter than its header says")
     if length > MOST_HEADER:
         raise _damaged(source, f"its header would take {length:,} bytes")
+    return length
+
+
+def _parsed(beginning: bytes, source: str) -> dict[str, Any]:
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_each_once)
+        header = json.loads(beginning[8:].decode("utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise _damaged(source, "its header is not JSON with every key once") from error
     if not isinstance(header, dict):
@@ -135,56 +136,41 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a header, those of format 2 taken out of their one key; empty where there are none."""
+    found = header.get("__metadata__")
+    if _is_text_map(found) and set(found) == {KEY}:
+        try:
+            found = json.loads(found[KEY], object_pairs_hook=_each_once)
+        except (ValueError, RecursionError):
+            return {}
+    return dict(found) if _is_text_map(found) else {}
+
+
 def _is_text_map(found: object) -> TypeGuard[dict[str, str]]:
     return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
 
 
-def _check_checksum(contents: bytearray, start: int, metadata: Mapping[str, str], source: str) -> None:
-    wanted = metadata.get(CHECKSUM, "")
-    place = contents.find(wanted.encode(), 8, start) if len(wanted) == 64 else -1
+def _check_checksum(contents: bytes, end: int, wanted: str, source: str) -> None:
+    """Compare the checksum `wanted`, which stands somewhere in the header, with the contents."""
+    place = contents.find(wanted.encode("utf-8", "replace"), 8, end) if len(wanted) == 64 else -1
     if place < 0:
         raise _damaged(source, "it has no checksum")
-    digest = hashlib.sha256(contents[:place])
+    digest = hashlib.sha256(memoryview(contents)[:place])
     digest.update(_NO_CHECKSUM.encode())
     digest.update(memoryview(contents)[place + 64 :])
     if digest.hexdigest() != wanted:
         raise _damaged(source, "its checksum does not match its contents")
 
 
-def _offset(entry: object) -> int:
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else -1
-
-
-def _tensor(contents: bytearray, start: int, at: int, name: str, entry: Any, source: str) -> tuple[Tensor, int]:
-    """The tensor of a header's entry, which must begin at byte `at`; and where the next one begins."""
-    good = (
-        isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"} and isinstance(entry["dtype"], str)
-    )
-    if not good or entry["dtype"] not in DTYPES:
-        raise _damaged(source, f"the entry of {name!r} is not one of a tensor")
-    dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not _whole_numbers(shape, MOST_DIMENSIONS) or not _whole_numbers(offsets, 2) or len(offsets) != 2:
-        raise _damaged(source, f"shape or place of {name!r} are not whole numbers")
-    if math.prod(max(n, 1) for n in shape) >= LARGEST:  # of an empty tensor too: its strides would overflow
-        raise _damaged(source, f"{name!r} would have the shape {tuple(shape)}")
-    n_bytes = math.prod(shape) * dtype.itemsize
-    if offsets[0] + start != at or offsets[1] - offsets[0] != n_bytes or offsets[1] + start > len(contents):
-        raise _damaged(source, f"{name!r} does not lie where its shape {tuple(shape)} says")
-    if offsets[0] % dtype.itemsize:
-        raise _damaged(source, f"{name!r} is not aligned")
-    if dtype == torch.bool and any(byte > 1 for byte in memoryview(contents)[at : at + n_bytes]):
+def _check_tensor(name: str, tensor: Tensor, source: str) -> None:
+    if tensor.dtype not in DTYPES:
+        raise _damaged(source, f"{name!r} has the type {tensor.dtype}")
+    # of an empty tensor too: its strides would overflow
+    if tensor.dim() > MOST_DIMENSIONS or math.prod(max(n, 1) for n in tensor.shape) >= LARGEST:
+        raise _damaged(source, f"{name!r} would have the shape {tuple(tensor.shape)}")
+    if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
         raise _damaged(source, f"{name!r} holds truth values that are neither true nor false")
-    flat = (
-        torch.frombuffer(contents, dtype=dtype, count=n_bytes // dtype.itemsize, offset=at)
-        if n_bytes
-        else torch.empty(0, dtype=dtype)
-    )
-    return flat.view(shape), at + n_bytes
-
-
-def _whole_numbers(found: object, most: int) -> bool:
-    return isinstance(found, list) and len(found) <= most and all(type(n) is int and 0 <= n < LARGEST for n in found)
 
 
 def _damaged(source: str, reason: str) -> CheckpointError:

@@ -80,14 +80,12 @@ def test_entropy_coding_is_exact_and_its_length_is_near_the_entropy(
     draw, k = np.random.default_rng(seed), 1 << bits
     codes = draw.choice(k, n, p=draw.dirichlet(np.full(k, spread))).astype(np.int32)
     stream = entropy.encode(codes, k)
-    share = np.bincount(codes)[np.bincount(codes) > 0] / n
-    ideal = -float(n * (share * np.log2(share)).sum())
-    if stream is None:
-        assert ideal < n + 64 * entropy.lanes(n)  # less than a bit per code
-        return
     assert np.array_equal(entropy.decode(stream, n, k), codes)
-    tables = 1 + packed_size(k, int(stream[0])) + 4 * entropy.lanes(n)
-    assert stream.size - tables <= (1.02 * ideal + n * k / 2 ** entropy.scale_bits(k)) / 8 + 8
+    low = codes & 0xFF
+    share = np.bincount(low)[np.bincount(low) > 0] / n
+    ideal = -float(n * (share * np.log2(share)).sum())
+    # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the rest goes in as it is
+    assert stream.size <= (ideal + n + 14 * min(k, 256)) / 8 + packed_size(n, max(0, bits - 8)) + 32
 
 
 @settings(max_examples=200, deadline=None)
@@ -97,7 +95,6 @@ def test_a_damaged_entropy_stream_is_refused_or_gives_codes_below_k(data: st.Dat
     k = 2 ** data.draw(st.integers(2, 10))
     n = data.draw(st.integers(20, 2000))
     stream = entropy.encode(draw.integers(0, k, n).astype(np.int32), k)
-    assert stream is not None
     at = data.draw(st.integers(0, stream.size - 1))
     stream[at] ^= data.draw(st.integers(1, 255))
     if data.draw(st.booleans()):
@@ -282,9 +279,10 @@ def test_equal_models_give_equal_files_that_other_programs_can_open(tmp_path: Pa
     tensors = load_file(tmp_path / "a.safetensors")
     assert torch.equal(tensors["6.bias"], model[6].bias)
     with safe_open(str(tmp_path / "a.safetensors"), "pt") as opened:
-        metadata = opened.metadata()
+        assert list(opened.metadata()) == ["pqf"]
+        metadata = json.loads(opened.metadata()["pqf"])
     assert metadata["format"] == "pqf"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert json.loads(metadata["layers"])["6"] == ["Linear", [20, 16], 4, 16]
     assert hashlib.sha256(contents.replace(metadata[CHECKSUM].encode(), b"0" * 64)).hexdigest() == metadata[CHECKSUM]
     assert is_packed(tmp_path / "a.safetensors")
