@@ -1,4 +1,4 @@
-"""What a coded network costs beside the dense one.
+"""What a quantized network costs beside the dense one.
 
 Claims: (a) a forward pass for evaluation takes at most 1.03 times as long; (b) a training step (forward, cross entropy,
 backward, Adam) at most 1.05 times; (c) a model is built from its file in less than a second, without clustering; (d) a
@@ -7,7 +7,7 @@ its codebook, against index_select with autograd on 64-bit codes.
 
     python -m benchmarks.cost
 
-Dense and coded run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. Codes are
+Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. Codes are
 random: the cost does not depend on their values. Memory is measured in a fresh process for each variant: on CUDA the most
 memory allocated during a step, on the CPU the growth of the largest resident set beyond the imports.
 """
@@ -69,14 +69,14 @@ def dense_model(arch: str) -> nn.Module:
     return architectures.get(arch, "classification").build(1000)
 
 
-def coded_model(arch: str) -> nn.Module:
+def quantized_model(arch: str) -> nn.Module:
     """The same network with random codes into codebooks drawn from its own subvectors."""
     model = dense_model(arch)
     return set_random_codes(model, make_plan(model, published_spec(arch)))
 
 
 def set_random_codes(model: nn.Module, plan: Plan) -> nn.Module:
-    """`model` with its planned layers coded: random codes into codebooks drawn from the layer's own subvectors."""
+    """`model` with its planned layers quantized: random codes into codebooks drawn from the layer's own subvectors."""
     modules = dict(model.named_modules())
     vectors = {name: to_subvectors(modules[name].weight.detach(), layer.d) for name, layer in plan.layers.items()}
     model = build_quantized(model, plan)
@@ -121,15 +121,15 @@ def batch(size: int, pixels: int, device: torch.device | str) -> tuple[Tensor, T
 
 
 def measure_speed(arch: str, options: argparse.Namespace, device: torch.device) -> dict[str, Pair]:
-    """(a) and (b): A is dense, B is coded."""
-    dense, coded = dense_model(arch).to(device), coded_model(arch).to(device)
+    """(a) and (b): A is dense, B is quantized."""
+    dense, quantized = dense_model(arch).to(device), quantized_model(arch).to(device)
     images, labels = batch(options.batch, options.size, device)
     warm_up = min(2, options.repeats)
     forward = time_pairs(
-        evaluation_pass(dense, images), evaluation_pass(coded, images), options.repeats, device, warm_up
+        evaluation_pass(dense, images), evaluation_pass(quantized, images), options.repeats, device, warm_up
     )
     train = time_pairs(
-        training_step(dense, images, labels), training_step(coded, images, labels), options.repeats, device, warm_up
+        training_step(dense, images, labels), training_step(quantized, images, labels), options.repeats, device, warm_up
     )
     return {"forward": forward, "train": train}
 
@@ -164,16 +164,20 @@ def measure_memory(arch: str, options: argparse.Namespace, path: Path, device: t
     """(d): peak memory of a training step of each variant, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
-    for variant, file in (("dense", None), ("coded", path)):
+    for variant, file in (("dense", None), ("quantized", path)):
         with context.Pool(1) as pool:
             peaks[variant] = pool.apply(_peak_of_step, (arch, file, options.batch, options.size, str(device)))
-    return {"dense_bytes": peaks["dense"], "coded_bytes": peaks["coded"], "ratio": peaks["coded"] / peaks["dense"]}
+    return {
+        "dense_bytes": peaks["dense"],
+        "quantized_bytes": peaks["quantized"],
+        "ratio": peaks["quantized"] / peaks["dense"],
+    }
 
 
 def _peak_of_step(arch: str, path: Path | None, size: int, pixels: int, device: str) -> int:
     """Bytes at the peak of a training step, weights and optimizer state included."""
     imports = largest_resident_set()
-    # the coded network comes from a file: made from a dense one, the dense weights would count
+    # the quantized network comes from a file: made from a dense one, the dense weights would count
     model = (
         dense_model(arch)
         if path is None
@@ -194,7 +198,7 @@ def measure_decoding(arch: str, options: argparse.Namespace, device: torch.devic
     """(e): decode and the codebook's gradient for the three largest layers; A is index_select with autograd, B is ours."""
     layers = [
         (name, module)
-        for name, module in coded_model(arch).to(device).train().named_modules()
+        for name, module in quantized_model(arch).to(device).train().named_modules()
         if isinstance(module, QuantizedLayer)
     ]
     layers.sort(key=lambda item: -item[1].codes_matrix.numel() * item[1].d)
@@ -212,7 +216,7 @@ def measure_decoding(arch: str, options: argparse.Namespace, device: torch.devic
 
         def ours(layer: QuantizedLayer = layer, gradient: Tensor = gradient) -> Tensor | None:
             layer.codebook.grad = None
-            layer.decode().backward(gradient)
+            layer.dequantize().backward(gradient)
             return layer.codebook.grad
 
         torch.testing.assert_close(ours(), plain(), rtol=1e-3, atol=1e-3)
@@ -230,7 +234,9 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
             rows.append([arch, f"{1e3 * pair['a']:.1f}", f"{1e3 * pair['b']:.1f}", f"{pair['ratio']:.3f}",
                          f"{pair['low']:.2f} to {pair['high']:.2f}", verdict(pair["ratio"], LIMITS[part])])  # fmt: skip
         sizes = f"batch {options.batch}, {options.size}x{options.size}, {options.repeats} pairs"
-        print_table(f"{title}: {sizes}", ["network", "dense ms", "coded ms", "coded/dense", "pairs", "claim"], rows)
+        print_table(
+            f"{title}: {sizes}", ["network", "dense ms", "quantized ms", "quantized/dense", "pairs", "claim"], rows
+        )
     rows = []
     for arch, result in results.items():
         load = result["load"]
@@ -245,9 +251,11 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
     rows = []
     for arch, result in results.items():
         memory = result["memory"]
-        rows.append([arch, *(f"{memory[key] / 2**20:.0f}" for key in ("dense_bytes", "coded_bytes")), f"{memory['ratio']:.3f}",
+        rows.append([arch, *(f"{memory[key] / 2**20:.0f}" for key in ("dense_bytes", "quantized_bytes")), f"{memory['ratio']:.3f}",
                      verdict(memory["ratio"], LIMITS["memory"])])  # fmt: skip
-    print_table("(d) peak memory of a training step, MB", ["network", "dense", "coded", "coded/dense", "claim"], rows)
+    print_table(
+        "(d) peak memory of a training step, MB", ["network", "dense", "quantized", "quantized/dense", "claim"], rows
+    )
     rows = [
         [f"{arch} {row['layer']}", "x".join(map(str, row["shape"])), f"{row['d']}", f"{row['k']}", f"{1e3 * row['a']:.2f}",
          f"{1e3 * row['b']:.2f}", f"{row['ratio']:.3f}"]
@@ -282,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for arch in options.archs:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{arch}.pth"
-            save_compressed(coded_model(arch), path)
+            save_compressed(quantized_model(arch), path)
             result: dict[str, Any] = {
                 "memory": measure_memory(arch, options, path, device),
                 "load": measure_loading(arch, options, path),
@@ -299,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "settings": settings,
             "limits": LIMITS,
             "a_is": "dense",
-            "b_is": "coded",
+            "b_is": "quantized",
             "results": results,
         },
     )

@@ -1,11 +1,11 @@
-"""What a coded Mask R-CNN costs beside the dense one (how long it takes to compress: `benchmarks.compress`).
+"""What a quantized Mask R-CNN costs beside the dense one (how long it takes to compress: `benchmarks.compress`).
 
 Claims: (a) evaluation takes at most 1.03 times as long; (b) a training step (forward, losses, backward, Adam) at most 1.15 times.
 
     python -m benchmarks.maskrcnn_cost [--size 320] [--repeats 7]
 
-Dense and coded run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. The dense network has the decoded
-weights of the coded one, so that both propose and detect the same boxes: the work after the backbone depends on their number. Weights and
+Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. The dense network has the decoded
+weights of the quantized one, so that both propose and detect the same boxes: the work after the backbone depends on their number. Weights and
 images are random; the norms' statistics are those of the network's own activations, and boxes count from score 0, so that evaluation draws
 100 masks per image. In training the norms are frozen, as with the published weights.
 """
@@ -40,33 +40,33 @@ OBJECTS = 8
 
 
 def networks(size: int) -> tuple[nn.Module, nn.Module]:
-    """A dense and a coded network that compute the same."""
+    """A dense and a quantized network that compute the same."""
     architecture = architectures.get("maskrcnn", "detection")
     torch.manual_seed(0)
-    coded, learned = architecture.build(CLASSES), architecture.build(CLASSES)
-    coded = set_random_codes(coded, published_plan(coded))
-    codes = {name: layer for name, layer in coded.named_modules() if isinstance(layer, QuantizedLayer)}
+    quantized, learned = architecture.build(CLASSES), architecture.build(CLASSES)
+    quantized = set_random_codes(quantized, published_plan(quantized))
+    codes = {name: layer for name, layer in quantized.named_modules() if isinstance(layer, QuantizedLayer)}
     modules = dict(learned.named_modules())
     with torch.no_grad():
         for name, layer in codes.items():
             layer.codebook.copy_(layer.codebook.half())  # evaluation computes with what a file holds
-            modules[name].weight.copy_(layer.decode())
+            modules[name].weight.copy_(layer.dequantize())
         for module in learned.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # plain averages: the statistics of the pass that follows
         learned.train().backbone(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3)))
     state = {name: value for name, value in learned.state_dict().items() if not name.endswith("num_batches_tracked")}
-    dense, coded = architecture.build_for(state), architecture.build_for(state)
+    dense, quantized = architecture.build_for(state), architecture.build_for(state)
     dense.load_state_dict(state)
-    coded.load_state_dict(state)
-    coded = build_quantized(coded, published_plan(coded))
-    for name, layer in coded.named_modules():
+    quantized.load_state_dict(state)
+    quantized = build_quantized(quantized, published_plan(quantized))
+    for name, layer in quantized.named_modules():
         if isinstance(layer, QuantizedLayer):
             layer.set_codes(codes[name].codebook.detach(), codes[name].codes_matrix)
-    for network in (dense, coded):
+    for network in (dense, quantized):
         set_image_size(network, size, 2 * size)
         network.roi_heads.score_thresh = 0.0
-    return dense, coded
+    return dense, quantized
 
 
 def published_plan(model: nn.Module) -> Plan:
@@ -116,18 +116,22 @@ def evaluation_pass(model: nn.Module, images: list[Tensor]) -> Callable[[], None
 
 
 def measure_cost(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """(a) and (b): A is dense, B is coded."""
-    dense, coded = (network.to(device) for network in networks(options.size))
+    """(a) and (b): A is dense, B is quantized."""
+    dense, quantized = (network.to(device) for network in networks(options.size))
     images, targets = batch(options.batch, options.size, device)
     warm_up = min(2, options.repeats)
     with torch.inference_mode():
         found = [len(output["boxes"]) for output in dense.eval()(images)]
-        same = [len(output["boxes"]) for output in coded.eval()(images)]
+        same = [len(output["boxes"]) for output in quantized.eval()(images)]
     forward = time_pairs(
-        evaluation_pass(dense, images), evaluation_pass(coded, images), options.repeats, device, warm_up
+        evaluation_pass(dense, images), evaluation_pass(quantized, images), options.repeats, device, warm_up
     )
     train = time_pairs(
-        training_step(dense, images, targets), training_step(coded, images, targets), options.repeats, device, warm_up
+        training_step(dense, images, targets),
+        training_step(quantized, images, targets),
+        options.repeats,
+        device,
+        warm_up,
     )
     return {"evaluation": asdict(forward), "train": asdict(train), "detections": found, "detections_coded": same}
 
@@ -141,7 +145,7 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
                      verdict(pair["ratio"], LIMITS[part])])  # fmt: skip
     print_table(
         f"Mask R-CNN, batch {options.batch}, {options.size}x{options.size}, {options.repeats} pairs, detections {results['detections']}",
-        ["", "dense s", "coded s", "coded/dense", "pairs", "claim"],
+        ["", "dense s", "quantized s", "quantized/dense", "pairs", "claim"],
         rows,
     )
 
@@ -174,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "settings": settings,
             "limits": LIMITS,
             "a_is": "dense",
-            "b_is": "coded",
+            "b_is": "quantized",
             "results": results,
         },
     )

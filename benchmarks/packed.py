@@ -46,7 +46,7 @@ LONGEST = 1.0
 
 
 def random_network(arch: str, flags: list[str]) -> tuple[nn.Module, ModelInfo]:
-    """A coded network with random codes, and all that a run can say about it: a permutation of every group, settings, a metric."""
+    """A quantized network with random codes, and all that a run can say about it: a permutation of every group, settings, a metric."""
     settings = load(f"../config/train_{arch}.yaml", flags)
     architecture = architectures.get(arch, "classification")
     draw = torch.Generator().manual_seed(0)

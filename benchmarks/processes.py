@@ -33,7 +33,7 @@ from torch import nn
 from src.engines import choosing
 from src.engines.engine import Engine
 
-from .cost import coded_model, dense_model, training_step
+from .cost import dense_model, quantized_model, training_step
 from .report import machine, print_machine, print_table, write_json
 
 LEAST_SPEEDUP = 1.6
@@ -110,8 +110,8 @@ def seconds_per_step(engine: Engine, step: Callable[[], None], steps: int, alone
 
 def measure_speed(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """Images per second of one process, of two together, and of two that do not talk."""
-    own = step_of(None, coded_model("resnet18"), options.batch, options.size)
-    joint = step_of(engine, coded_model("resnet18"), options.batch, options.size)
+    own = step_of(None, quantized_model("resnet18"), options.batch, options.size)
+    joint = step_of(engine, quantized_model("resnet18"), options.batch, options.size)
     for step in (own, joint):
         seconds_per_step(engine, step, 2)
     rounds = []
@@ -134,7 +134,7 @@ def measure_speed(engine: Engine, options: argparse.Namespace) -> dict[str, Any]
 def measure_traffic(engine: Engine, arch: str) -> dict[str, Any]:
     """Bytes per step and process for the compressed and the dense network, counted and seen."""
     found: dict[str, Any] = {}
-    for kind, make in (("compressed", coded_model), ("dense", dense_model)):
+    for kind, make in (("compressed", quantized_model), ("dense", dense_model)):
         model = make(arch)
         step = step_of(engine, model, 2, 32)
         seconds_per_step(engine, step, 3)  # the first steps also settle in which order gradients are sent

@@ -31,7 +31,7 @@ from src.run.fingerprint import PROCESSES, RunFingerprint
 from src.run.output_folder import OutputFolder
 from src.settings import Settings
 
-from .cost import batch, coded_model, dense_model, training_step
+from .cost import batch, dense_model, quantized_model, training_step
 from .report import machine, pick_device, print_machine, print_table, seconds, verdict, write_json
 
 LIMIT = 0.02
@@ -39,8 +39,10 @@ EPOCH_STEPS = 10_009
 """Steps of an epoch of ImageNet with 128 images each."""
 
 
-def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Any]:
-    model = (coded_model(arch) if coded else dense_model(arch)).to(device)
+def measure(
+    arch: str, quantized: bool, options: argparse.Namespace, folder: Path, device: torch.device
+) -> dict[str, Any]:
+    model = (quantized_model(arch) if quantized else dense_model(arch)).to(device)
     images, labels = batch(options.batch, options.size, device)
     step = training_step(model, images, labels)
     step()
@@ -54,7 +56,7 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
         model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), Position(1, 500, True, 10_509)
     )
     engine = SingleProcess(device)
-    output = OutputFolder(folder / f"{arch}{'' if coded else '-dense'}", overwrite=False)
+    output = OutputFolder(folder / f"{arch}{'' if quantized else '-dense'}", overwrite=False)
     output.begin()
     output.continue_run()
     kept = CheckpointFolder(output.resume, engine, RunFingerprint.of(Settings(), {PROCESSES: 1}))
@@ -72,7 +74,7 @@ def measure(arch: str, coded: bool, options: argparse.Namespace, folder: Path, d
     whole = EPOCH_STEPS // every + 2
     return {
         "arch": arch,
-        "coded": coded,
+        "quantized": quantized,
         "state_bytes": newest.stat().st_size,
         "step_s": one_step,
         "state_s": one_state,
@@ -93,7 +95,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every network in `--archs`, coded and dense, print and write the results."""
+    """Measure every network in `--archs`, quantized and dense, print and write the results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_machine(about)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = [
-            measure(arch, coded, options, Path(folder), device) for arch in options.archs for coded in (True, False)
+            measure(arch, quantized, options, Path(folder), device)
+            for arch in options.archs
+            for quantized in (True, False)
         ]
     header = [
         "network",
@@ -126,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     table = [
         [
-            f"{row['arch']} {'coded' if row['coded'] else 'dense'}",
+            f"{row['arch']} {'quantized' if row['quantized'] else 'dense'}",
             f"{row['state_bytes'] / 1e6:.1f} MB",
             f"{row['step_s']:.3f} s",
             f"{1000 * row['state_s']:.0f} ms",

@@ -9,8 +9,8 @@ distortion after clustering than the published one on every network tried, and t
     python -m benchmarks.search [--networks resnet18=dense.pth resnet18=compressed.pth resnet50=dense.pth]
 
 The plain formulation runs in float64 in (a), as ours does, so that decisions can be compared, with float32 beside it; in (b) in float32, its
-fastest form, extrapolated from `--plain-tries` swaps per group. (c) needs trained networks, `--networks`; of a compressed file the decoded weights
-are taken, and the channels of every group shuffled, so that the order in which it was coded is lost. The curves of the figure
+fastest form, extrapolated from `--plain-tries` swaps per group. (c) needs trained networks, `--networks`; of a compressed file the dequantized weights
+are taken, and the channels of every group shuffled, so that the order in which it was quantized is lost. The curves of the figure
 (`python -m imgs.search`): one group searched with more and more swaps.
 """
 
@@ -202,13 +202,13 @@ def trained(arch: str, path: Path) -> tuple[Architecture, nn.Module]:
     if not is_compressed(state):
         model.load_state_dict(state)
         return architecture, model
-    coded = dict(load_compressed(path, architecture, spec_of(arch)).named_modules())
+    quantized = dict(load_compressed(path, architecture, spec_of(arch)).named_modules())
     with torch.no_grad():
         for name, module in model.named_modules():
             for attribute in ("weight", "bias", "running_mean", "running_var"):
                 value = getattr(module, attribute, None)
                 if value is not None:
-                    value.copy_(getattr(coded[name], attribute))
+                    value.copy_(getattr(quantized[name], attribute))
     generator = torch.Generator().manual_seed(0)
     for group in resolve(model, architecture.groups(model)):
         group.apply(random_permutation(group.width, group.n_blocks, generator))

@@ -14,7 +14,7 @@ ending of OUT says what is written:
   .safetensors  packed: codes at log2(k) bits, with everything that rebuilds the network
   .onnx         weights as codebook and codes (Gather), checked with onnxruntime
 
-With --dense the weights are decoded first, for programs that know nothing of codes."""
+With --dense the weights are dequantized first, for programs that know nothing of codes."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="IN", help="the model file to read")
     parser.add_argument("target", metavar="OUT", help="the file to write")
-    parser.add_argument("--dense", action="store_true", help="write decoded weights")
+    parser.add_argument("--dense", action="store_true", help="write dequantized weights")
     parser.add_argument(
         "--entropy",
         action="store_true",

@@ -43,13 +43,13 @@ def resnet_groups(
         list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)
     ]
     groups: list[Group] = []
-    writers = ["conv1", "bn1"]  # of the stream that is being followed
+    producers = ["conv1", "bn1"]  # of the stream that is being followed
     outside: tuple[str, ...] = ()
     for s, blocks in enumerate(stages, start=1):
         if blocks[0].downsample is not None:
-            readers = [f"layer{s}.0.conv1", f"layer{s}.0.downsample.0"]
-            groups.append(_group(prefix, writers, [*_other_readers(stages, s - 1), *readers], outside))
-            writers = [f"layer{s}.0.downsample.0", f"layer{s}.0.downsample.1"]
+            consumers = [f"layer{s}.0.conv1", f"layer{s}.0.downsample.0"]
+            groups.append(_group(prefix, producers, [*_other_consumers(stages, s - 1), *consumers], outside))
+            producers = [f"layer{s}.0.downsample.0", f"layer{s}.0.downsample.1"]
             outside = ()
         for b, block in enumerate(blocks):
             name = f"layer{s}.{b}"
@@ -57,13 +57,13 @@ def resnet_groups(
             groups += [
                 _group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]) for c in range(1, n_convs)
             ]
-            writers += [f"{name}.conv{n_convs}", f"{name}.bn{n_convs}"]
+            producers += [f"{name}.conv{n_convs}", f"{name}.bn{n_convs}"]
         outside += readers_outside[s - 1]
-    groups.append(_group(prefix, writers, _other_readers(stages, len(stages)), outside))
+    groups.append(_group(prefix, producers, _other_consumers(stages, len(stages)), outside))
     return groups
 
 
-def _other_readers(stages: list, stage: int) -> list[str]:
+def _other_consumers(stages: list, stage: int) -> list[str]:
     """The conv1 of the blocks of `stage` that read the stream they write into."""
     if stage == 0:
         return []

@@ -30,7 +30,7 @@ class GroupError(UserError):
 
 
 class PlanError(UserError):
-    """A layer cannot be coded with the settings given for it."""
+    """A layer cannot be quantized with the settings given for it."""
 
 
 class RunError(UserError):

@@ -74,14 +74,14 @@ def rows(dense: Path, compressed: Path) -> list[Row]:
     size, ratio = f"{after['megabytes']:.2f} MB", f"{after['ratio']:.1f}x"
     whole = f"{after['megabytes'] * after['ratio']:.2f} MB"
     files = [file_size(run / "trained_models" / "best.pth") for run in (dense, compressed)]
-    trained, coded, tuned = (
+    trained, quantized, tuned = (
         [percent(run["history"][epoch].get(name)) for name in ("BoxAP", "MaskAP")]
         for run, epoch in ((before, str(before["best epoch"])), (after, "0"), (after, str(after["best epoch"])))
     )
     return [
         ("", "box AP", "mask AP", "size", "ratio", "file", "s/step"),
         ("dense", *trained, whole, "1x", files[0], seconds(before["seconds per step"])),
-        ("after compression", *coded, size, ratio, "", ""),
+        ("after compression", *quantized, size, ratio, "", ""),
         ("after fine-tuning", *tuned, size, ratio, files[1], seconds(after["seconds per step"])),
     ]
 

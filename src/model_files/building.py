@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.plan import Plan
-from .pth import check_state, load_state
+from .state_dict import check_state, load_state
 
 
 def build_and_load(
@@ -23,7 +23,7 @@ def build_and_load(
 
     Args:
         build: makes the dense network.
-        plan: dense network -> which of its layers are coded; None: none.
+        plan: dense network -> which of its layers are quantized; None: none.
         state: the file's tensors.
         source: the file, for messages.
         check: looks at the dense network before its layers are replaced.

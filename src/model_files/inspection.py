@@ -21,12 +21,12 @@ from .packed import AppliedPermutation, ModelInfo
 from .pth import is_compressed, read_tensors
 from .size import CODEBOOK_BITS, ModelSize, model_size
 
-_NAME_OF = {coded: kind.__name__ for kind, coded in QUANTIZED_LAYERS.items()}
+_NAME_OF = {quantized: kind.__name__ for kind, quantized in QUANTIZED_LAYERS.items()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer of a network; figures of coded layers are None in others.
+    """One layer of a network; figures of quantized layers are None in others.
 
     Attributes:
         name: of the layer.
@@ -162,14 +162,14 @@ def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path:
             group.apply(applied.permutation)
     except GroupError as error:
         raise CheckpointError(
-            f"--against: {path} cannot be put into the order of the coded network: {error}"
+            f"--against: {path} cannot be put into the order of the quantized network: {error}"
         ) from error
 
 
-def _compared(row: Row, coded: nn.Module, dense: nn.Module) -> Row:
+def _compared(row: Row, quantized: nn.Module, dense: nn.Module) -> Row:
     if row.k is None:
         return row
-    layer: Layer = coded.get_submodule(row.name)
+    layer: Layer = quantized.get_submodule(row.name)
     original: Layer = dense.get_submodule(row.name)
     if tuple(original.weight.shape) != row.shape:
         raise CheckpointError(f"--against: {row.name} has another shape in the dense network than {row.shape}")

@@ -59,7 +59,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """How a layer of a packed file is coded: type and shape of its weight, subvector length d, centroids k."""
+    """How a layer of a packed file is quantized: type and shape of its weight, subvector length d, centroids k."""
 
     kind: str
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ def group_entry(group: AppliedPermutation) -> dict[str, Any]:
 def describe(
     source: str, metadata: Mapping[str, str], stored: Tensor | None
 ) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
-    """What the metadata of a packed file say: about the model, its coded layers, and which names share a tensor.
+    """What the metadata of a packed file say: about the model, its quantized layers, and which names share a tensor.
 
     Args:
         source: the file, for messages.

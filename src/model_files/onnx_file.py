@@ -1,6 +1,6 @@
-"""ONNX files: the dense network, or the same graph with every coded weight as codebook and codes, so that the small size survives.
+"""ONNX files: the dense network, or the same graph with every quantized weight as codebook and codes, so that the small size survives.
 
-A coded weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape). onnxruntime folds them into the dense
+A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape). onnxruntime folds them into the dense
 weight when it loads the file, so that inference costs what it costs densely. Codes take 8 bits where k <= 256, else 16 or 32:
 ONNX has no types between.
 
@@ -53,21 +53,21 @@ def dense_graph(model: nn.Module, image_size: int) -> Any:
     return onnx.load_from_string(buffer.getvalue())
 
 
-def put_codes(graph: Any, coded: nn.Module) -> Any:
+def put_codes(graph: Any, quantized: nn.Module) -> Any:
     """Replace the dense weights of `graph` by codebooks and codes, in place.
 
     Args:
-        graph: from `dense_graph` of the decoded network.
-        coded: the network with coded layers, of the same names.
+        graph: from `dense_graph` of the dequantized network.
+        quantized: the network with quantized layers, of the same names.
 
     Raises:
-        RunError: the graph does not hold a coded layer's weight under its name.
+        RunError: the graph does not hold a quantized layer's weight under its name.
     """
     onnx = _needed("onnx")
     weights = {tensor.name: tensor for tensor in graph.graph.initializer}
     aliases = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type == "Identity"}
     nodes: list[Any] = []
-    for prefix, layer in coded.named_modules():
+    for prefix, layer in quantized.named_modules():
         if not isinstance(layer, QuantizedLayer):
             continue
         name = f"{prefix}.weight"

@@ -1,7 +1,7 @@
 """Reading and writing model files in the published `.pth` format.
 
 A plain dict of tensors:
-- coded layer L: `L.codes_matrix` (R x m; uint8 if k <= 256, int16 if k <= 32768, else int32; int16 is read as unsigned),
+- quantized layer L: `L.codes_matrix` (R x m; uint8 if k <= 256, int16 if k <= 32768, else int32; int16 is read as unsigned),
   `L.codebook` (k x d, float16), `L.bias` if any;
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..common.paths import write_atomically
 from ..compression.quantize.layers import QuantizedLayer
-from ..compression.quantize.subvectors import Layer
-from .norms import NORM_STATISTICS, NORM_VECTORS, fold_norm, is_folded_norm, norm_problem, unfold_norm
+from .norms import NORM_VECTORS, fold_norm, is_folded_norm
 from .pickle_safety import check_pickle_safety, check_tensors
 from .safetensors_file import read_container, read_metadata, write_container
 
@@ -42,7 +41,7 @@ def codes_dtype(k: int) -> torch.dtype:
 
 
 def compressed_state(model: nn.Module) -> dict[str, Tensor]:
-    """The contents of a published-format file for `model`, on the CPU; works for networks without coded layers too.
+    """The contents of a published-format file for `model`, on the CPU; works for networks without quantized layers too.
 
     Raises:
         CheckpointError: a codebook holds values that 16-bit floats cannot hold.
@@ -157,175 +156,7 @@ def _first_line(error: Exception) -> str:
 
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are those of a network with coded layers."""
-    return any(name.rpartition(".")[2] in ("codes_matrix", "codes_packed", "codes_entropy") for name in state)
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put the tensors of a file into `model`, whose coded layers were built for the same coding; in place.
-
-    Args:
-        model: dense or with coded layers, on any device.
-        state: from `read_tensors`; compressed or an ordinary state dict.
-        source: the file, for messages.
-
-    Raises:
-        CheckpointError: as `check_state`. The model is unchanged.
-    """
-    check_state(model, state, source)
-    expected, optional, norms = _expected(model, state)
-    with torch.no_grad():
-        for name, target in expected.items():
-            if isinstance(target, Tensor):
-                target.copy_(_unsigned(state[name]) if name.endswith("codes_matrix") else state[name])
-        for name in optional & set(state):
-            optional_target = _buffer(model, name)
-            if optional_target is not None:
-                optional_target.copy_(state[name])
-        for prefix, norm in norms:
-            unfold_norm(norm, state[_key(prefix, "weight")], state[_key(prefix, "bias")])
-
-
-def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Check that the tensors of a file fit `model`, which may be on the meta device: nothing is allocated for it yet.
-
-    Raises:
-        CheckpointError: keys are missing or left over, shapes or kinds of numbers differ, a code is not below k, or a value is not
-            finite. The message lists every one of them.
-    """
-    expected, optional, norms = _expected(model, state)
-    problems = _key_problems(state, expected, optional, source)
-    if not problems:
-        problems = [p for name, target in expected.items() if (p := _value_problem(name, state[name], target))]
-    if not problems:
-        problems = [
-            f"{prefix}: {p}"
-            for prefix, norm in norms
-            if (p := norm_problem(norm, *(state[_key(prefix, name)] for name in NORM_VECTORS)))
-        ]
-    if problems:
-        more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise CheckpointError(f"{source} does not fit the network:\n  " + "\n  ".join(problems[:12]) + more)
-    check_codes(state, source)
-
-
-def _buffer(model: nn.Module, name: str) -> Tensor | None:
-    prefix, _, leaf = name.rpartition(".")
-    return model.get_submodule(prefix)._buffers.get(leaf)
-
-
-class _Vector:
-    """What a folded norm expects in a file: a vector of this shape."""
-
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
-
-
-def _expected(
-    model: nn.Module, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor | _Vector], set[str], list[tuple[str, Layer]]]:
-    """Keys the file must have with their targets, keys it may have, and the norms it holds folded."""
-    expected: dict[str, Tensor | _Vector] = {}
-    optional: set[str] = set()
-    norms = []
-    modules = list(model.named_modules(remove_duplicate=False))
-    # other modules (instance norms) may have entries of these names in a compressed file too
-    has_statistics = any(
-        _key(prefix, name) in state for prefix, module in modules if is_folded_norm(module) for name in NORM_STATISTICS
+    """Whether the tensors are those of a network with quantized layers."""
+    return any(
+        name.rpartition(".")[2] in ("codes_matrix", "codes_packed", "codes_huffman", "codes_entropy") for name in state
     )
-    for prefix, module in modules:
-        if is_folded_norm(module) and not has_statistics:
-            norms.append((prefix, module))
-            for name in NORM_VECTORS:
-                expected[_key(prefix, name)] = _Vector(module.running_mean.shape)
-            continue
-        skipped = module._non_persistent_buffers_set
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is None or name in skipped:
-                continue
-            if name == "num_batches_tracked":
-                optional.add(_key(prefix, name))  # files written by old torch versions have none
-            else:
-                expected[_key(prefix, name)] = tensor
-        if type(module).__name__ == "FrozenBatchNorm2d":
-            optional.add(_key(prefix, "num_batches_tracked"))
-    return expected, optional, norms
-
-
-def _key_problems(
-    state: Mapping[str, Tensor], expected: Mapping[str, object], optional: set[str], source: str
-) -> list[str]:
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected and name not in optional]
-    problems = []
-    coded_in_file = {name.removesuffix(".codes_matrix") for name in unexpected if name.endswith(".codes_matrix")}
-    coded_in_model = {name.removesuffix(".codes_matrix") for name in missing if name.endswith(".codes_matrix")}
-    for layers, text in (
-        (coded_in_file, "coded in the file but not with these settings"),
-        (coded_in_model, "to be coded with these settings but dense in the file"),
-    ):
-        if layers:
-            problems.append(f"{text} (use_compression, ignored_modules, k): {_some(sorted(layers))}")
-    if missing:
-        problems.append(f"{len(missing)} keys missing: {_some(missing)}")
-    if unexpected:
-        problems.append(f"{len(unexpected)} keys unexpected: {_some(unexpected)}")
-    return problems
-
-
-def _some(names: list[str], most: int = 40) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-def _unsigned(codes: Tensor) -> Tensor:
-    """Codes as int64, so that none wraps before it is looked at; what was stored as int16 is unsigned."""
-    wide = codes.to(torch.int64)
-    return wide & 0xFFFF if codes.dtype == torch.int16 else wide
-
-
-def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | None:
-    leaf = name.rpartition(".")[2]
-    if value.shape != target.shape:
-        advice = ""
-        if leaf in ("codebook", "codes_matrix") and value.dim() == 2:
-            advice = _quantization_advice(name.removesuffix("." + leaf), leaf, value.shape, target.shape)
-        elif target.shape and value.shape and value.shape[1:] == target.shape[1:]:
-            advice = f": the file is for {value.shape[0]} outputs"
-        return f"{name} is {tuple(value.shape)} in the file, {tuple(target.shape)} in the network{advice}"
-    if leaf == "codes_matrix":
-        return None if value.dtype in CODE_DTYPES else f"{name} holds {value.dtype}, expected integers"
-    wanted = target.dtype.is_floating_point if isinstance(target, Tensor) else True
-    if wanted != value.dtype.is_floating_point or value.dtype.is_complex:
-        return f"{name} holds {value.dtype}, expected {'floating-point' if wanted else 'whole'} numbers"
-    if value.dtype.is_floating_point and not torch.isfinite(value).all():
-        return f"{name} holds values that are not finite"
-    return None
-
-
-def _quantization_advice(layer: str, leaf: str, found: torch.Size, wanted: torch.Size) -> str:
-    key = f"--model.compression_parameters.layer_specs.{layer}"
-    if leaf == "codebook" and found[0] != wanted[0]:
-        return f": the file was coded with k = {found[0]} here, the settings give {wanted[0]}; for this file use {key}.k {found[0]}"
-    if leaf == "codebook":
-        return f": the file's subvectors have {found[1]} values, the settings give {wanted[1]} (large_subvectors, pw_subvector_size, fc_subvector_size)"
-    return ": another subvector size (large_subvectors, pw_subvector_size, fc_subvector_size) or another architecture"
-
-
-def check_codes(state: Mapping[str, Tensor], source: str) -> None:
-    """Check that every code is below the number of its layer's centroids.
-
-    Raises:
-        CheckpointError: one is not; names the layer.
-    """
-    for name, codes in state.items():
-        prefix, _, leaf = name.rpartition(".")
-        if leaf != "codes_matrix" or codes.dtype not in CODE_DTYPES or not codes.numel():
-            continue
-        codebook = state.get(_key(prefix, "codebook"))
-        if codebook is None or codebook.dim() != 2:
-            continue
-        wide = _unsigned(codes)
-        if int(wide.max()) >= codebook.shape[0] or int(wide.min()) < 0:
-            raise CheckpointError(
-                f"{source}: layer {prefix!r} holds codes up to {int(wide.max())}, but its codebook has {codebook.shape[0]} centroids; the file is damaged"
-            )

@@ -1,4 +1,4 @@
-"""Bits of a network, dense or coded (paper section 4; the golden figures of the tables).
+"""Bits of a network, dense or quantized (paper section 4; the golden figures of the tables).
 
 Counted: codebooks at 16 bits per value, codes at log2(k) bits, a batch norm as two vectors, everything else at its own
 width. MB are 2^20 bytes.

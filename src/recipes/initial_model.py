@@ -17,7 +17,8 @@ from ..common.paths import find
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file
 from ..model_files.packed import PackedFile
-from ..model_files.pth import load_state, read_tensors
+from ..model_files.pth import read_tensors
+from ..model_files.state_dict import load_state
 from ..settings import Settings, given_on_command_line, require
 from .specs import quantization_spec, with_current_names
 

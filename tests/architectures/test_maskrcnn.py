@@ -19,8 +19,9 @@ from src.compression.permute.groups import Group, check_function
 from src.compression.quantize.compress import build_quantized
 from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import make_plan
-from src.model_files.pth import compressed_state, is_compressed, load_state, save_compressed, save_dense
+from src.model_files.pth import compressed_state, is_compressed, save_compressed, save_dense
 from src.model_files.size import ModelSize, model_size
+from src.model_files.state_dict import load_state
 from src.recipes import load_compressed, quantization_spec
 from src.recipes.compress import plan_compression
 from src.recipes.initial_model import dense_model
@@ -176,8 +177,8 @@ def test_old_names_in_a_settings_file_are_the_same_layers(tmp_path: Path, networ
     assert plan.layers["backbone.fpn.layer_blocks.3.0"].k == 16
     intent = plan_compression(settings, MASKRCNN, network, torch.randn(1, 3, 64, 64))
     assert len(intent.groups[0].parents) == 4
-    assert intent.specs["rpn.head.conv.0.0"].optimization == ("STOCHASTIC",)
-    assert (intent.specs[FC6].reshape, intent.specs[FC6].optimization) == (RESHAPES[FC6], ("GREEDY",))
+    assert intent.search.permutation_specs["rpn.head.conv.0.0"].optimization == ("STOCHASTIC",)
+    assert (intent.search.permutation_specs[FC6].reshape, intent.specs[FC6].optimization) == (RESHAPES[FC6], ("GREEDY",))
     assert with_current_names(settings, MASKRCNN) == settings
     assert with_current_names(given, ARCHITECTURES["resnet50"]) is given
 
@@ -228,20 +229,20 @@ def test_a_compressed_file_with_old_names_and_folded_norms_loads_with_the_publis
     spec = quantization_spec(load(CONFIG))
     model = lively_network(91, frozen=True)
     dense = copy.deepcopy(model)
-    coded = build_quantized(model, make_plan(model, spec)).eval()
+    quantized = build_quantized(model, make_plan(model, spec)).eval()
     draw = stream(0, "codes")
     modules = dict(dense.named_modules())
-    for name, layer in coded.named_modules():
+    for name, layer in quantized.named_modules():
         if isinstance(
             layer, QuantizedLayer
         ):  # codes drawn at random, centroids from the layer's own scale: nothing is clustered
             book = torch.randn(layer.k, layer.d, generator=draw) * modules[name].weight.std()
             layer.set_codes(book.half().float(), torch.randint(layer.k, (layer.codes_matrix.numel(),), generator=draw))
-    save_compressed(coded, tmp_path / "new.pth")
-    torch.save(with_old_names(compressed_state(coded)), tmp_path / "old.pth")
+    save_compressed(quantized, tmp_path / "new.pth")
+    torch.save(with_old_names(compressed_state(quantized)), tmp_path / "old.pth")
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        wanted = head_outputs(coded, x)
+        wanted = head_outputs(quantized, x)
         for file in ("new.pth", "old.pth"):
             loaded = load_compressed(tmp_path / file, MASKRCNN, spec)
             assert isinstance(loaded.backbone.body.bn1, nn.BatchNorm2d)

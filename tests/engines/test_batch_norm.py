@@ -11,8 +11,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from src.engines.batch_norm import JointBatchNorm, join_batch_norms
 from src.engines.single import SingleProcess
-from src.model_files.pth import load_state, read_tensors, save_compressed
-from tests.support.helpers import coded, lively, spec
+from src.model_files.pth import read_tensors, save_compressed
+from src.model_files.state_dict import load_state
+from tests.support.helpers import lively, quantized, spec
 
 ENGINE = SingleProcess(torch.device("cpu"))
 
@@ -55,7 +56,7 @@ def test_joining_replaces_every_trained_norm_and_keeps_parameters_and_files(tmp_
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), shared, nn.Sequential(nn.Conv2d(16, 16, 1), shared), FrozenBatchNorm2d(16)
     )
-    model = coded(lively(model), spec(4, pw=4))
+    model = quantized(lively(model), spec(4, pw=4))
     before, parameters = {name: tensor.clone() for name, tensor in model.state_dict().items()}, list(model.parameters())
     save_compressed(model, tmp_path / "before.pth")
     joined = join_batch_norms(model, ENGINE)

@@ -18,7 +18,7 @@ from src.model_files.pth import read_tensors
 from src.settings import load
 from tests.conftest import write_images
 from tests.support.coco import small_coco
-from tests.support.helpers import coded, spec
+from tests.support.helpers import quantized, spec
 from tests.support.launching import ENGINES, Finished, by_hand, free_port, launch
 from tests.support.worker import detection, exchanges, gradients, whole_run
 from tests.tasks.test_detection import network as detector
@@ -102,8 +102,8 @@ def test_permutations_codes_and_codebooks_are_those_of_one_process(found: dict, 
     assert joint["groups"] == alone["groups"]
     assert any(permutation is not None for *_, permutation in joint["groups"])
     assert joint["layers"] == alone["layers"]
-    assert joint["coded"].keys() == alone["coded"].keys()
-    assert all(torch.equal(joint["coded"][name], tensor) for name, tensor in alone["coded"].items())
+    assert joint["quantized"].keys() == alone["quantized"].keys()
+    assert all(torch.equal(joint["quantized"][name], tensor) for name, tensor in alone["quantized"].items())
     assert joint["tied"]
     assert alone["tied"]
 
@@ -115,7 +115,7 @@ def test_losses_and_codebooks_agree_with_one_process_and_the_joint_batch(found: 
     assert joint["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for name, tensor in alone["state"].items():
         torch.testing.assert_close(joint["state"][name], tensor, rtol=1e-5, atol=1e-5)
-        moved = (tensor.double() - alone["coded"][name].double()).norm()
+        moved = (tensor.double() - alone["quantized"][name].double()).norm()
         if name.endswith("codebook"):
             assert moved > 1e-3  # else the comparison would say nothing
     assert joint["rates"] == alone["rates"]
@@ -169,7 +169,7 @@ def test_the_optimizer_state_becomes_that_of_the_first_process(found: dict) -> N
 def test_two_processes_detect_what_one_does_and_each_image_counts_once(found: dict, tmp_path: Path) -> None:
     together, one = found["detection"], SingleProcess(torch.device("cpu"))
     coco = small_coco(tmp_path)
-    model, task = coded(detector(), spec(16, iterations=2)), detection(one, coco)
+    model, task = quantized(detector(), spec(16, iterations=2)), detection(one, coco)
     rows, image_ids = task.detect(model, "before")
     assert together["before"] == (rows, image_ids)
     assert image_ids == [1, 2, 3]

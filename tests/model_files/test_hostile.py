@@ -34,7 +34,7 @@ from src.model_files.pth import compressed_state, read_tensors, save_compressed,
 from src.run import command
 from src.settings import load
 from tests.conftest import ROOT
-from tests.support.helpers import coded, lively, outputs, shuffle, spec
+from tests.support.helpers import lively, outputs, quantized, shuffle, spec
 
 LONGEST = 10
 """Seconds that any single case may take."""
@@ -94,7 +94,7 @@ def complaint(action: Callable[[], Any], kind: type[UserError] = UserError) -> t
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return coded(lively(tiny()), spec(8)).eval()
+    return quantized(lively(tiny()), spec(8)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     )
     # uneven codes, so that entropy coding is chosen
     skewed = lively(tiny())
-    skewed = coded(skewed, spec(8)).eval()
+    skewed = quantized(skewed, spec(8)).eval()
     skewed[3].codes_matrix.masked_fill_(
         torch.rand(skewed[3].codes_matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0
     )
@@ -171,7 +171,7 @@ def test_a_packed_file_with_bytes_put_in_taken_out_or_moved_is_refused(
 
 
 def test_a_packed_network_truncated_at_every_kilobyte_is_refused(tmp_path: Path) -> None:
-    real = coded(
+    real = quantized(
         lively(architectures.ARCHITECTURES["resnet18"].build(10)), spec(256, iterations=0, ignored=["conv1"])
     ).eval()
     path = tmp_path / "model.safetensors"

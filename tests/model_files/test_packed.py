@@ -29,13 +29,14 @@ from src.model_files import entropy
 from src.model_files.bit_packing import pack, packed_size, unpack
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import AppliedPermutation, ModelInfo, is_packed, load_packed, save_packed
-from src.model_files.pth import compressed_state, load_state, read_tensors, save_compressed
+from src.model_files.pth import compressed_state, read_tensors, save_compressed
 from src.model_files.safetensors_file import CHECKSUM
 from src.model_files.size import model_size
+from src.model_files.state_dict import load_state
 from src.recipes import quantization_spec
 from src.run.model_writer import compression_settings
 from src.settings import load
-from tests.support.helpers import coded, lively, outputs, spec
+from tests.support.helpers import lively, outputs, quantized, spec
 
 # --- packing and entropy coding ---
 
@@ -228,7 +229,7 @@ def rebuilt(path: Path, dense: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("coding", [False, True])
 @pytest.mark.parametrize("k", [2, 4, 8, 64])
 def test_every_kind_of_layer_and_k_survives(k: int, coding: bool, tmp_path: Path) -> None:
-    model = coded(lively(small()), spec(k)).eval()
+    model = quantized(lively(small()), spec(k)).eval()
     path = tmp_path / "model.safetensors"
     save_packed(model, path, ModelInfo(), entropy_coding=coding)
     twin = rebuilt(path, small())
@@ -247,7 +248,7 @@ def test_layers_that_share_are_stored_once_and_share_again(tmp_path: Path) -> No
         other.weight = layer.weight
         return nn.Sequential(layer, norm, other, norm, layer)
 
-    model = coded(lively(tied()), spec(16)).eval()
+    model = quantized(lively(tied()), spec(16)).eval()
     path = tmp_path / "model.safetensors"
     save_packed(model, path, ModelInfo())
     stored = [name for name in load_file(path) if name.rpartition(".")[2] in ("codes_packed", "codebook")]
@@ -262,7 +263,7 @@ def test_a_bare_layer_and_a_network_without_coded_layers_survive(tmp_path: Path)
         ("bare", lambda: nn.Linear(64, 64), spec(16)),
         ("plain", small, spec(16, ignored=["0", "3", "6"])),
     ):
-        model = coded(lively(make()), how).eval()
+        model = quantized(lively(make()), how).eval()
         path = tmp_path / f"{name}.safetensors"
         save_packed(model, path, ModelInfo())
         x = torch.randn(2, 64) if name == "bare" else torch.randn(2, 3, 9, 9)
@@ -270,7 +271,7 @@ def test_a_bare_layer_and_a_network_without_coded_layers_survive(tmp_path: Path)
 
 
 def test_equal_models_give_equal_files_that_other_programs_can_open(tmp_path: Path) -> None:
-    model = coded(lively(small()), spec(16)).eval()
+    model = quantized(lively(small()), spec(16)).eval()
     info = ModelInfo("small", 20, {"k": 16}, {"accuracy": 1.0}, (), "test")
     for name in ("a", "b"):
         save_packed(copy.deepcopy(model), tmp_path / f"{name}.safetensors", info)
@@ -291,7 +292,7 @@ def test_equal_models_give_equal_files_that_other_programs_can_open(tmp_path: Pa
 def test_a_packed_file_can_be_replaced_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "model.safetensors"
     for k in (4, 8):
-        save_packed(coded(small(), spec(k)).eval(), path, ModelInfo())
+        save_packed(quantized(small(), spec(k)).eval(), path, ModelInfo())
     assert os.listdir(path.parent) == ["model.safetensors"]
     assert load_packed(path).layers["6"].k == 8
 
@@ -323,7 +324,7 @@ def test_tensors_of_every_type_survive(tmp_path: Path) -> None:
 
 
 def test_a_file_that_does_not_fit_its_architecture_is_refused(tmp_path: Path) -> None:
-    model = coded(lively(small()), spec(16)).eval()
+    model = quantized(lively(small()), spec(16)).eval()
     path = tmp_path / "model.safetensors"
     for arch, n, words in (
         (None, 20, "not known"),

@@ -36,7 +36,7 @@ X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @dataclass(frozen=True)
 class Files:
-    """A dense network with frozen norms and old names, and what became of it: permuted and coded, as `.pth` and packed."""
+    """A dense network with frozen norms and old names, and what became of it: permuted and quantized, as `.pth` and packed."""
 
     folder: Path
     model: nn.Module
@@ -136,12 +136,12 @@ def test_noise_is_measured_in_the_order_of_the_coded_network(files: Files, tmp_p
     shuffle(dense, MASKRCNN.groups(dense), reshapes=RESHAPES)
     found = examine(files.folder / "model.safetensors", files.folder / "dense.pth")
     assert any("permutations were applied" in note for note in found.notes)
-    coded_layers = dict(files.model.named_modules())
+    quantized_layers = dict(files.model.named_modules())
     rows = {row.name: row for row in found.rows if row.k is not None}
     assert FC6 in rows
     assert len(rows) == 70
     for name, row in rows.items():
-        weight, layer = dense.get_submodule(name).weight.detach(), coded_layers[name]
+        weight, layer = dense.get_submodule(name).weight.detach(), quantized_layers[name]
         assert isinstance(layer, QuantizedLayer)
         noise = relative(layer.dequantize_stored().detach(), weight)
         assert row.sqnr == pytest.approx(-20 * float(torch.tensor(noise, dtype=torch.float64).log10()), abs=1e-6)

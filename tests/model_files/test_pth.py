@@ -26,20 +26,13 @@ from src.common.errors import CheckpointError, RunError
 from src.compression.quantize.compress import build_quantized
 from src.compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
 from src.compression.quantize.plan import LayerSpec, QuantizationSpec, make_plan
-from src.model_files.pth import (
-    check_codes,
-    compressed_state,
-    is_compressed,
-    load_state,
-    read_tensors,
-    save_compressed,
-    save_dense,
-)
+from src.model_files.pth import compressed_state, is_compressed, read_tensors, save_compressed, save_dense
 from src.model_files.size import ModelSize, model_size
+from src.model_files.state_dict import check_codes, load_state
 from src.recipes import load_compressed, quantization_spec
 from src.settings import load
 from tests.conftest import ROOT
-from tests.support.helpers import coded, lively, outputs, relative, spec
+from tests.support.helpers import lively, outputs, quantized, relative, spec
 
 CLOSE = 1e-5
 """Two float32 vectors per norm and float32 activations: 6e-8 per operation, through at most a few dozen of them."""
@@ -94,7 +87,7 @@ NORMS = {
 def test_a_saved_and_loaded_network_gives_the_logits_it_had_in_memory(
     norm: Callable[[int], nn.Module], tmp_path: Path
 ) -> None:
-    model = coded(with_variances(small(norm)), spec(8)).eval()
+    model = quantized(with_variances(small(norm)), spec(8)).eval()
     x = torch.randn(16, 3, 9, 9)
     wanted = outputs(model, x)
     twin = reloaded(model, small(norm), spec(8), tmp_path / "model.pth")
@@ -120,7 +113,7 @@ def test_frozen_norms_without_eps_and_plain_ones_load_each_others_files(frozen_f
     first, second = NORMS["frozen, eps 0"], NORMS["eps 1e-5"]
     if not frozen_first:
         first, second = second, first
-    model = coded(with_variances(small(first)), spec(8)).eval()
+    model = quantized(with_variances(small(first)), spec(8)).eval()
     twin = reloaded(model, small(second), spec(8), tmp_path / "model.pth")
     x = torch.randn(16, 3, 9, 9)
     assert relative(outputs(twin, x), outputs(model, x)) < CLOSE
@@ -140,7 +133,7 @@ def test_whole_networks_with_norms_anywhere_survive(
         model.classifier = nn.Sequential(nn.Linear(512, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
     model = with_variances(model, 0.01, 10)
     fresh = lively(copy.deepcopy(model), seed=7)
-    coded(model, how).eval()
+    quantized(model, how).eval()
     x = torch.randn(2, 3, 32, 32)
     twin = reloaded(model, fresh, how, tmp_path / "model.pth")
     assert relative(outputs(twin, x), outputs(model, x)) < CLOSE
@@ -151,7 +144,7 @@ def test_whole_networks_with_norms_anywhere_survive(
 
 def test_a_compressed_network_in_another_precision_survives(tmp_path: Path) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float16, 0.02)):  # 16 bits: 5e-4 per operation
-        model = coded(lively(small()).to(dtype), spec(8)).eval()
+        model = quantized(lively(small()).to(dtype), spec(8)).eval()
         twin = reloaded(model, small().to(dtype), spec(8), tmp_path / "model.pth")
         x = torch.randn(4, 3, 9, 9).to(dtype)
         assert relative(outputs(twin, x), outputs(model, x)) < tolerance
@@ -191,7 +184,7 @@ def test_codes_that_were_stored_as_int16_beyond_its_range_are_read_as_unsigned(t
 
 
 def test_the_file_has_exactly_the_keys_and_types_of_the_format(tmp_path: Path) -> None:
-    model = coded(lively(small()), spec(8, layers={"8": LayerSpec(k=16)}))
+    model = quantized(lively(small()), spec(8, layers={"8": LayerSpec(k=16)}))
     model[0].codebook.data.mul_(1.0001)  # as training leaves it: no longer 16-bit values
     save_compressed(model, tmp_path / "model.pth")
     contents = torch.load(tmp_path / "model.pth", weights_only=True)
@@ -208,7 +201,7 @@ def test_the_file_has_exactly_the_keys_and_types_of_the_format(tmp_path: Path) -
 
 def test_what_is_measured_in_memory_is_what_the_file_gives(tmp_path: Path) -> None:
     """Trained codebooks are 32-bit; evaluation rounds them as the file does."""
-    model = coded(lively(small()), spec(8))
+    model = quantized(lively(small()), spec(8))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, QuantizedLayer):
@@ -219,7 +212,7 @@ def test_what_is_measured_in_memory_is_what_the_file_gives(tmp_path: Path) -> No
 
 
 def test_a_file_is_little_larger_than_its_contents(tmp_path: Path) -> None:
-    model = coded(nn.Sequential(nn.Linear(256, 512)), spec(256, iterations=0))
+    model = quantized(nn.Sequential(nn.Linear(256, 512)), spec(256, iterations=0))
     save_compressed(model, tmp_path / "model.pth")
     # 1-byte codes, 2-byte codebooks, 4-byte biases, and the zip's own 2 kB per file and key
     assert os.path.getsize(tmp_path / "model.pth") < 512 * 64 + 256 * 4 * 2 + 512 * 4 + 6000
@@ -233,7 +226,7 @@ def test_a_parameter_that_is_shared_or_a_view_is_saved_whole_and_alone(tmp_path:
     tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     tied[1].weight = tied[0].weight
     how, fresh = spec(8), copy.deepcopy(tied)
-    tied = coded(tied, how).eval()
+    tied = quantized(tied, how).eval()
     twin = reloaded(tied, fresh, how, tmp_path / "tied.pth")
     x = torch.randn(3, 16)
     assert torch.equal(outputs(twin, x), outputs(tied, x))
@@ -241,7 +234,7 @@ def test_a_parameter_that_is_shared_or_a_view_is_saved_whole_and_alone(tmp_path:
 
 
 def test_a_bare_coded_layer_survives(tmp_path: Path) -> None:
-    model = coded(nn.Linear(16, 16), spec(8)).eval()
+    model = quantized(nn.Linear(16, 16), spec(8)).eval()
     save_compressed(model, tmp_path / "model.pth")
     assert sorted(read_tensors(tmp_path / "model.pth")) == ["bias", "codebook", "codes_matrix"]
     fresh = nn.Linear(16, 16)
@@ -281,8 +274,8 @@ def test_a_dense_file_without_num_batches_tracked_loads(tmp_path: Path) -> None:
 
 
 def good() -> tuple[nn.Module, dict[str, Tensor], nn.Module]:
-    """A coded network, its file's contents, and an empty network for them."""
-    model = coded(lively(small()), spec(8))
+    """A quantized network, its file's contents, and an empty network for them."""
+    model = quantized(lively(small()), spec(8))
     fresh = small()
     return model, compressed_state(model), build_quantized(fresh, make_plan(fresh, spec(8)))
 
@@ -323,10 +316,10 @@ BAD = [
     ("NaN in a codebook", edit("3.codebook", NAN), ["3.codebook", "not finite"]),
     ("NaN in a bias", edit("8.bias", NAN), ["8.bias", "not finite"]),
     ("infinity in a norm", edit("4.weight", float("inf")), ["4.weight", "not finite"]),
-    ("dense where coded", change(**{"8__codebook": None, "8__codes_matrix": None, "8__weight": torch.zeros(20, 16)}),
-     ["to be coded with these settings but dense in the file", "8.weight"]),
-    ("coded where dense", change(**{"9__codebook": torch.zeros(2, 2), "9__codes_matrix": torch.zeros(2, 2).int()}),
-     ["coded in the file but not with these settings", "9"]),
+    ("dense where quantized", change(**{"8__codebook": None, "8__codes_matrix": None, "8__weight": torch.zeros(20, 16)}),
+     ["to be quantized with these settings but dense in the file", "8.weight"]),
+    ("quantized where dense", change(**{"9__codebook": torch.zeros(2, 2), "9__codes_matrix": torch.zeros(2, 2).int()}),
+     ["quantized in the file but not with these settings", "9"]),
 ]  # fmt: skip
 
 
@@ -565,7 +558,7 @@ def test_saving_makes_the_folder_and_a_file_that_others_may_read(tmp_path: Path)
 
 
 def test_saving_changes_nothing_in_the_model(tmp_path: Path) -> None:
-    model = coded(lively(small()), spec(8)).train()
+    model = quantized(lively(small()), spec(8)).train()
     before = copy.deepcopy(model.state_dict())
     save_compressed(model, tmp_path / "model.pth")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -607,7 +600,7 @@ def test_the_published_file_with_the_wrong_settings_names_the_key_to_set(publish
 def test_loading_a_compressed_network_for_other_classes_takes_them_from_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     how = spec(16, iterations=0, ignored=["conv1"])
-    model = coded(lively(ARCHITECTURES["resnet18"].build(12)), how).eval()
+    model = quantized(lively(ARCHITECTURES["resnet18"].build(12)), how).eval()
     save_compressed(model, tmp_path / "model.pth")
     twin = load_compressed(tmp_path / "model.pth", ARCHITECTURES["resnet18"], how)
     x = torch.randn(2, 3, 32, 32)

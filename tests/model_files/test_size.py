@@ -15,7 +15,7 @@ from src.compression.quantize.plan import LayerSpec, make_plan
 from src.model_files.size import ModelSize, model_size
 from src.recipes import quantization_spec
 from src.settings import load
-from tests.support.helpers import coded, spec
+from tests.support.helpers import quantized, spec
 
 GOLDEN = [
     # depth, large blocks, size of 1x1 subvectors, original, codes, codebooks, other, MB, ratio
@@ -68,7 +68,7 @@ def small() -> nn.Module:
 
 
 def test_the_bits_of_a_small_network_are_those_counted_by_hand() -> None:
-    model = coded(small(), spec(16, layers={"3": LayerSpec(large_subvectors=True)}))
+    model = quantized(small(), spec(16, layers={"3": LayerSpec(large_subvectors=True)}))
     # conv 0: 8 x 27 values, d = 9, 24 subvectors: k = 4, 2 bits each
     # conv 3: 16 x 72 values, d = 18, 64 subvectors: k = 16, 4 bits each
     # linear: 20 x 16 values, d = 4, 80 subvectors: k = 16, 4 bits each
@@ -95,7 +95,7 @@ def test_every_kind_of_norm_with_statistics_counts_as_two_vectors() -> None:
 def test_everything_counts_at_its_own_width() -> None:
     assert model_size(nn.Linear(3, 5).half()).bits == (15 + 5) * 16
     assert model_size(nn.Linear(3, 5).double()).bits == (15 + 5) * 64
-    model = coded(nn.Sequential(nn.Linear(16, 16).half()), spec(16))
+    model = quantized(nn.Sequential(nn.Linear(16, 16).half()), spec(16))
     assert model_size(model) == ModelSize(64 * 4, 16 * 4 * 16, 16 * 16, (256 + 16) * 16)
     buffers = nn.Module()
     buffers.register_buffer("kept", torch.zeros(7, dtype=torch.int64))
@@ -107,14 +107,16 @@ def test_what_is_shared_counts_once() -> None:
     tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     tied[1].weight = tied[0].weight
     assert model_size(tied).original == (256 + 2 * 16) * 32
-    assert model_size(coded(tied, spec(16))) == ModelSize(64 * 4, 16 * 4 * 16, 2 * 16 * 32, (256 + 2 * 16) * 32)
+    assert model_size(quantized(tied, spec(16))) == ModelSize(64 * 4, 16 * 4 * 16, 2 * 16 * 32, (256 + 2 * 16) * 32)
     layer, norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
     twice = nn.Sequential(layer, norm, layer, norm)
-    assert model_size(coded(twice, spec(16))) == ModelSize(64 * 4, 16 * 4 * 16, (16 + 2 * 16) * 32, (256 + 3 * 16) * 32)
+    assert model_size(quantized(twice, spec(16))) == ModelSize(
+        64 * 4, 16 * 4 * 16, (16 + 2 * 16) * 32, (256 + 3 * 16) * 32
+    )
 
 
 def test_the_size_does_not_depend_on_mode_or_copy() -> None:
-    model = coded(small())
+    model = quantized(small())
     size = model_size(model)
     model(torch.randn(2, 3, 5, 5))
     model.eval()

@@ -28,7 +28,7 @@ from src.model_files.packed import AppliedPermutation, ModelInfo, load_packed, s
 from src.model_files.pth import compressed_state, read_tensors, save_compressed, save_dense
 from src.model_files.size import model_size
 from tests.conftest import ROOT
-from tests.support.helpers import coded, lively, outputs, relative, shuffle, spec
+from tests.support.helpers import lively, outputs, quantized, relative, shuffle, spec
 
 CLASSES = 12
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -42,14 +42,14 @@ def dense_resnet18() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense ResNet-18 (`dense.pth`) and what became of it: permuted, coded, as `.pth` and packed."""
+    """A dense ResNet-18 (`dense.pth`) and what became of it: permuted, quantized, as `.pth` and packed."""
     folder = tmp_path_factory.mktemp("files")
     model = dense_resnet18()
     save_dense(model, folder / "dense.pth")
     groups = architectures.ARCHITECTURES["resnet18"].groups(model)
     drawn = shuffle(model, groups)
     permutations = tuple(AppliedPermutation(g.parents, g.children, p, {}) for g, p in zip(groups, drawn, strict=True))
-    model = coded(model, HOW).eval()
+    model = quantized(model, HOW).eval()
     save_compressed(model, folder / "model.pth")
     save_packed(
         model,
@@ -216,7 +216,7 @@ def test_the_table_counts_what_is_there(files: Path) -> None:
 
 
 def test_equal_blocks_count_once(tmp_path: Path) -> None:
-    model = coded(dense_resnet18(), HOW).eval()
+    model = quantized(dense_resnet18(), HOW).eval()
     layer = model.get_submodule("layer1.0.conv1")
     with torch.no_grad():
         layer.codebook[3] = layer.codebook[5] = layer.codebook[7]
@@ -425,7 +425,7 @@ def test_a_packed_file_is_evaluated_without_any_other_setting(
 def test_a_packed_file_of_another_architecture_is_evaluated_too(
     small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = coded(lively(architectures.ARCHITECTURES["resnet34"].build(3)), HOW).eval()
+    model = quantized(lively(architectures.ARCHITECTURES["resnet34"].build(3)), HOW).eval()
     save_packed(model, tmp_path / "r34.safetensors", ModelInfo("resnet34", 3))
     flags = [
         *EVALUATE,
@@ -473,8 +473,8 @@ def test_a_command_that_contradicts_the_packed_file_is_refused(
 
 def test_only_packed_files_are_written_if_asked_and_dense_ones_stay_plain(small_images: Path, tmp_path: Path) -> None:
     flags = ["--dataloader.imagenet_path", str(small_images), "--save_format", "safetensors", "--epochs", "0"]
-    assert train_resnet.main([*SMALL, *flags, "--output_path", str(tmp_path / "coded")]) == 0
-    assert sorted(p.name for p in (tmp_path / "coded" / "trained_models").iterdir()) == [
+    assert train_resnet.main([*SMALL, *flags, "--output_path", str(tmp_path / "quantized")]) == 0
+    assert sorted(p.name for p in (tmp_path / "quantized" / "trained_models").iterdir()) == [
         "0.safetensors",
         "best.safetensors",
     ]

@@ -35,7 +35,7 @@ from src.run.fingerprint import PROCESSES, RunFingerprint
 from tests.compression.finetune.test_loop import Blobs, Notes
 from tests.conftest import ROOT, write_images
 from tests.support.coco import small_coco
-from tests.support.helpers import coded, spec
+from tests.support.helpers import quantized, spec
 from tests.support.killing import digest, found, scalars
 from tests.test_entries import paths, refused
 from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
@@ -160,7 +160,7 @@ class Drops(nn.Module):
             nn.ReLU(),
             nn.Linear(16, 3),
         )
-        self.body = coded(self.body, spec(8, ignored=["6"]))
+        self.body = quantized(self.body, spec(8, ignored=["6"]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x)

@@ -84,6 +84,6 @@ def spec(
     return QuantizationSpec(k, kind, iterations, BlockRule(fc, pw, large), ignored, layers or {})
 
 
-def coded(model: nn.Module, how: QuantizationSpec | None = None, seed: int = 0) -> nn.Module:
+def quantized(model: nn.Module, how: QuantizationSpec | None = None, seed: int = 0) -> nn.Module:
     """`model` compressed in place (use what is returned)."""
     return compress(model, make_plan(model, how or spec()), seed=seed, show_progress=False)[0]

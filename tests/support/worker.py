@@ -34,7 +34,7 @@ from src.tasks.coco.loading import CocoDataset, collate_detection
 from src.tasks.detection import Detection
 from src.tasks.images import read_folder
 from tests.support.coco import small_coco
-from tests.support.helpers import coded, lively, spec
+from tests.support.helpers import lively, quantized, spec
 from tests.tasks.test_detection import network as detector
 
 EPOCHS = 2
@@ -111,7 +111,7 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
     groups = permute_together(engine, model, GROUPS, {}, search)
     quantize = partial(compress, seed=3, show_progress=False)
     model, layers = quantize_together(engine, model, plan, quantize)
-    coded = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantized = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     task = classification(engine, images, batch_size)
     if norms == "joint":
         model = join_batch_norms(model, engine) if engine.world_size > 1 else model
@@ -135,7 +135,7 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
         "groups": results,
         "layers": rows,
     }
-    return {**figures, "coded": coded, "state": state, "tied": model[13].codebook is model[11].codebook}
+    return {**figures, "quantized": quantized, "state": state, "tied": model[13].codebook is model[11].codebook}
 
 
 def _list(permutation: Tensor | None) -> list[int] | None:
@@ -172,8 +172,8 @@ def detection(engine: Engine, coco: Path) -> Detection:
 
 
 def detecting(engine: Engine, coco: Path) -> dict:
-    """What a small coded Mask R-CNN finds before and after two epochs, and who saw which image."""
-    model, task, diary = coded(detector(), spec(16, iterations=2)), detection(engine, coco), Diary()
+    """What a small quantized Mask R-CNN finds before and after two epochs, and who saw which image."""
+    model, task, diary = quantized(detector(), spec(16, iterations=2)), detection(engine, coco), Diary()
     seen = engine.gather([[image_id for batch in task.training_batches(1) for image_id in batch.image_ids]])
     before = task.detect(model, "before")
     finetune(model, task, FinetuneSpec(EPOCHS, OptimizerSpec(learning_rate=5e-3), **EVERY_STEP), engine, diary)

@@ -26,7 +26,7 @@ from src.tasks.coco.metrics import Detections
 from src.tasks.detection import Detection, score
 from tests.conftest import DATA
 from tests.support.coco import contents, entry, small_coco, write
-from tests.support.helpers import coded, spec
+from tests.support.helpers import quantized, spec
 from tests.support.logs import logged
 
 CLASSES = 5
@@ -163,7 +163,7 @@ class Kept:
 def test_a_small_network_learns_from_a_few_images(coco: Path, compressed: bool, amp: str) -> None:
     model: nn.Module = network()
     if compressed:
-        model = coded(
+        model = quantized(
             model,
             spec(
                 16,
@@ -201,7 +201,7 @@ def test_training_goes_through_batches_without_objects_or_proposals(
 ) -> None:
     model: nn.Module = network()
     if compressed:
-        model = coded(model, spec(16, iterations=2))
+        model = quantized(model, spec(16, iterations=2))
     if not proposals:
         model.rpn.score_thresh = 1.1  # type: ignore[union-attr]
     batch = empty_batch(coco)
@@ -219,7 +219,7 @@ def test_training_goes_through_batches_without_objects_or_proposals(
 def test_evaluation_goes_through_images_in_which_nothing_is_found(coco: Path, compressed: bool) -> None:
     model: nn.Module = network()
     if compressed:
-        model = coded(model, spec(16, iterations=2))
+        model = quantized(model, spec(16, iterations=2))
     for threshold in ("score_thresh of the heads", "score_thresh of the proposals"):
         (model.roi_heads if "heads" in threshold else model.rpn).score_thresh = 1.1  # type: ignore[union-attr]
         rows, image_ids = task(coco, train=False).detect(model, "evaluate")

@@ -26,13 +26,13 @@ from .subvectors import Layer, to_subvectors
 
 @dataclass(frozen=True)
 class LayerResult:
-    """How well one layer was coded.
+    """How well one layer was quantized.
 
     Attributes:
         name: the layer.
         d: subvector length.
         k: centroids.
-        n_subvectors: subvectors coded.
+        n_subvectors: subvectors quantized.
         distortion: squared error summed over the weight.
         power: sum of squares of the weight; distortion / power is the relative error.
         iterations: mean updates that the clustering made.
@@ -82,7 +82,7 @@ def compress(
         finished: is given every finished layer, and asked for it first.
 
     Returns:
-        The network with coded layers, and how well each was coded, in the network's order.
+        The network with quantized layers, and how well each was quantized, in the network's order.
 
     Raises:
         PlanError: a weight that cannot be clustered (not finite).
@@ -112,7 +112,7 @@ centroid; at least and at most so many iterations."""
 
 
 def candidate_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
-    """A measure of how well a layer of `plan` would be coded: (name, subvectors (n, d)) -> about its distortion, (`QUICK_STARTS`,).
+    """A measure of how well a layer of `plan` would be quantized: (name, subvectors (n, d)) -> about its distortion, (`QUICK_STARTS`,).
 
     Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal terms. None
     for a layer with `MANY_VECTORS` per centroid or more: there the score of the search is close enough, and the look costs more.
@@ -196,7 +196,7 @@ def _cluster_layers(
 
 
 def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
-    """Replace every planned layer by a coded layer of the same shape with an empty codebook; nothing is clustered.
+    """Replace every planned layer by a quantized layer of the same shape with an empty codebook; nothing is clustered.
 
     The values come from a file. Works on the meta device.
     """
@@ -211,11 +211,11 @@ def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module]
         dense = modules[name]
         twin = by_weight.get(id(dense.weight))
         if twin is not None:
-            coded = QUANTIZED_LAYERS[type(dense)](dense, layer.d, layer.k)
-            _share(coded, twin)
+            quantized = QUANTIZED_LAYERS[type(dense)](dense, layer.d, layer.k)
+            _share(quantized, twin)
         else:
-            coded = by_weight[id(dense.weight)] = make(layer, dense)
-        made[id(dense)] = coded
+            quantized = by_weight[id(dense.weight)] = make(layer, dense)
+        made[id(dense)] = quantized
     if id(model) in made:
         return made[id(model)]
     # every place that holds a replaced module, so that a module used twice stays one module
@@ -226,7 +226,7 @@ def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module]
     return model
 
 
-def _share(coded: QuantizedLayer, twin: QuantizedLayer) -> None:
-    """Tie two coded layers whose dense weights were one parameter."""
-    coded.codebook = twin.codebook
-    coded.codes_matrix = twin.codes_matrix
+def _share(quantized: QuantizedLayer, twin: QuantizedLayer) -> None:
+    """Tie two quantized layers whose dense weights were one parameter."""
+    quantized.codebook = twin.codebook
+    quantized.codes_matrix = twin.codes_matrix

@@ -1,4 +1,4 @@
-"""The dense network that a coded one stands for."""
+"""The dense network that a quantized one stands for."""
 
 from __future__ import annotations
 

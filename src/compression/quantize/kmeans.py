@@ -86,11 +86,11 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor, *, thorough: bool = False) -> int:
-    """Move the centroids without members to the worst coded vectors, distinct ones, in place.
+    """Move the centroids without members to the worst quantized vectors, distinct ones, in place.
 
     Crowds of equal vectors that come first can hide the others; `thorough` looks behind them, however many they are.
 
-    Returns the number that was moved: fewer than were empty only where there are not enough distinct badly coded vectors.
+    Returns the number that was moved: fewer than were empty only where there are not enough distinct badly quantized vectors.
     """
     empty = torch.nonzero(counts == 0).flatten()
     if empty.numel() == 0:
@@ -107,7 +107,7 @@ def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor,
 
 
 def _worst(vectors: Tensor, distances: Tensor, most: int) -> Tensor:
-    """The distinct ones among the `most` worst coded vectors, worst first; those at distance 0 are not among them."""
+    """The distinct ones among the `most` worst quantized vectors, worst first; those at distance 0 are not among them."""
     found = torch.topk(distances, min(most, distances.numel()))
     # equal distances in the order of the vectors, which topk does not promise
     order = found.indices.sort().values
@@ -179,7 +179,7 @@ def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
         counts = torch.bincount(codes, minlength=codebook.shape[0])
         if int(counts.min()) > 0:
             break
-        # a vector whose own 16-bit value is its centroid cannot be coded better, however far it is
+        # a vector whose own 16-bit value is its centroid cannot be quantized better, however far it is
         halves = _to_half(vectors)
         curable = torch.where((halves == codebook[codes]).all(1), 0, distances)
         if not revive(codebook, halves, curable, counts, thorough=True):

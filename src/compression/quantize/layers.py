@@ -1,8 +1,8 @@
 """Layers whose weight is a codebook and codes.
 
-The codebook is the only trained parameter of a coded layer besides its bias; the codes are a buffer and never change.
-In training the weight is decoded in every forward pass, and the gradient of a centroid is the sum of the gradients of the
-subvectors that use it (paper section 3.4). Where no gradient is needed the decoded weight is kept, so that inference runs
+The codebook is the only trained parameter of a quantized layer besides its bias; the codes are a buffer and never change.
+In training the weight is dequantized in every forward pass, and the gradient of a centroid is the sum of the gradients of the
+subvectors that use it (paper section 3.4). Where no gradient is needed the dequantized weight is kept, so that inference runs
 at the speed of the dense layer.
 
 Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d).
@@ -56,12 +56,12 @@ def _version(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class QuantizedLayer(nn.Module):
-    """What coded layers share: codebook, codes, the decoded weight and its keeping.
+    """What quantized layers share: codebook, codes, and the dequantized weight, which is kept in evaluation.
 
     Attributes:
         codebook: parameter (k, d).
         codes_matrix: buffer (R, m) int32, values below k.
-        weight_shape: shape of the decoded weight.
+        weight_shape: shape of the dequantized weight.
     """
 
     codebook: nn.Parameter
@@ -110,7 +110,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """How a 4-d weight is laid out when it is decoded."""
+        """How a 4-d weight is laid out when it is dequantized."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def set_codes(self, codebook: Tensor, codes: Tensor) -> None:
@@ -130,11 +130,11 @@ class QuantizedLayer(nn.Module):
             self.codes_matrix.copy_(codes.reshape(self.codes_matrix.shape))
         self._kept = None
 
-    def decode(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weight with the codebook as it is trained; differentiable with respect to the codebook."""
-        return self._decode(self.codebook)
+        return self._dequantize(self.codebook)
 
-    def _decode(self, codebook: Tensor) -> Tensor:
+    def _dequantize(self, codebook: Tensor) -> Tensor:
         members = self.members() if torch.is_grad_enabled() and codebook.requires_grad else None
         weight = from_subvectors(_Dequantize.apply(codebook, self.codes_matrix.view(-1), members), self.weight_shape)
         return weight.contiguous(memory_format=self.memory_format) if weight.dim() == 4 else weight
@@ -151,12 +151,12 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight to compute with.
 
-        Training: decoded anew. Eval: decoded from the codebook as a file stores it (16-bit floats), so that what is measured is
+        Training: dequantized anew. Eval: dequantized from the codebook as a file stores it (16-bit floats), so that what is measured is
         what is saved, and kept while codebook and codes do not change.
         """
         if self.training:
             self._kept = None
-            return self.decode()
+            return self.dequantize()
         if torch.is_grad_enabled() and self.codebook.requires_grad:
             self._kept = None  # a step may follow, and fused optimizers count no versions
             return self.dequantize_stored()
@@ -175,7 +175,7 @@ class QuantizedLayer(nn.Module):
             if self.codebook.requires_grad and torch.is_grad_enabled()
             else rounded
         )
-        return self._decode(codebook)
+        return self._dequantize(codebook)
 
     def train(self, mode: bool = True) -> QuantizedLayer:
         """Set the mode; the kept weight is dropped."""
@@ -193,7 +193,7 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedConv2d(QuantizedLayer):
-    """A convolution with a coded weight; same geometry as the dense layer it replaces."""
+    """A convolution with a quantized weight; same geometry as the dense layer it replaces."""
 
     def __init__(self, dense: nn.Conv2d, d: int, k: int) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedConvTranspose2d(QuantizedLayer):
-    """A transposed convolution with a coded weight, cut as it is stored (first axis = input channels)."""
+    """A transposed convolution with a quantized weight, cut as it is stored (first axis = input channels)."""
 
     def __init__(self, dense: nn.ConvTranspose2d, d: int, k: int) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class QuantizedConvTranspose2d(QuantizedLayer):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """A linear layer with a coded weight."""
+    """A linear layer with a quantized weight."""
 
     def __init__(self, dense: nn.Linear, d: int, k: int) -> None:
         super().__init__()
@@ -281,11 +281,11 @@ QUANTIZED_LAYERS: dict[type, Any] = {
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.Linear: QuantizedLinear,
 }
-"""The coded form of each dense layer type."""
+"""The quantized form of each dense layer type."""
 
 
 def set_memory_format(model: nn.Module, channels_last: bool) -> nn.Module:
-    """Lay out the weights of 4-d convolutions, decoded ones included, channels last or contiguous; in place."""
+    """Lay out the weights of 4-d convolutions, dequantized ones included, channels last or contiguous; in place."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for module in model.modules():
         if isinstance(module, QuantizedLayer):

@@ -1,4 +1,4 @@
-"""Which layers are coded, and how: settings and per-layer overrides resolved once, before any work.
+"""Which layers are quantized, and how: settings and per-layer overrides resolved once, before any work.
 
 Precedence, highest first: `ignored_modules` (the layer stays as it is); `layer_specs.<layer>.<key>`; the key itself.
 The clamp of the centroids comes last.
@@ -28,7 +28,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """How a network is coded (`model.compression_parameters`)."""
+    """How a network is quantized (`model.compression_parameters`)."""
 
     k: int = 256
     k_means_type: str = "src"
@@ -41,7 +41,7 @@ class QuantizationSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is coded: subvector length d, centroids k, and the clustering."""
+    """How one layer is quantized: subvector length d, centroids k, and the clustering."""
 
     name: str
     d: int
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Subvector length of every layer that will be coded, by name."""
+        """Subvector length of every layer that will be quantized, by name."""
         return {name: layer.d for name, layer in self.layers.items()}
 
 
@@ -76,7 +76,7 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
     old and new names of one layer.
 
     Raises:
-        PlanError: a layer cannot be coded as asked, for example because d does not divide its rows.
+        PlanError: a layer cannot be quantized as asked, for example because d does not divide its rows.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     notes = [note for key in ("ignored_modules", "layer_specs") if (note := _unknown(key, getattr(spec, key), modules))]
@@ -90,7 +90,7 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
             continue
         if not can_be_quantized(module):
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear | nn.Embedding):
-                left.setdefault(f"a {type(module).__name__} cannot be coded", []).append(name)
+                left.setdefault(f"a {type(module).__name__} cannot be quantized", []).append(name)
             continue
         if not weight_shape(module).numel():
             continue
@@ -136,7 +136,7 @@ def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Map
 
 
 def _tied_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, LayerPlan]) -> dict[str, str]:
-    """Planned layers that share their weight with something that is not coded alike: layer -> reason."""
+    """Planned layers that share their weight with something that is not quantized alike: layer -> reason."""
     users: dict[int, list[str]] = {}
     named = {id(module): name for name, module in reversed(list(modules.items()))}  # the first name of each module
     for name in named.values():
@@ -154,5 +154,5 @@ def _tied_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, Layer
                 and (twin.d, twin.k) == (layer.d, layer.k)
             )
             if not alike:
-                reasons[name] = f"shares its weight with {user}, which is not coded alike"
+                reasons[name] = f"shares its weight with {user}, which is not quantized alike"
     return reasons

@@ -23,11 +23,11 @@ Layer = Any
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 QUANTIZABLE_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-"""Layer types that can be coded. A subclass is left alone: its forward may use the weight in another way."""
+"""Layer types that can be quantized. A subclass is left alone: its forward may use the weight in another way."""
 
 
 def can_be_quantized(module: Layer) -> bool:
-    """Whether `module` is exactly one of the layer types that can be coded, with a weight of its own.
+    """Whether `module` is exactly one of the layer types that can be quantized, with a weight of its own.
 
     A weight that hooks compute from other parameters (older weight and spectral norm, pruning) is not a parameter itself.
     """

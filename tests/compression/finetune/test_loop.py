@@ -20,8 +20,9 @@ from src.compression.finetune.optimizers import OptimizerSpec, Schedule, Schedul
 from src.compression.finetune.task import StepLoss, evaluating
 from src.compression.quantize.layers import QuantizedLayer
 from src.engines.single import SingleProcess
-from src.model_files.pth import load_state, read_tensors, save_compressed
-from tests.support.helpers import coded, spec
+from src.model_files.pth import read_tensors, save_compressed
+from src.model_files.state_dict import load_state
+from tests.support.helpers import quantized, spec
 
 
 class Blobs:
@@ -102,7 +103,7 @@ def network() -> nn.Module:
     model = nn.Sequential(
         nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
     )
-    return coded(model, spec(8, ignored=["5"]))
+    return quantized(model, spec(8, ignored=["5"]))
 
 
 def run(

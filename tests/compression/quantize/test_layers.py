@@ -39,7 +39,7 @@ K = 8
 def make(
     dense: nn.Module, d: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[QuantizedLayer, nn.Module]:
-    """A coded layer with random codes and codebook (16-bit values), and the dense layer with the same weight; in eval mode."""
+    """A quantized layer with random codes and codebook (16-bit values), and the dense layer with the same weight; in eval mode."""
     draw = torch.Generator().manual_seed(seed)
     dense = copy.deepcopy(dense).to(dtype).eval()
     layer = QUANTIZED_LAYERS[type(dense)](copy.deepcopy(dense), d, K)
@@ -68,7 +68,7 @@ def test_a_coded_layer_computes_what_the_dense_layer_with_the_decoded_weight_com
         layer.train()
         assert torch.equal(layer(x), wanted(x))
         assert layer(x).dtype == dtype
-    assert torch.equal(layer.decode(), wanted.weight)
+    assert torch.equal(layer.dequantize(), wanted.weight)
 
 
 def test_a_transposed_convolution_takes_an_output_size() -> None:

@@ -15,7 +15,7 @@ from src.compression.quantize.compress import build_quantized, candidate_distort
 from src.compression.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from src.compression.quantize.plan import LayerSpec, make_plan
 from src.compression.quantize.subvectors import to_subvectors
-from tests.support.helpers import coded, lively, outputs, spec
+from tests.support.helpers import lively, outputs, quantized, spec
 
 
 def small() -> nn.Module:
@@ -61,8 +61,8 @@ def codebooks(model: nn.Module) -> dict[str, Tensor]:
     ids=str,
 )  # fmt: skip
 def test_an_override_changes_the_codebook_of_its_layer_and_no_other(own: LayerSpec) -> None:
-    plain = codebooks(coded(small(), spec(8, "kmeans", 15)))
-    other = codebooks(coded(small(), spec(8, "kmeans", 15, layers={"3": own})))
+    plain = codebooks(quantized(small(), spec(8, "kmeans", 15)))
+    other = codebooks(quantized(small(), spec(8, "kmeans", 15, layers={"3": own})))
     assert [
         name for name in plain if plain[name].shape != other[name].shape or not torch.equal(plain[name], other[name])
     ] == ["3"]
@@ -82,7 +82,7 @@ def test_ignored_modules_and_all_below_them_stay_dense() -> None:
     assert list(make_plan(Net(), spec(ignored=["a.1", "alias"], layers={"c": LayerSpec(k=2)})).layers) == ["a.0", "c"]
     model = Net()
     dense = model.b.weight
-    model = coded(model, spec(ignored=["alias"]))
+    model = quantized(model, spec(ignored=["alias"]))
     assert model.b.weight is dense
     assert model.b is model.alias
 
@@ -137,18 +137,18 @@ def test_a_weight_that_is_not_finite_is_refused_naming_the_layer() -> None:
     with torch.no_grad():
         model[5].weight[0, 0] = float("nan")
     with pytest.raises(PlanError, match=r"'5'.*not finite"):
-        coded(model)
+        quantized(model)
 
 
 def test_a_bare_layer_is_replaced_as_a_whole() -> None:
     for layer in (nn.Linear(16, 16), nn.Conv2d(8, 8, 3)):
-        found = coded(layer, spec(4))
+        found = quantized(layer, spec(4))
         assert isinstance(found, QuantizedLayer)
         assert found.k == 4
 
 
 def check_coded(dense: nn.Module, model: nn.Module, how) -> None:
-    """Every coded layer has at most k distinct blocks, each code is the nearest, and the rest is as it was."""
+    """Every quantized layer has at most k distinct blocks, each code is the nearest, and the rest is as it was."""
     for name, plan in make_plan(dense, how).layers.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantizedLayer)
@@ -165,7 +165,7 @@ def check_coded(dense: nn.Module, model: nn.Module, how) -> None:
 
 def test_every_layer_has_at_most_k_distinct_blocks_and_the_nearest_ones() -> None:
     dense, how = small(), spec(8)
-    check_coded(dense, coded(copy.deepcopy(dense), how), how)
+    check_coded(dense, quantized(copy.deepcopy(dense), how), how)
 
 
 def test_the_reported_distortion_is_that_of_the_weights() -> None:
@@ -188,7 +188,7 @@ def test_two_layers_that_share_a_weight_share_codebook_and_codes() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     model[2].weight = model[0].weight
     dense = copy.deepcopy(model)
-    model = coded(model, spec(8)).eval()
+    model = quantized(model, spec(8)).eval()
     assert model[0].codebook is model[2].codebook
     assert model[0].codes_matrix is model[2].codes_matrix
     assert model[0].bias is not model[2].bias
@@ -220,7 +220,7 @@ def test_a_module_used_twice_stays_one_module() -> None:
     torch.manual_seed(0)
     block = nn.Linear(16, 16)
     model = nn.Sequential(block, nn.ReLU(), block, nn.Sequential(block))
-    model = coded(model, spec(8)).eval()
+    model = quantized(model, spec(8)).eval()
     assert isinstance(model[0], QuantizedLinear)
     assert model[0] is model[2] is model[3][0]
     x = torch.randn(3, 16)
@@ -246,7 +246,7 @@ def test_a_weight_shared_with_an_embedding_stays_dense_with_a_note() -> None:
     plan = make_plan(model, spec())
     assert list(plan.layers) == ["middle"]
     assert any("head" in note and "shares its weight with embedding.weight" in note for note in plan.notes)
-    model = coded(model)
+    model = quantized(model)
     assert model.head.weight is model.embedding.weight
     assert model(torch.arange(4)).shape == (4, 20)
 
@@ -256,8 +256,8 @@ def test_subclasses_stay_dense_and_the_network_still_runs() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     plan = make_plan(model, spec())
     assert list(plan.layers) == ["linear1", "linear2"]
-    assert any("self_attn.out_proj" in note and "cannot be coded" in note for note in plan.notes)
-    model = coded(model)
+    assert any("self_attn.out_proj" in note and "cannot be quantized" in note for note in plan.notes)
+    model = quantized(model)
     # torch's fast path for attention in eval mode reads the dense weights itself: both ways must run
     for training in (True, False):
         model.train(training)
@@ -278,7 +278,7 @@ def test_layers_whose_weight_is_computed_stay_dense(wrap) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(wrap(nn.Linear(16, 16)), nn.Linear(16, 16))
     assert list(make_plan(model, spec()).layers) == ["1"]
-    assert coded(model)(torch.randn(2, 16)).shape == (2, 16)
+    assert quantized(model)(torch.randn(2, 16)).shape == (2, 16)
 
 
 def test_frozen_layers_stay_frozen() -> None:
@@ -286,7 +286,7 @@ def test_frozen_layers_stay_frozen() -> None:
     for parameter in model[3].parameters():
         parameter.requires_grad_(False)
     model[8].bias.requires_grad_(False)
-    model = coded(model, spec(8))
+    model = quantized(model, spec(8))
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert frozen == ["3.codebook", "3.bias", "8.bias"]
 
@@ -294,11 +294,11 @@ def test_frozen_layers_stay_frozen() -> None:
 def test_training_mode_device_and_dtype_are_kept() -> None:
     model = small().double()
     model[3].eval()
-    model = coded(model, spec(8))
+    model = quantized(model, spec(8))
     assert isinstance(model[0], QuantizedConv2d)
     assert (model[0].training, model[3].training) == (True, False)
     assert all(p.dtype == torch.float64 for p in model.parameters())
-    half = coded(small().half(), spec(8))
+    half = quantized(small().half(), spec(8))
     assert all(p.dtype == torch.float16 for p in half.parameters())
 
 
@@ -308,7 +308,9 @@ def test_a_layers_result_does_not_depend_on_the_other_layers_or_their_order() ->
 
     def run(*names: str, seed: int = 0) -> dict[str, Tensor]:
         modules = {"a": a, "b": b, "c": c}
-        return codebooks(coded(nn.ModuleDict({name: copy.deepcopy(modules[name]) for name in names}), spec(8), seed))
+        return codebooks(
+            quantized(nn.ModuleDict({name: copy.deepcopy(modules[name]) for name in names}), spec(8), seed)
+        )
 
     wanted = run("a", "b", "c")
     for names in (("c", "b", "a"), ("b",), ("c", "a")):
@@ -316,7 +318,7 @@ def test_a_layers_result_does_not_depend_on_the_other_layers_or_their_order() ->
         assert all(torch.equal(found[name], wanted[name]) for name in names)
     assert not torch.equal(run("a", seed=1)["a"], wanted["a"])
     # equal weights under two names draw from two streams
-    twins = codebooks(coded(nn.ModuleDict({"a": copy.deepcopy(a), "b": copy.deepcopy(a)}), spec(8)))
+    twins = codebooks(quantized(nn.ModuleDict({"a": copy.deepcopy(a), "b": copy.deepcopy(a)}), spec(8)))
     assert not torch.equal(twins["a"], twins["b"])
 
 
@@ -326,7 +328,7 @@ def test_building_for_a_file_clusters_nothing_and_has_the_same_shapes() -> None:
         model = small()
     built = build_quantized(model, make_plan(model, how))
     assert all(t.is_meta for t in [*built.parameters(), *built.buffers()])
-    wanted = coded(small(), spec(8, iterations=0)).state_dict()
+    wanted = quantized(small(), spec(8, iterations=0)).state_dict()
     assert {k: (v.shape, v.dtype) for k, v in built.state_dict().items()} == {
         k: (v.shape, v.dtype) for k, v in wanted.items()
     }
@@ -340,10 +342,10 @@ def test_coding_with_enough_centroids_changes_the_outputs_little() -> None:
         for layer in (model[0], model[3], model[5], model[8]):
             layer.weight.copy_(
                 layer.weight.sign() * 0.25
-            )  # few distinct blocks of one value would be coded exactly with d = 1
+            )  # few distinct blocks of one value would be quantized exactly with d = 1
     x = torch.randn(2, 3, 8, 8)
     before = outputs(model, x)
-    exact = coded(copy.deepcopy(model), spec(2, iterations=10, pw=1, fc=1, ignored=["0", "3"])).eval()
+    exact = quantized(copy.deepcopy(model), spec(2, iterations=10, pw=1, fc=1, ignored=["0", "3"])).eval()
     assert torch.allclose(outputs(exact, x), before, atol=1e-5)  # float32
 
 
@@ -376,7 +378,7 @@ def test_a_layer_that_cannot_be_clustered_ends_the_others_too(monkeypatch: pytes
 
 
 def test_a_quick_look_ranks_orders_as_a_whole_clustering_does() -> None:
-    """Equal channels side by side are coded better than shuffled ones; layers with many subvectors per centroid are left to the score."""
+    """Equal channels side by side are quantized better than shuffled ones; layers with many subvectors per centroid are left to the score."""
     torch.manual_seed(0)
     base = torch.randn(64, 8)
     paired = torch.stack([base, base + 0.01 * torch.randn_like(base)], dim=2).reshape(64, 16)
