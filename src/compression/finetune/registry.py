@@ -1,0 +1,28 @@
+"""Optimizers and learning-rate schedules by name. To add one: a function in a file, and its entry here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...common.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from .optimizers import MakeOptimizer, MakeSchedule
+
+OPTIMIZERS: Registry[MakeOptimizer] = Registry(
+    "optimizer",
+    {
+        "sgd": Entry(".compression.finetune.optimizers:sgd", "stochastic gradient descent with momentum"),
+        "adam": Entry(".compression.finetune.optimizers:adam", "Adam"),
+    },
+)
+
+SCHEDULES: Registry[MakeSchedule] = Registry(
+    "schedule",
+    {
+        "cosine": Entry(".compression.finetune.optimizers:cosine", "to min_lr over all batches"),
+        "plateau": Entry(".compression.finetune.optimizers:plateau", "falls when the validation metric does not rise"),
+        "multistep": Entry(".compression.finetune.optimizers:multistep", "falls at milestones"),
+        "none": Entry(".compression.finetune.optimizers:constant", "constant"),
+    },
+)
