@@ -5,17 +5,10 @@ The fact `start` says how a run is started for it, `launchers` how its processes
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..common.registry import Entry, Registry
-
-if TYPE_CHECKING:
-    import torch
-
-    from .engine import Engine
-    from .launch import Launch
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ HOROVOD_MPI = Launcher(
     marks=("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
-ENGINES: Registry[Callable[[Launch, torch.device], Engine]] = Registry(
+ENGINES: Registry[Any] = Registry(
     "engine",
     {
         "single": Entry(".engines.single:SingleProcess", "one process", {"start": "python -m ..."}),

@@ -1,15 +1,13 @@
-"""Optimizers and learning-rate schedules by name. To add one: a function in a file, and its entry here."""
+"""Optimizers and learning-rate schedules by name. To add one: a function of the type
+`optimizers.MakeOptimizer` or `optimizers.MakeSchedule` in a file, and its entry here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...common.registry import Entry, Registry
 
-if TYPE_CHECKING:
-    from .optimizers import MakeOptimizer, MakeSchedule
-
-OPTIMIZERS: Registry[MakeOptimizer] = Registry(
+OPTIMIZERS: Registry[Any] = Registry(
     "optimizer",
     {
         "sgd": Entry(".compression.finetune.optimizers:sgd", "stochastic gradient descent with momentum"),
@@ -17,7 +15,7 @@ OPTIMIZERS: Registry[MakeOptimizer] = Registry(
     },
 )
 
-SCHEDULES: Registry[MakeSchedule] = Registry(
+SCHEDULES: Registry[Any] = Registry(
     "schedule",
     {
         "cosine": Entry(".compression.finetune.optimizers:cosine", "to min_lr over all batches"),

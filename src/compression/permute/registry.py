@@ -7,14 +7,11 @@ from, of the type `search.Step`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...common.registry import Entry, Registry
 
-if TYPE_CHECKING:
-    from .search import GroupSearch, Step
-
-SEARCHES: Registry[GroupSearch] = Registry(
+SEARCHES: Registry[Any] = Registry(
     "search",
     {
         "best": Entry(".compression.permute.search:search_best", "all children of a group, until nothing is gained"),
@@ -24,7 +21,7 @@ SEARCHES: Registry[GroupSearch] = Registry(
     },
 )
 
-STEPS: Registry[Step] = Registry(
+STEPS: Registry[Any] = Registry(
     "step of a search",
     {
         "GREEDY": Entry(".compression.permute.search:greedy", "greedy start"),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ...common.registry import Entry, Registry
 
-if TYPE_CHECKING:
-    from .kmeans import Quantizer
-
-QUANTIZERS: Registry[Quantizer] = Registry(
+QUANTIZERS: Registry[Any] = Registry(
     "quantizer",
     {
         "kmeans": Entry(".compression.quantize.kmeans:kmeans", "plain k-means"),
