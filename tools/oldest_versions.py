@@ -13,7 +13,7 @@ from typing import Any
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    from pip._vendor import tomli as tomllib
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 LINTERS = ("ruff", "mypy", "types-")

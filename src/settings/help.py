@@ -55,7 +55,7 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
 
 
 def _table(fields: list[tuple[str, FieldInfo]]) -> list[str]:
-    rows = [(name, f"{short_kind(field)} [{_default(field)}]", field.description or "") for name, field in fields]
+    rows = [(name, f"{short_kind(field)} [{default_of(field)}]", field.description or "") for name, field in fields]
     names = max(len(name) for name, _, _ in rows)
     kinds = min(38, max(len(kind) for _, kind, _ in rows))
     indent = " " * (2 + names + 2 + kinds + 2)
@@ -71,7 +71,8 @@ def _table(fields: list[tuple[str, FieldInfo]]) -> list[str]:
     return lines
 
 
-def _default(field: FieldInfo) -> str:
+def default_of(field: FieldInfo) -> str:
+    """The default of a key, in words."""
     value = field.get_default(call_default_factory=True)
     if value is None:
         return "null"

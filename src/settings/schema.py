@@ -299,13 +299,13 @@ class Settings(Section):
     overwrite: Flag = Field(False, description="Replace a run that output_path already holds.")
     resume: Text = Field(
         "auto",
-        description="auto: go on with an unfinished run in output_path; none: never; or the folder (or saved state) of a run to go on from.",
+        description="auto: resume an unfinished run in output_path; none: never; or the folder (or a checkpoint) of a run to resume from.",
     )
     resume_with_changes: Flag = Field(
-        False, description="Go on with a run although settings of its training have changed since."
+        False, description="Resume a run although settings of its training have changed since."
     )
     checkpoint_every_n_steps: Natural = Field(
-        500, description="Training steps between two saved states to go on from; 0: only before and after validations."
+        500, description="Training steps between two checkpoints; 0: only before and after validations."
     )
     save_format: Literal["pth", "safetensors", "both"] = Field(
         "pth",
