@@ -25,6 +25,7 @@ import torch
 from src.compression.finetune.checkpoint import Checkpoint, Position, Training, restore, take
 from src.compression.finetune.gradients import GradientWatch
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
+from src.engines.launch import Launch
 from src.engines.single import SingleProcess
 from src.run.checkpoints import CheckpointFolder, StoredCheckpoint
 from src.run.fingerprint import PROCESSES, RunFingerprint
@@ -55,7 +56,7 @@ def measure(
     training = Training(
         model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), Position(1, 500, True, 10_509)
     )
-    engine = SingleProcess(device)
+    engine = SingleProcess(Launch(), device)
     output = OutputFolder(folder / f"{arch}{'' if quantized else '-dense'}", overwrite=False)
     output.begin()
     output.continue_run()

@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return command.run(
         job,
+        kind="evaluate",
+        task="detection",
         prog=command.program(__package__, "evaluate_maskrcnn"),
         purpose="Evaluate a compressed Mask R-CNN (or a dense one with --model.use_compression False): size, box AP and mask AP.",
         default_config="../config/evaluate_maskrcnn.yaml",

@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return command.run(
         job,
+        kind="evaluate",
+        task="classification",
         prog=command.program(__package__, "evaluate_resnet"),
         purpose="Evaluate a compressed ResNet (or a dense one with --model.use_compression False): size, top-1 and top-5 accuracy.",
         default_config="../config/evaluate_resnet.yaml",

@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return command.run(
         job,
+        kind="train",
+        task="detection",
         prog=command.program(__package__, "train_maskrcnn"),
         purpose="Permute, quantize and fine-tune Mask R-CNN (or train it dense with --model.use_compression False).",
         default_config="../config/train_maskrcnn.yaml",

@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return command.run(
         job,
+        kind="train",
+        task="classification",
         prog=command.program(__package__, "train_resnet"),
         purpose="Permute, quantize and fine-tune a ResNet (or train it dense with --model.use_compression False).",
         default_config="../config/train_resnet50.yaml",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,16 @@ ENTRIES = (
 
 # The longest name that a module's own starts with decides; a part may always import itself and its own files.
 # `a.b` allows that module and what is below it.
+REGISTRIES = (
+    "architectures", "compression.finetune.registry", "compression.permute.registry", "compression.quantize.registry",
+    "engines.registry", "tasks.coco.backends", "tasks.sources",
+)  # fmt: skip
+"""What there is, by name; nothing in them is imported before it is asked for."""
 ALLOWED: dict[str, tuple[str, ...]] = {
     "common": (),
     "engines": ("common",),
-    "engines.launch": ("common",),
+    "engines.registry": ("common",),
+    "engines.launch": ("common", "engines.registry"),
     "engines.machine": ("engines.launch",),
     "compression.quantize": ("common", "engines.machine"),
     "compression.quantize.subvectors": ("common",),
@@ -33,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model_files.bit_packing": (),
     "model_files.entropy": ("model_files.bit_packing",),
     "model_files.rans": ("model_files.bit_packing",),
-    "settings": ("common",),
+    "settings": ("common", *REGISTRIES),
     "tasks": ("common", "engines.engine", "compression.finetune.task"),
     "run": (
         "common",
@@ -47,7 +55,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.signals": (),
     "run.output_folder": ("common",),
     "run.recorder": ("common", "run.output_folder", "compression.finetune.outcome"),
-    "run.command": ("common", "engines.launch", "settings", "run.signals"),
+    "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs"),
+    "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
     "recipes": ("common", "engines", "settings", "compression", "architectures", "model_files", "tasks", "run"),
     "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn"),
 }
@@ -128,6 +137,12 @@ def wrong_arrows(root: Path) -> list[str]:
 def test_every_import_follows_an_arrow_of_the_map() -> None:
     assert len(modules(SRC)) > 30
     assert wrong_arrows(SRC) == []
+
+
+def test_registries_settings_and_commands_load_without_torch() -> None:
+    names = [*REGISTRIES, "settings", "run.command", "run.inputs", "engines.launch", "__main__", *ENTRIES[:4]]
+    code = f"import importlib, sys; [importlib.import_module('src.' + name) for name in {names}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_walk_sees_relative_absolute_and_late_imports() -> None:

@@ -1,22 +1,42 @@
-"""Architectures by name. To add one: a file with its `Architecture`s, and their names here."""
+"""Architectures by name. To add one: a file with its `Architecture`, and its entry here."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..common.errors import SettingsError
-from .architecture import Architecture
-from .maskrcnn import MASKRCNN
-from .resnet import RESNETS
+from ..common.registry import Entry, Registry
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (*RESNETS, MASKRCNN)}
+if TYPE_CHECKING:
+    from .architecture import Architecture
+
+CLASSIFICATION, DETECTION = {"task": "classification"}, {"task": "detection"}
+
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architecture",
+    {
+        "resnet18": Entry(".architectures.resnet:RESNET18", "ResNet-18", CLASSIFICATION),
+        "resnet34": Entry(".architectures.resnet:RESNET34", "ResNet-34", CLASSIFICATION),
+        "resnet50": Entry(".architectures.resnet:RESNET50", "ResNet-50", CLASSIFICATION),
+        "resnet101": Entry(".architectures.resnet:RESNET101", "ResNet-101", CLASSIFICATION),
+        "resnet50ssl": Entry(".architectures.resnet:RESNET50SSL", "ResNet-50, semi-supervised weights", CLASSIFICATION),
+        "maskrcnn": Entry(".architectures.maskrcnn:MASKRCNN", "Mask R-CNN with ResNet-50 and FPN", DETECTION),
+    },
+)
 
 
-def get(name: str, task: str) -> Architecture:
-    """The architecture called `name`, for `task` ("classification" or "detection").
+def check(name: str, task: str) -> None:
+    """Check that there is an architecture called `name` for `task` ("classification" or "detection").
 
     Raises:
         SettingsError: unknown, or for another task; lists what exists.
     """
-    known = sorted(a.name for a in ARCHITECTURES.values() if a.task == task)
-    if name not in ARCHITECTURES or ARCHITECTURES[name].task != task:
-        raise SettingsError(f"model.arch: {name!r} is not known for {task}; known: {', '.join(known)}")
+    if ARCHITECTURES.fact(name, "task") != task:
+        known = ", ".join(sorted(ARCHITECTURES.names(task=task)))
+        raise SettingsError(f"model.arch: {name!r} is not known for {task}; known: {known}")
+
+
+def get(name: str, task: str) -> Architecture:
+    """The architecture called `name`, for `task`. Raises SettingsError as `check`."""
+    check(name, task)
     return ARCHITECTURES[name]

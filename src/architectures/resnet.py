@@ -29,14 +29,14 @@ CLASSIFIER = ((), (), (), ("fc",))
 
 
 def resnet_groups(
-    model: nn.Module, prefix: str = "", readers_outside: Sequence[tuple[str, ...]] = CLASSIFIER
+    model: nn.Module, prefix: str = "", consumers_outside: Sequence[tuple[str, ...]] = CLASSIFIER
 ) -> list[Group]:
     """Permutation groups of a torchvision ResNet, stem first, in the order of the network.
 
     Args:
         model: the ResNet.
         prefix: of the layer names, for a ResNet inside another network.
-        readers_outside: full names of the layers after or outside the stages that read stage 1, 2, 3, 4.
+        consumers_outside: full names of the layers after or outside the stages that read stage 1, 2, 3, 4.
     """
     net = cast(ResNet, model)
     stages: list[list[BasicBlock | Bottleneck]] = [
@@ -58,13 +58,13 @@ def resnet_groups(
                 _group(prefix, [f"{name}.conv{c}", f"{name}.bn{c}"], [f"{name}.conv{c + 1}"]) for c in range(1, n_convs)
             ]
             producers += [f"{name}.conv{n_convs}", f"{name}.bn{n_convs}"]
-        outside += readers_outside[s - 1]
+        outside += consumers_outside[s - 1]
     groups.append(_group(prefix, producers, _other_consumers(stages, len(stages)), outside))
     return groups
 
 
 def _other_consumers(stages: list, stage: int) -> list[str]:
-    """The conv1 of the blocks of `stage` that read the stream they write into."""
+    """The conv1 of the blocks of `stage` that consume the residual stream to which they add."""
     if stage == 0:
         return []
     first = 0 if stages[stage - 1][0].downsample is None else 1
@@ -88,10 +88,8 @@ def _resnet(name: str, constructor: Callable[..., nn.Module], url: str, licence:
     )
 
 
-RESNETS = [
-    _resnet("resnet18", resnet18, W18.IMAGENET1K_V1.url),
-    _resnet("resnet34", resnet34, W34.IMAGENET1K_V1.url),
-    _resnet("resnet50", resnet50, W50.IMAGENET1K_V1.url),
-    _resnet("resnet101", resnet101, W101.IMAGENET1K_V1.url),
-    _resnet("resnet50ssl", resnet50, SEMI_SUPERVISED_URL, "CC BY-NC 4.0: not for commercial use"),
-]
+RESNET18 = _resnet("resnet18", resnet18, W18.IMAGENET1K_V1.url)
+RESNET34 = _resnet("resnet34", resnet34, W34.IMAGENET1K_V1.url)
+RESNET50 = _resnet("resnet50", resnet50, W50.IMAGENET1K_V1.url)
+RESNET101 = _resnet("resnet101", resnet101, W101.IMAGENET1K_V1.url)
+RESNET50SSL = _resnet("resnet50ssl", resnet50, SEMI_SUPERVISED_URL, "CC BY-NC 4.0: not for commercial use")

@@ -1,47 +1,13 @@
-"""Engines by name, and the device a run computes on. To add an engine: one file, and its name here and in `launch`."""
+"""The engine of a run, and the device it computes on."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from ..common.errors import SettingsError
 from . import launch
 from .engine import Engine
-from .launch import Launch
-from .single import SingleProcess
-
-
-def _single(launch: Launch, device: torch.device) -> Engine:
-    return SingleProcess(device)
-
-
-def _torchrun(launch: Launch, device: torch.device) -> Engine:
-    from .torchrun import TorchRun
-
-    return TorchRun(launch, device)
-
-
-def _horovod(launch: Launch, device: torch.device) -> Engine:
-    from .horovod import Horovod
-
-    return Horovod(launch, device)
-
-
-ENGINES: dict[str, Callable[[Launch, torch.device], Engine]] = {
-    "single": _single,
-    "torchrun": _torchrun,
-    "horovod": _horovod,
-}
-"""Each is imported when it is wanted: torch.distributed and Horovod are optional."""
-
-STARTS = {
-    "single": "python -m ...",
-    "torchrun": "torchrun --nproc-per-node N -m ...",
-    "horovod": "horovodrun -np N python -m ...",
-}
-"""How a run is started for each."""
+from .registry import ENGINES
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,6 +49,6 @@ def make(name: str, device: torch.device) -> Engine:
             else f"by {started.engine}, as one of {started.world_size}"
         )
         raise SettingsError(
-            f"engine: {name} was asked for, but this process was started {how}. Start it with `{STARTS[name]}`, or use --engine auto"
+            f"engine: {name} was asked for, but this process was started {how}. Start it with `{ENGINES.fact(name, 'start')}`, or use --engine auto"
         )
     return ENGINES[started.engine](started, device)

@@ -7,42 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..common.errors import SettingsError
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """The environment variables of one launcher.
-
-    Attributes:
-        rank, world_size, local_rank, local_size: variables that hold this process's number, the number of processes, and the same on
-            this machine.
-        marks: variables that only this launcher sets all of.
-    """
-
-    rank: str
-    world_size: str
-    local_rank: str
-    local_size: str
-    marks: tuple[str, ...]
-
-
-LAUNCHERS: dict[str, Launcher] = {
-    # RANK alone may be anybody's; the address makes it torch's convention, which SLURM scripts follow too
-    "torchrun": Launcher(
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    ),
-    "horovod": Launcher(
-        "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE", ("HOROVOD_RANK", "HOROVOD_SIZE")
-    ),
-    "horovod (MPI)": Launcher(
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ),
-}
-"""By the engine that understands it (the first word)."""
+from .registry import ENGINES
 
 
 @dataclass(frozen=True)
@@ -75,7 +40,10 @@ def here(environment: Mapping[str, str] | None = None) -> Launch:
     """
     variables = os.environ if environment is None else environment
     found = {
-        name: launcher for name, launcher in LAUNCHERS.items() if all(mark in variables for mark in launcher.marks)
+        launcher.name: launcher
+        for engine in ENGINES
+        for launcher in ENGINES.fact(engine, "launchers") or ()
+        if all(mark in variables for mark in launcher.marks)
     }
     engines = {name.split()[0] for name in found}
     if len(engines) > 1:

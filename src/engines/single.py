@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .launch import Launch
+
 
 class SingleProcess:
     """The whole run in this process, on one device."""
@@ -18,7 +20,7 @@ class SingleProcess:
     is_main = True
     is_first_here = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, launch: Launch, device: torch.device) -> None:
         self.device = device
 
     def sum(self, values: Tensor) -> Tensor:

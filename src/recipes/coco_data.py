@@ -10,10 +10,7 @@ from ..settings import Settings
 from ..tasks.coco.data import CocoSplit, read_coco, unusable_images, without
 from ..tasks.detection import Detection
 from ..tasks.images import BadFiles
-from ..tasks.sources import SCENES
 from .data import SAME_IMAGES, check_together, data_root, warn_of_skipped, workers
-
-ADVICE = "Set it to the folder that holds annotations/, train2017/ and val2017/."
 
 
 def read_splits(
@@ -26,7 +23,7 @@ def read_splits(
         DataError: the folder does not hold what it should.
     """
     data = settings.dataloader
-    root = data_root(settings, "dataloader.coco_path", ADVICE, SCENES, engine)
+    root = data_root(settings, "detection", engine)
     found = []
     for split in [read_coco(root, name) for name in splits]:
         check_same(engine, f"the list of images and objects in {split.source}", _listed(split), SAME_IMAGES)

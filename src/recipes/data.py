@@ -9,14 +9,14 @@ from pathlib import Path
 
 from ..common.errors import SettingsError
 from ..common.log import log, note
-from ..common.paths import candidates, find
 from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
-from ..settings import Settings, require
+from ..run.inputs import data_folder
+from ..settings import Settings
 from ..tasks.classification import Classification
 from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
-from ..tasks.sources import SOURCES, Sources, prepare
+from ..tasks.sources import prepare
 
 SAME_IMAGES = "Give every machine the same images, under the same path."
 
@@ -29,9 +29,7 @@ def read_images(settings: Settings, splits: Sequence[str], engine: Engine) -> li
         DataError: the folders do not hold what they should.
     """
     data = settings.dataloader
-    root = data_root(
-        settings, "dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES, engine
-    )
+    root = data_root(settings, "classification", engine)
     indices = [read_folder(root, split, engine.is_main) for split in splits]
     for index in indices:
         listed = (os.path.relpath(path, index.root) for path in index.paths)
@@ -61,20 +59,16 @@ def images_fingerprint(*indices: ImageFolderIndex) -> str:
     return digest_of(os.path.relpath(path, index.root) for index in indices for path in index.paths)
 
 
-def data_root(settings: Settings, key: str, advice: str, sources: Sources, engine: Engine) -> Path:
-    """The folder that the setting `key` names, filled by `dataloader.source` if that is not a folder of the user's own.
+def data_root(settings: Settings, task: str, engine: Engine) -> Path:
+    """The folder of the data, filled by `dataloader.source` if that is not a folder of the user's own.
 
     Raises:
-        SettingsError: the path is not set or not there.
+        SettingsError: the path is not set or not there, or there is no such source.
         DataError: the source cannot write it.
     """
-    path, source = require(settings, key), settings.dataloader.source
-    if source == "folder":
-        return find(path, key, advice)
-    places = candidates(path)
-    root = next((place for place in places if place.exists()), places[0])
+    root, sources = data_folder(settings, task)
     with first_here(engine):
-        prepare(source, root, sources=sources)
+        prepare(settings.dataloader.source, root, sources=sources)
     return root
 
 

@@ -13,16 +13,15 @@ from .. import architectures
 from ..architectures.architecture import Architecture, n_outputs
 from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import note
-from ..common.paths import find
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file
 from ..model_files.packed import PackedFile
 from ..model_files.pth import read_tensors
 from ..model_files.state_dict import load_state
-from ..settings import Settings, given_on_command_line, require
+from ..run.inputs import compressed_file, weights_source
+from ..settings import Settings, given_on_command_line
 from .specs import quantization_spec, with_current_names
 
-PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
 COMPRESSION = "model.compression_parameters"
 
 
@@ -41,21 +40,6 @@ class EvaluatedModel:
     architecture: Architecture
     n_outputs: int
     source: str
-
-
-def weights_source(settings: Settings) -> str | Path:
-    """`pretrained`, `none`, or the existing path of a state dict.
-
-    Raises:
-        SettingsError: `model.weights` is a placeholder or a path that does not exist.
-    """
-    weights = settings.model.weights
-    if weights in ("pretrained", "none"):
-        return weights
-    require(settings, "model.weights")
-    return find(
-        weights, "model.weights", "Expected pretrained, none, or the path of a state dict (.pth or .safetensors)"
-    )
 
 
 def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool) -> nn.Module:
@@ -120,7 +104,7 @@ def model_to_evaluate(settings: Settings, task: str, show_progress: bool) -> Eva
         return EvaluatedModel(
             dense, architecture, n_outputs(architecture, dense), f"dense {architecture.name}, {weights}"
         )
-    file = read_model_file(_compressed_file(settings))
+    file = read_model_file(compressed_file(settings))
     architecture = _architecture_to_evaluate(settings, file, task)
     spec = quantization_spec(with_current_names(settings, architecture))
     plan: Callable[[nn.Module], Plan] = lambda dense: make_plan(dense, spec)  # noqa: E731
@@ -128,18 +112,6 @@ def model_to_evaluate(settings: Settings, task: str, show_progress: bool) -> Eva
     if file.packed is not None:
         _compare(settings, file.packed, architecture, plan)
     return EvaluatedModel(model, architecture, n_outputs(architecture, model), f"{architecture.name}, {file.path}")
-
-
-def _compressed_file(settings: Settings) -> Path:
-    given = settings.model.state_dict_compressed
-    if given is None:
-        raise SettingsError(
-            "model.state_dict_compressed: the file to evaluate is not set; use --model.state_dict_compressed PATH"
-        )
-    require(settings, "model.state_dict_compressed")
-    packed_advice = "python -m src.convert makes packed files from others"
-    advice = packed_advice if given.endswith(".safetensors") else PAPER_MODELS_ADVICE
-    return find(given, "model.state_dict_compressed", advice)
 
 
 def _architecture_to_evaluate(settings: Settings, file: ModelFile, task: str) -> Architecture:

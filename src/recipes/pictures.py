@@ -17,11 +17,12 @@ from ..common.paths import write_atomically
 from ..common.progress import bar
 from ..compression.finetune.task import evaluating
 from ..engines.engine import Engine
+from ..run.inputs import weights_source
 from ..settings import Settings
 from ..tasks.coco.data import CocoSplit
 from ..tasks.drawing import draw_side_by_side
 from ..tasks.images import load_rgb
-from .initial_model import dense_model, weights_source
+from .initial_model import dense_model
 
 
 @dataclass(frozen=True)

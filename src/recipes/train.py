@@ -20,11 +20,11 @@ from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.layers import set_memory_format
 from ..engines.batch_norm import join_batch_norms
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
+from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
 from ..settings import Settings
 from .compress import CompressionPlan, compress_network, plan_compression, report_size
-from .initial_model import weights_source
 from .specs import finetune_spec, with_current_names
 
 

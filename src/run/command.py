@@ -14,6 +14,7 @@ from ..common.errors import LostContactError, SettingsError, UserError
 from ..common.log import lines_of, log
 from ..engines import launch
 from ..settings import Settings, help_text, ineffective, load
+from .inputs import check_inputs
 from .signals import Terminated
 
 INTERRUPTED = 130
@@ -26,7 +27,14 @@ LOST_CONTACT_SECONDS = 10.0
 
 
 def run(
-    job: Callable[[Settings], int], *, prog: str, purpose: str, default_config: str, argv: list[str] | None = None
+    job: Callable[[Settings], int],
+    *,
+    prog: str,
+    purpose: str,
+    default_config: str,
+    argv: list[str] | None = None,
+    kind: str | None = None,
+    task: str | None = None,
 ) -> int:
     """Load the settings that the command line asks for and run `job` with them.
 
@@ -36,6 +44,8 @@ def run(
         purpose: what it does, in a sentence, for the help.
         default_config: settings file that is read without `--config`.
         argv: arguments without the program's name; None: those of this process.
+        kind, task: what sort of job it is (`train`, `evaluate`), and on what (`classification`, `detection`): its help lists what
+            such a job reads, and its files and folders are looked for before it starts. None: a job that needs none.
 
     Returns:
         The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 143 after
@@ -45,12 +55,14 @@ def run(
     def whole() -> int:
         arguments = sys.argv[1:] if argv is None else argv
         if "-h" in arguments or "--help" in arguments:
-            print(help_text(prog, default_config, purpose), end="", flush=True)
+            print(help_text(prog, default_config, purpose, kind, task), end="", flush=True)
             return 0
         config, overrides = split_config(arguments, default_config)
         settings = load(config, overrides)
-        for warning in ineffective(settings):
+        for warning in ineffective(settings, kind):
             log.warning("%s", warning)
+        if kind is not None and task is not None:
+            check_inputs(settings, kind, task)
         return job(settings)
 
     return guarded(whole)

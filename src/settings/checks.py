@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from ..architectures import ARCHITECTURES
 from ..common.errors import SettingsError
 from .keys import Path, walk
 from .overrides import locate
-from .schema import CompressionSettings, EvaluationSettings, Settings
+from .reach import CLASSIFICATION, DETECTION, unread
+from .schema import CompressionSettings, Settings
 
 _PLACEHOLDER = re.compile(r"<your_\w+_here>")
 
@@ -47,15 +49,21 @@ def require(settings: Settings, dotted_key: str) -> str:
     raise SettingsError(f"{dotted_key} {state}: set it {where}, or add --{dotted_key} VALUE to the command")
 
 
-def ineffective(settings: Settings) -> list[str]:
-    """One warning for each key that differs from its default and yet has no effect beside the other settings."""
+def ineffective(settings: Settings, job: str | None = None) -> list[str]:
+    """One warning for each key that differs from its default and yet has no effect beside the other settings.
+
+    Files are shared by jobs: what only another job than `job` reads is mentioned where the command line gives it.
+    """
     changed = []
     for reason, keys in _without_effect(settings):
         for key in keys:
             value, default = value_of(settings, key), value_of(_DEFAULTS, key)
             if value != default and not is_placeholder(value):
                 changed.append(f"{key} has no effect: {reason}")
-    return changed
+    if job is not None:
+        other = [key for key in unread(job, None) if given_on_command_line(settings, key)]
+        changed += [f"{key} has no effect: it is not read by this command" for key in other]
+    return list({line.partition(" ")[0]: line for line in reversed(changed)}.values())[::-1]
 
 
 _DEFAULTS = Settings()
@@ -72,24 +80,9 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         "none": ["min_lr", "patience", "factor", "milestones", "last_epoch"],
     }
     yield f"lr_scheduler.type {schedule} does not use it", [f"lr_scheduler.{key}" for key in idle[schedule]]
-    if model.arch.startswith("maskrcnn"):
-        crops = ["imagenet_path", "resize", "image_size", "crop_padding", "mean", "std"]
-        yield f"{model.arch} is trained on COCO", [*(f"dataloader.{key}" for key in crops), "expected.accuracy"]
-    else:
-        data = ["coco_path", "min_size", "max_size", "group_by_aspect_ratio"]
-        scoring = [f"evaluation.{key}" for key in EvaluationSettings.model_fields]
-        yield (
-            f"{model.arch} is trained on images in folders",
-            [
-                *(f"dataloader.{key}" for key in data),
-                *scoring,
-                "visualize",
-                "expected.box_ap",
-                "expected.mask_ap",
-                "model.boxes_per_image",
-                "model.proposals",
-            ],
-        )
+    task = ARCHITECTURES.fact(model.arch, "task") or CLASSIFICATION
+    trained_on = {CLASSIFICATION: "images in folders", DETECTION: "COCO"}
+    yield f"{model.arch} is trained on {trained_on[task]}", unread(None, task)
     search = [
         "model.search",
         "model.search_seconds",

@@ -7,7 +7,8 @@ import textwrap
 from pydantic.fields import FieldInfo
 
 from .checks import is_placeholder
-from .keys import LAYER, Path, walk
+from .keys import Path
+from .reach import keys
 from .values import short_kind
 
 WIDTH = 100
@@ -21,13 +22,14 @@ _EXAMPLES = (
 )
 
 
-def help_text(prog: str, default_config: str, purpose: str) -> str:
+def help_text(prog: str, default_config: str, purpose: str, job: str | None = None, task: str | None = None) -> str:
     """The help of a command.
 
     Args:
         prog: how the command is started, such as `python -m src.train_resnet`.
         default_config: settings file that is read without `--config`.
         purpose: what the command does, in a sentence.
+        job, task: only the keys that this job on this task reads are listed; None: those of all.
     """
     lines = [f"usage: {prog} [--config FILE] [--KEY VALUE | --KEY=VALUE]...", "", *textwrap.wrap(purpose, WIDTH), ""]
     lines += [
@@ -44,14 +46,15 @@ def help_text(prog: str, default_config: str, purpose: str) -> str:
         "Values are read as YAML: True, 1e-6, 1_000, [a, b], null. The default is in brackets.",
     ]
     sections: dict[Path, list[tuple[str, FieldInfo]]] = {}
-    for path, field in walk():
-        sections.setdefault(path[:-1], []).append((path[-1], field))
+    for key in keys():
+        if key.is_read_by(job, task):
+            sections.setdefault(key.path[:-1], []).append((key.path[-1], key.field))
     for section, fields in sections.items():
-        lines += ["", f"--{'.'.join((*section, 'KEY'))}", *_table(fields, in_layer=LAYER in section)]
+        lines += ["", f"--{'.'.join((*section, 'KEY'))}", *_table(fields)]
     return "\n".join(lines) + "\n"
 
 
-def _table(fields: list[tuple[str, FieldInfo]], in_layer: bool) -> list[str]:
+def _table(fields: list[tuple[str, FieldInfo]]) -> list[str]:
     rows = [(name, f"{short_kind(field)} [{_default(field)}]", field.description or "") for name, field in fields]
     names = max(len(name) for name, _, _ in rows)
     kinds = min(38, max(len(kind) for _, kind, _ in rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import (
@@ -18,10 +18,30 @@ from pydantic import (
     model_validator,
 )
 
-from .values import Centroids, Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole
+from ..compression.finetune.registry import OPTIMIZERS, SCHEDULES
+from ..compression.permute.registry import SEARCHES, STEPS
+from ..compression.quantize.registry import QUANTIZERS
+from ..engines.registry import ENGINES
+from ..tasks.coco.backends import BACKENDS
+from .values import Centroids, Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole, names_of
 
-KMeansType = Literal["kmeans", "src"]
-Search = Literal["GREEDY", "STOCHASTIC", "RANDOM"]
+if TYPE_CHECKING:
+    BackendName: TypeAlias = str
+    EngineName: TypeAlias = str
+    OptimizerName: TypeAlias = str
+    QuantizerName: TypeAlias = str
+    ScheduleName: TypeAlias = str
+    SearchName: TypeAlias = str
+    StepName: TypeAlias = str
+else:
+    BackendName = names_of(BACKENDS)
+    EngineName = names_of(ENGINES, "auto")
+    OptimizerName = names_of(OPTIMIZERS)
+    QuantizerName = names_of(QUANTIZERS)
+    ScheduleName = names_of(SCHEDULES)
+    SearchName = names_of(SEARCHES)
+    StepName = names_of(STEPS)
+
 Names = Annotated[tuple[Text, ...], MinLen(1)]
 
 
@@ -114,9 +134,7 @@ class DataSettings(Section):
 class SchedulerSettings(Section):
     """How the learning rate changes during training."""
 
-    type: Literal["cosine", "plateau", "multistep", "none"] = Field(
-        "cosine", description="Schedule of the learning rate."
-    )
+    type: ScheduleName = Field("cosine", description="Schedule of the learning rate.")
     min_lr: RealFromZero = Field(1e-6, description="Lowest learning rate (cosine, plateau).")
     patience: Natural = Field(
         3, description="Epochs without a better validation metric before the rate falls (plateau)."
@@ -155,7 +173,7 @@ class ExpectedSettings(Section):
 class EvaluationSettings(Section):
     """How detections are scored and kept."""
 
-    backend: Text = Field(
+    backend: BackendName = Field(
         "pycocotools",
         description="What computes COCO's figures: pycocotools, or faster (faster-coco-eval, the same figures).",
     )
@@ -168,7 +186,7 @@ class LayerSpec(Section):
     """Compression settings of one layer; null: those of the whole model."""
 
     k: Centroids | None = Field(None, description="Centroids of this layer.")
-    k_means_type: KMeansType | None = Field(None, description="Clustering of this layer.")
+    k_means_type: QuantizerName | None = Field(None, description="Clustering of this layer.")
     k_means_n_iters: Natural | None = Field(None, description="Clustering iterations of this layer.")
     subvector_size: Positive | None = Field(None, description="Block length of a linear layer or 1x1 convolution.")
     large_subvectors: Flag | None = Field(None, description="Large or small blocks for a convolution.")
@@ -178,7 +196,7 @@ class CompressionSettings(Section):
     """How weights are cut into blocks and clustered."""
 
     k: Centroids = Field(256, description="Centroids per layer; fewer where a layer has too few blocks.")
-    k_means_type: KMeansType = Field("src", description="Clustering: plain k-means, or annealed k-means (src).")
+    k_means_type: QuantizerName = Field("src", description="Clustering: plain k-means, or annealed k-means (src).")
     k_means_n_iters: Natural = Field(1000, description="Clustering iterations.")
     k_means_tolerance: RealFromZero = Field(
         0.0,
@@ -221,7 +239,7 @@ class PermutationSpec(Section):
     reshape: tuple[Positive, ...] | None = Field(
         None, description="Shape in which a linear layer's weight reads a flattened feature map."
     )
-    optimization: tuple[Search, ...] | None = Field(
+    optimization: tuple[StepName, ...] | None = Field(
         None, description="Searches to run, in this order; null: the usual ones."
     )
 
@@ -248,7 +266,7 @@ class ModelSettings(Section):
         description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.",
     )
     use_permutations: Flag = Field(True, description="Permute channels before compressing.")
-    search: Literal["best", "published"] = Field(
+    search: SearchName = Field(
         "best",
         description="best: all children of a group, until nothing is gained; published: the paper's search, first child only.",
     )
@@ -271,7 +289,7 @@ class Settings(Section):
 
     dataloader: DataSettings = Field(default_factory=DataSettings, description="Images.")
     epochs: Natural = Field(9, description="Passes over the training images.")
-    optimizer: Literal["sgd", "adam"] = Field("adam", description="Optimizer.")
+    optimizer: OptimizerName = Field("adam", description="Optimizer.")
     learning_rate: RealAboveZero = Field(1e-3, description="Learning rate at the start, per process.")
     momentum: Annotated[Real, Ge(0), Lt(1)] = Field(0.9, description="Momentum (sgd).")
     weight_decay: RealFromZero = Field(0.0, description="Weight of the L2 penalty.")
@@ -296,7 +314,7 @@ class Settings(Section):
     log_every_n_steps: Positive = Field(10, description="Training steps between two entries in TensorBoard.")
     seed: Natural = Field(0, description="Seed of every random choice.")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
-    engine: Literal["auto", "single", "torchrun", "horovod"] = Field(
+    engine: EngineName = Field(
         "auto", description="How processes work together; auto finds out how the run was started."
     )
     scale_learning_rate: Flag = Field(True, description="Multiply learning_rate and min_lr by the number of processes.")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import reprlib
 from contextlib import suppress
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
+
+from ..common.registry import Registry
 
 MOST_CENTROIDS = 2**30
 _WHOLE_LIMIT = 2**63
@@ -64,6 +67,37 @@ def check_centroids(k: int) -> int:
     return k
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """Accepts the names in a registry, and `more`."""
+
+    registry: Registry[Any]
+    more: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """What is accepted."""
+        return [*self.more, *self.registry]
+
+    def __call__(self, name: str) -> str:
+        """Refuse other names."""
+        if name not in self.names:
+            raise ValueError(f"one of {', '.join(self.names)}")
+        return name
+
+
+def names_of(registry: Registry[Any], *more: str) -> Any:
+    """The type of a key that holds a name in `registry`, or one of `more`."""
+    return Annotated[str, Strict(), AfterValidator(OneOf(registry, more))]
+
+
+def _one_of(limits: tuple[Any, ...]) -> OneOf | None:
+    """The registry that a kind's names come from, if they do."""
+    return next(
+        (limit.func for limit in limits if isinstance(limit, AfterValidator) and isinstance(limit.func, OneOf)), None
+    )
+
+
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 Whole = Annotated[int, BeforeValidator(read_whole)]
@@ -90,6 +124,9 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     if origin in (Union, UnionType):
         words = " or ".join(_describe(option) for option in arguments if option is not NoneType)
         return f"{words}, or null" if NoneType in arguments else words
+    named = _one_of(limits)
+    if named is not None:
+        return f"one of {', '.join(named.names)}"
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
@@ -127,13 +164,16 @@ def _bounds(limits: tuple[Any, ...]) -> str:
 
 def short_kind(field: FieldInfo) -> str:
     """The same as a few characters for the help: `int`, `sgd|adam`, `list of int`."""
-    return _short(field.annotation)
+    return _short(field.annotation, tuple(field.metadata))
 
 
-def _short(kind: Any) -> str:
+def _short(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _short(arguments[0])
+        return _short(arguments[0], arguments[1:])
+    named = _one_of(limits)
+    if named is not None:
+        return "|".join(named.names)
     if origin in (Union, UnionType):
         return "|".join("null" if option is NoneType else _short(option) for option in arguments)
     if origin is Literal:

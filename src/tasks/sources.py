@@ -1,34 +1,49 @@
-"""Where images come from. To add a dataset: one function that writes it as a folder, and its name here."""
+"""Where images come from, by name (`dataloader.source`). To add a dataset: a function that writes it as a folder, and its entry here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import SettingsError
-from .demo_data.digit_crops import write_digit_crops
-from .demo_data.digit_scenes import write_digit_scenes
-from .demo_data.digits import write_digits
+from ..common.registry import Entry, Registry
+
+Sources = Registry[Callable[[Path], None]]
+"""Functions that fill a folder where it is not yet there. The fact `written`: they do; the user's own folder must exist."""
+
+FOLDER = Entry(".tasks.sources:use_folder", "read the path as it is")
+WRITTEN = {"written": True}
+
+SOURCES: Sources = Registry(
+    "dataset",
+    {
+        "folder": FOLDER,
+        "digits": Entry(".tasks.demo_data.digits:write_digits", "scikit-learn's digits", WRITTEN),
+        "digit_crops": Entry(".tasks.demo_data.digit_crops:write_digit_crops", "digits cut out of scenes", WRITTEN),
+    },
+)
+"""One folder per class."""
+SCENES: Sources = Registry(
+    "dataset",
+    {
+        "folder": FOLDER,
+        "digits": Entry(".tasks.demo_data.digit_scenes:write_digit_scenes", "scenes of digits", WRITTEN),
+    },
+)
+"""COCO's layout."""
 
 
 def use_folder(root: Path) -> None:
     """The user's own folder: there is nothing to prepare."""
 
 
-Sources = Mapping[str, Callable[[Path], None]]
-
-SOURCES: Sources = {"folder": use_folder, "digits": write_digits, "digit_crops": write_digit_crops}
-"""One folder per class."""
-SCENES: Sources = {"folder": use_folder, "digits": write_digit_scenes}
-"""COCO's layout."""
+def check(source: str, key: str = "dataloader.source", sources: Sources = SOURCES) -> None:
+    """Raises SettingsError: there is no such source."""
+    if source not in sources:
+        raise SettingsError(f"{key}: {source!r} is not known; there are {', '.join(sources)}")
 
 
 def prepare(source: str, root: str | Path, key: str = "dataloader.source", sources: Sources = SOURCES) -> None:
-    """Have the folder `root` filled by the source of that name, where it is not yet there.
-
-    Raises:
-        SettingsError: there is no such source.
-    """
-    if source not in sources:
-        raise SettingsError(f"{key}: {source!r} is not known; there are {', '.join(sources)}")
+    """Have the folder `root` filled by the source of that name, where it is not yet there. Raises SettingsError as `check`."""
+    check(source, key, sources)
     sources[source](Path(root))

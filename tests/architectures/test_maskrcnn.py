@@ -178,7 +178,10 @@ def test_old_names_in_a_settings_file_are_the_same_layers(tmp_path: Path, networ
     intent = plan_compression(settings, MASKRCNN, network, torch.randn(1, 3, 64, 64))
     assert len(intent.groups[0].parents) == 4
     assert intent.search.permutation_specs["rpn.head.conv.0.0"].optimization == ("STOCHASTIC",)
-    assert (intent.search.permutation_specs[FC6].reshape, intent.specs[FC6].optimization) == (RESHAPES[FC6], ("GREEDY",))
+    assert (intent.search.permutation_specs[FC6].reshape, intent.specs[FC6].optimization) == (
+        RESHAPES[FC6],
+        ("GREEDY",),
+    )
     assert with_current_names(settings, MASKRCNN) == settings
     assert with_current_names(given, ARCHITECTURES["resnet50"]) is given
 

@@ -10,12 +10,13 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from src.engines.batch_norm import JointBatchNorm, join_batch_norms
+from src.engines.launch import Launch
 from src.engines.single import SingleProcess
 from src.model_files.pth import read_tensors, save_compressed
 from src.model_files.state_dict import load_state
 from tests.support.helpers import lively, quantized, spec
 
-ENGINE = SingleProcess(torch.device("cpu"))
+ENGINE = SingleProcess(Launch(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from src import evaluate_resnet, train_resnet
+from src.engines.launch import Launch
 from src.engines.single import SingleProcess
 from src.model_files.pth import read_tensors
 from src.settings import load
@@ -67,11 +68,11 @@ def found(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest
 @pytest.fixture(scope="module")
 def alone(images: Path) -> dict:
     """The same by one process, with a batch of 8."""
-    return whole_run(SingleProcess(torch.device("cpu")), images, 8, "joint")
+    return whole_run(SingleProcess(Launch(), torch.device("cpu")), images, 8, "joint")
 
 
 def test_exchanges(found: dict) -> None:
-    one = exchanges(SingleProcess(torch.device("cpu")))["sums"]
+    one = exchanges(SingleProcess(Launch(), torch.device("cpu")))["sums"]
     for rank, result in enumerate(found["exchanges"]):
         for name, (dtype, total, unchanged) in result["sums"].items():
             own = one[name][1]
@@ -136,7 +137,7 @@ def test_a_process_without_a_validation_image_takes_part(found: dict) -> None:
 def test_gradients_are_averaged_and_no_more_than_the_trained_parameters_is_sent(found: dict) -> None:
     first, second = found["gradients"]
     assert first == second
-    one = gradients(SingleProcess(torch.device("cpu")), both=True)
+    one = gradients(SingleProcess(Launch(), torch.device("cpu")), both=True)
     for name, wanted in one["gradients"].items():
         if wanted is None:
             assert first["gradients"][name] is None
@@ -167,7 +168,7 @@ def test_the_optimizer_state_becomes_that_of_the_first_process(found: dict) -> N
 
 
 def test_two_processes_detect_what_one_does_and_each_image_counts_once(found: dict, tmp_path: Path) -> None:
-    together, one = found["detection"], SingleProcess(torch.device("cpu"))
+    together, one = found["detection"], SingleProcess(Launch(), torch.device("cpu"))
     coco = small_coco(tmp_path)
     model, task = quantized(detector(), spec(16, iterations=2)), detection(one, coco)
     rows, image_ids = task.detect(model, "before")

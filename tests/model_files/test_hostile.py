@@ -27,6 +27,7 @@ from src import architectures, convert, evaluate_resnet
 from src import inspect as inspect_command
 from src.architectures.architecture import Architecture
 from src.common.errors import CheckpointError, GroupError, SettingsError, UserError
+from src.common.registry import Entry
 from src.compression.permute.groups import Group, check_function, resolve
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import AppliedPermutation, ModelInfo, is_packed, load_packed, save_packed
@@ -61,11 +62,12 @@ X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
-def within_bounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def within_bounds() -> Iterator[None]:
     """The tiny architecture is known, and the whole test stays under the memory limit."""
-    monkeypatch.setitem(architectures.ARCHITECTURES, "tiny", TINY)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
+    entry = Entry("tests.model_files.test_hostile:TINY", "a small network", {"task": "classification"})
+    with architectures.ARCHITECTURES.added("tiny", entry):
+        yield
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
 
 

@@ -28,6 +28,7 @@ from src.compression.finetune.hooks import Resumed
 from src.compression.finetune.loop import FinetuneSpec, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from src.compression.finetune.outcome import Outcome
+from src.engines.launch import Launch
 from src.engines.single import SingleProcess
 from src.model_files.safetensors_file import read_container, write_container
 from src.run.checkpoints import StoredCheckpoint
@@ -41,7 +42,7 @@ from tests.test_entries import paths, refused
 from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
 from tests.test_maskrcnn_entries import paths as coco_paths
 
-CPU = SingleProcess(torch.device("cpu"))
+CPU = SingleProcess(Launch(), torch.device("cpu"))
 SMALL = [
     "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
     "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "20",

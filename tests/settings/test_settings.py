@@ -544,3 +544,39 @@ def test_the_published_settings_of_mask_rcnn() -> None:
         1333,
         True,
     )
+
+
+HELP_HOLDS = {
+    ("train", "classification"): ("epochs", "dataloader.imagenet_path", "model.search", "optimizer"),
+    ("train", "detection"): ("epochs", "dataloader.coco_path", "dataloader.min_size", "model.proposals", "evaluation.backend"),
+    ("evaluate", "classification"): ("expected.accuracy", "model.state_dict_compressed", "model.compression_parameters.k"),
+    ("evaluate", "detection"): ("expected.box_ap", "visualize", "evaluation.detections", "output_path"),
+}  # fmt: skip
+HELP_LACKS = {
+    ("train", "classification"): ("expected.accuracy", "visualize", "dataloader.min_size", "model.state_dict_compressed"),
+    ("train", "detection"): ("expected.box_ap", "dataloader.imagenet_path", "dataloader.mean", "evaluation.detections"),
+    ("evaluate", "classification"): ("epochs", "optimizer", "dataloader.coco_path", "model.sls_iterations", "output_path", "resume"),
+    ("evaluate", "detection"): ("epochs", "lr_scheduler.type", "dataloader.image_size", "model.search", "amp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "task"), HELP_HOLDS)
+def test_help_lists_what_the_command_reads(job: str, task: str) -> None:
+    text = help_text("p", "c.yaml", "Purpose.", job, task)
+    listed, section = set(), ""
+    for line in text.splitlines():
+        if line.startswith("--") and line.endswith("KEY"):
+            section = line.removeprefix("--").removesuffix("KEY")
+        elif section is not None and line.startswith("  ") and line[2:3].isalpha() and "[" in line:
+            listed.add(section + line.split()[0])
+    assert set(HELP_HOLDS[job, task]) <= listed
+    assert not set(HELP_LACKS[job, task]) & listed
+
+
+def test_what_a_job_does_not_read_is_said_where_the_command_line_gives_it() -> None:
+    settings = load("../config/evaluate_resnet.yaml", ["--epochs", "3", "--optimizer", "sgd"])
+    said = ineffective(settings, "evaluate")
+    assert "epochs has no effect: it is not read by this command" in said
+    assert "optimizer has no effect: it is not read by this command" in said
+    assert not any(line.startswith("epochs") for line in ineffective(load("../config/train_resnet18.yaml"), "evaluate"))
+    assert not any("not read" in line for line in ineffective(settings, "train"))

@@ -19,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from src.common.errors import DataError, SettingsError
 from src.compression.finetune.loop import FinetuneSpec, finetune
 from src.compression.finetune.optimizers import OptimizerSpec
+from src.engines.launch import Launch
 from src.engines.single import SingleProcess
 from src.tasks.coco.data import CocoSplit, read_coco
 from src.tasks.coco.loading import CocoDataset, DetectionBatch, DetectionItem, collate_detection, target_of
@@ -31,7 +32,7 @@ from tests.support.logs import logged
 
 CLASSES = 5
 LOSSES = {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
-CPU = SingleProcess(torch.device("cpu"))
+CPU = SingleProcess(Launch(), torch.device("cpu"))
 
 
 class Backbone(nn.Sequential):

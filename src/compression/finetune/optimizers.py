@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
+from .registry import OPTIMIZERS, SCHEDULES
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -22,18 +24,17 @@ class OptimizerSpec:
     weight_decay: float = 0.0
 
 
-def _sgd(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+def sgd(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum and weight decay."""
     return torch.optim.SGD(parameters, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay)
 
 
-def _adam(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+def adam(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """Adam with weight decay."""
     return torch.optim.Adam(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]] = {
-    "adam": _adam,
-    "sgd": _sgd,
-}
+MakeOptimizer = Callable[[Iterable[nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
 
 
 def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -60,6 +61,47 @@ class ScheduleSpec:
     last_epoch: int = -1
 
 
+@dataclass(frozen=True)
+class ScheduleParts:
+    """torch's schedules that make up one of ours: told of every step, of every epoch, of every validation metric."""
+
+    step: lrs.LRScheduler | None = None
+    epoch: lrs.LRScheduler | None = None
+    plateau: lrs.ReduceLROnPlateau | None = None
+
+
+MakeSchedule = Callable[[torch.optim.Optimizer, ScheduleSpec, int], ScheduleParts]
+"""Optimizer, spec, steps in all -> its parts."""
+
+
+def cosine(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+    """From the learning rate to `min_lr` over all batches, stepped every batch."""
+    return ScheduleParts(
+        step=lrs.CosineAnnealingLR(optimizer, T_max=n_steps, eta_min=spec.min_lr, last_epoch=spec.last_epoch)
+    )
+
+
+def plateau(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+    """Times `factor` (not below `min_lr`) when the metric, higher is better, did not rise for `patience` epochs."""
+    return ScheduleParts(
+        plateau=lrs.ReduceLROnPlateau(
+            optimizer, mode="max", factor=spec.factor, patience=spec.patience, min_lr=spec.min_lr
+        )
+    )
+
+
+def multistep(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+    """Times `factor` at each epoch in `milestones`."""
+    return ScheduleParts(
+        epoch=lrs.MultiStepLR(optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch)
+    )
+
+
+def constant(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+    """The learning rate as it is."""
+    return ScheduleParts()
+
+
 MOVING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter")
 """What changes in torch's schedules from step to step."""
 
@@ -67,36 +109,18 @@ MOVING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "co
 class Schedule:
     """A learning-rate schedule, told of every step and every epoch.
 
-    - cosine: from the learning rate to `min_lr` over all batches, stepped every batch;
-    - plateau: times `factor` (not below `min_lr`) when the metric, higher is better, did not rise for `patience` epochs;
-    - multistep: times `factor` at each epoch in `milestones`;
-    - none: constant.
     `last_epoch` continues a schedule: the number of its last step (batches for cosine, epochs for multistep), -1 for a new one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, spec: ScheduleSpec, epochs: int, steps_per_epoch: int) -> None:
         self.optimizer = optimizer
-        self._per_step: lrs.LRScheduler | None = None
-        self._per_epoch: lrs.LRScheduler | None = None
-        self._plateau: lrs.ReduceLROnPlateau | None = None
         if spec.last_epoch >= 0:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        if spec.type == "cosine":
-            total = max(1, epochs * steps_per_epoch)
-            self._per_step = lrs.CosineAnnealingLR(
-                optimizer, T_max=total, eta_min=spec.min_lr, last_epoch=spec.last_epoch
-            )
-        elif spec.type == "plateau":
-            self._plateau = lrs.ReduceLROnPlateau(
-                optimizer, mode="max", factor=spec.factor, patience=spec.patience, min_lr=spec.min_lr
-            )
-        elif spec.type == "multistep":
-            self._per_epoch = lrs.MultiStepLR(
-                optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch
-            )
-        elif spec.type != "none":
-            raise ValueError(f"unknown schedule {spec.type!r}; known: cosine, plateau, multistep, none")
+        if spec.type not in SCHEDULES:
+            raise ValueError(f"unknown schedule {spec.type!r}; known: {', '.join(SCHEDULES)}")
+        parts = SCHEDULES[spec.type](optimizer, spec, max(1, epochs * steps_per_epoch))
+        self._per_step, self._per_epoch, self._plateau = parts.step, parts.epoch, parts.plateau
 
     @property
     def _parts(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from ..quantize.subvectors import Layer, to_subvectors
 from .group_objective import GroupObjective
 from .groups import Group, Member, ResolvedGroup, resolve
 from .objective import ChildObjective, Floats, Ints, child_objective, is_optimisable
-from .search import PUBLISHED, search, search_best
+from .registry import SEARCHES
+from .search import search
 
 LayerMeasure = Callable[[str, Tensor], Floats | None]
 """(name of a child, its subvectors (n, d)) -> estimates of its distortion, always as many; None: rely on the score instead."""
@@ -142,8 +143,8 @@ def permute(
         ValueError: `spec.search` is unknown.
     """
     spec = spec or SearchSpec()
-    if spec.search not in ("best", "published"):
-        raise ValueError(f"unknown search {spec.search!r}; known: best, published")
+    if spec.search not in SEARCHES:
+        raise ValueError(f"unknown search {spec.search!r}; known: {', '.join(SEARCHES)}")
     resolved = resolve(model, groups, spec.reshapes)
     search_one = _GroupSearch(sizes, spec, seed, measure)
     results = _search_all(resolved, search_one, show_progress, finished)
@@ -191,8 +192,7 @@ class _GroupSearch:
         self._deadline = None if spec.search_seconds is None else time.monotonic() + spec.search_seconds
 
     def __call__(self, group: ResolvedGroup) -> GroupResult:
-        published = self._spec.search == "published"
-        children = self._optimisable_children(group, most=1 if published else None)
+        children = self._optimisable_children(group, most=SEARCHES.fact(self._spec.search, "children"))
         if not children:
             return GroupResult(label=group.label, children=(), before=0.0, after=0.0, permutation=None)
         names = tuple(child.name for child, _ in children)
@@ -201,12 +201,13 @@ class _GroupSearch:
         steps = next((spec.optimization for spec in specs if spec.optimization), None)
         generator = stream(self._seed, "permutation", names[0])
         n_tries = self._spec.sls_iterations
-        if published or steps:
-            found = search(objective, group.n_blocks, n_tries, generator, steps or PUBLISHED)
+        if steps:
+            found = search(objective, group.n_blocks, n_tries, generator, steps)
         else:
             members = [child for child, _ in children]
             measure = None if self._measure is None else partial(_measured, members, self._sizes, self._measure)
-            found = search_best(objective, group.n_blocks, n_tries, generator, self._deadline, measure)
+            search_group = SEARCHES[self._spec.search]
+            found = search_group(objective, group.n_blocks, n_tries, generator, self._deadline, measure)
         return GroupResult(
             label=group.label,
             children=names,

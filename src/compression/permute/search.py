@@ -18,8 +18,9 @@ from .assignment import assign_channels, positions
 from .group_objective import GroupObjective
 from .groups import random_permutation
 from .objective import Floats, Ints
+from .registry import STEPS
 
-Search = Callable[[GroupObjective, int, int, torch.Generator], None]
+Step = Callable[[GroupObjective, int, int, torch.Generator], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ def random(objective: GroupObjective, n_blocks: int, n_tries: int, generator: to
     objective.reset(best)
 
 
-SEARCHES: dict[str, Search] = {"GREEDY": greedy, "STOCHASTIC": stochastic, "RANDOM": random}
 PUBLISHED = ("GREEDY", "STOCHASTIC")
 
 
@@ -94,7 +94,7 @@ def search(
     objective.reset(identity)
     before = objective.value
     for name in steps:
-        SEARCHES[name](objective, n_blocks, n_tries, generator)
+        STEPS[name](objective, n_blocks, n_tries, generator)
     objective.reset(objective.permutation)  # computed anew, without the rounding errors of the swaps
     if not objective.value < before:
         objective.reset(identity)
@@ -119,6 +119,24 @@ raises the score by that unit is accepted with probability exp(-1/3) = 0.72 at t
 CandidateMeasure = Callable[[Ints], Floats | None]
 """Permutation -> estimates of the distortion that it leaves: several, each made in the same way for every permutation, so that two
 permutations can be compared pair by pair. None, then for all permutations: the score is close enough to the distortion."""
+
+
+GroupSearch = Callable[
+    [GroupObjective, int, int, torch.Generator, "float | None", "CandidateMeasure | None"], SearchResult
+]
+"""Objective, blocks, swaps, generator, deadline, measure -> result; the arguments are those of `search_best`."""
+
+
+def search_published(
+    objective: GroupObjective,
+    n_blocks: int,
+    n_tries: int,
+    generator: torch.Generator,
+    deadline: float | None = None,
+    measure: CandidateMeasure | None = None,
+) -> SearchResult:
+    """The paper's search: greedy start, then `n_tries` swaps. It always ends, and needs no measure."""
+    return search(objective, n_blocks, n_tries, generator)
 
 
 def search_best(

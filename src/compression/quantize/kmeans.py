@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .assign import assign
 from .members import Members
+from .registry import QUANTIZERS
 
 accumulate: Any
 try:
@@ -269,9 +270,6 @@ def _noise(sigma: Tensor, generator: torch.Generator, total: int, t: int, counts
 
 
 Quantizer = Callable[[Tensor, int, int, torch.Generator, float, Callable[[], bool]], Clustering]
-
-QUANTIZERS: dict[str, Quantizer] = {"kmeans": kmeans, "src": src}
-"""Names of `k_means_type`. To add one: a function with this signature, and its name here."""
 
 
 def cluster(

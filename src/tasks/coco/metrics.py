@@ -10,7 +10,7 @@ import contextlib
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ...common.errors import SettingsError
-from . import faster as faster_coco
+from .backends import BACKENDS
 from .results import Detections, Row, read_results, write_results
 
-__all__ = ["BACKENDS", "CocoFigures", "Detections", "Row", "coco_figures", "read_results", "write_results"]
+__all__ = ["CocoFigures", "Detections", "Row", "coco_figures", "read_results", "write_results"]
 
 Kind = Literal["bbox", "segm"]
 
@@ -31,8 +31,11 @@ STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs
 """COCO's twelve figures in COCO's order; s, m, l: objects below 32 x 32 pixels, below 96 x 96, and larger."""
 WORDS = {"bbox": "box", "segm": "mask"}
 
-BACKENDS: dict[str, Callable[[], Any]] = {"pycocotools": lambda: COCOeval, "faster": faster_coco.evaluator}
-"""Name -> class with pycocotools' interface."""
+
+def pycocotools_evaluator() -> type[Any]:
+    """pycocotools' own evaluator class."""
+    found: type[Any] = COCOeval
+    return found
 
 
 @dataclass(frozen=True)

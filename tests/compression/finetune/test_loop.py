@@ -19,6 +19,7 @@ from src.compression.finetune.loop import FinetuneSpec, Outcome, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.compression.finetune.task import StepLoss, evaluating
 from src.compression.quantize.layers import QuantizedLayer
+from src.engines.launch import Launch
 from src.engines.single import SingleProcess
 from src.model_files.pth import read_tensors, save_compressed
 from src.model_files.state_dict import load_state
@@ -122,7 +123,7 @@ def run(
         show_progress=False,
         **options,
     )
-    return finetune(model, task, how, SingleProcess(torch.device("cpu")), recorder)
+    return finetune(model, task, how, SingleProcess(Launch(), torch.device("cpu")), recorder)
 
 
 def test_the_order_of_saving_validating_and_training() -> None:

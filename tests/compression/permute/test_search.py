@@ -17,7 +17,8 @@ from src.compression.permute.group_objective import GroupObjective
 from src.compression.permute.groups import Group
 from src.compression.permute.objective import ChildObjective, child_objective, is_optimisable
 from src.compression.permute.permute import GroupResult, PermutationSpec, SearchSpec, permute
-from src.compression.permute.search import SEARCHES, greedy, search, stochastic
+from src.compression.permute.registry import STEPS
+from src.compression.permute.search import greedy, search, stochastic
 from src.compression.quantize.kmeans import cluster
 from src.compression.quantize.plan import make_plan
 from tests.support.helpers import lively, outputs, relative, spec
@@ -163,7 +164,7 @@ def test_local_search_never_raises_the_score_and_is_identical_for_the_same_seed(
 
 
 def test_every_search_stays_within_its_blocks() -> None:
-    for name in SEARCHES:
+    for name in STEPS:
         result = search(single(columns_for(0, 8), 16, 4, 2), 2, 50, stream(0), [name])
         assert (result.permutation // 8).tolist() == [0] * 8 + [1] * 8, name
 
@@ -288,12 +289,12 @@ def test_the_search_named_for_a_layer_is_the_one_that_runs() -> None:
     with torch.no_grad():
         model[1].weight.mul_(torch.linspace(0.2, 3, 16))
     found = {}
-    for name in SEARCHES:
+    for name in STEPS:
         twin = copy.deepcopy(model)
         how = SearchSpec(sls_iterations=30, permutation_specs={"1": PermutationSpec(optimization=(name,))})
         (found[name],) = permute(twin, [Group(("0",), ("1",))], {"1": 4}, how, show_progress=False)
         objective = GroupObjective([child_objective(model[1], 4)], [1.0])
-        SEARCHES[name](objective, 1, 30, stream(0, "permutation", "1"))
+        STEPS[name](objective, 1, 30, stream(0, "permutation", "1"))
         assert found[name].permutation.tolist() == objective.permutation.tolist()
     assert len({tuple(r.permutation.tolist()) for r in found.values()}) == 3
 

@@ -1,0 +1,90 @@
+"""The files and folders that a command needs, found and checked before anything heavy is loaded; nothing here loads torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import architectures
+from ..common.errors import SettingsError
+from ..common.paths import candidates, find
+from ..settings import Settings, require
+from ..settings.reach import DETECTION, TRAIN
+from ..tasks.sources import SCENES, SOURCES, Sources, check
+
+PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
+DATA = {
+    "classification": ("dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES),
+    "detection": (
+        "dataloader.coco_path",
+        "Set it to the folder that holds annotations/, train2017/ and val2017/.",
+        SCENES,
+    ),
+}
+"""By task: the key of the data's folder, advice, and the data sets that can be written there."""
+
+
+def check_inputs(settings: Settings, job: str, task: str) -> None:
+    """Check what a command needs before anything is loaded: architecture, starting weights or model file, output folder, data.
+
+    Raises:
+        SettingsError: one is not set, not there, or not known.
+    """
+    compressed = settings.model.use_compression
+    if job == TRAIN:
+        architectures.check(settings.model.arch, task)
+        weights_source(settings)
+        require(settings, "output_path")
+    elif task == DETECTION and settings.evaluation.detections is not None:
+        find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
+    else:
+        file = compressed_file(settings) if compressed else weights_source(settings)
+        if not (compressed and isinstance(file, Path) and file.suffix == ".safetensors"):  # that says itself what it is
+            architectures.check(settings.model.arch, task)
+    data_folder(settings, task)
+
+
+def weights_source(settings: Settings) -> str | Path:
+    """`pretrained`, `none`, or the existing path of a state dict.
+
+    Raises:
+        SettingsError: `model.weights` is a placeholder or a path that does not exist.
+    """
+    weights = settings.model.weights
+    if weights in ("pretrained", "none"):
+        return weights
+    require(settings, "model.weights")
+    return find(
+        weights, "model.weights", "Expected pretrained, none, or the path of a state dict (.pth or .safetensors)"
+    )
+
+
+def compressed_file(settings: Settings) -> Path:
+    """The existing file to evaluate.
+
+    Raises:
+        SettingsError: `model.state_dict_compressed` is not set or not there.
+    """
+    given = settings.model.state_dict_compressed
+    if given is None:
+        raise SettingsError(
+            "model.state_dict_compressed: the file to evaluate is not set; use --model.state_dict_compressed PATH"
+        )
+    require(settings, "model.state_dict_compressed")
+    packed_advice = "python -m src.convert makes packed files from others"
+    advice = packed_advice if given.endswith(".safetensors") else PAPER_MODELS_ADVICE
+    return find(given, "model.state_dict_compressed", advice)
+
+
+def data_folder(settings: Settings, task: str) -> tuple[Path, Sources]:
+    """The folder of the data, which exists unless `dataloader.source` writes it, and the data sets that can be written there.
+
+    Raises:
+        SettingsError: the path is not set or not there, or there is no such source.
+    """
+    key, advice, sources = DATA[task]
+    path, source = require(settings, key), settings.dataloader.source
+    check(source, "dataloader.source", sources)
+    if not sources.fact(source, "written"):
+        return find(path, key, advice), sources
+    places = candidates(path)
+    return next((place for place in places if place.exists()), places[0]), sources
