@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 # as many processes as there are processors (four at most: each loads torch), each with one thread: two teams of threads would be in each other's way
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo demo-maskrcnn test test-slow lint bench figures horovod paper-models install clean
+.PHONY: demo demo-maskrcnn test test-slow test-oldest lint docs bench figures horovod paper-models install clean
 
 install: $(READY)
 
@@ -31,6 +32,21 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST)
 
+# the default tests with the lowest versions that pyproject.toml promises, in an environment of their own (about 7 GB)
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow"
+
+$(OLDEST)/.ready: pyproject.toml tools/oldest_versions.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) -m tools.oldest_versions > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet -r $(OLDEST)/requirements.txt
+	touch $(OLDEST)/.ready
+
+# writes docs/settings.md from the schema of the settings
+docs: $(READY)
+	$(PY) -m tools.settings_reference
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -52,4 +68,4 @@ paper-models: $(READY)
 	$(PY) -m src.paper_models
 
 clean:
-	rm -rf $(VENV) output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
