@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,9 +96,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove what writers that were killed left in `folder`."""
+    """Remove what writers that were killed left in `folder`, files and folders."""
     for stray in folder.glob(f".*{BINARY_TEMPORARY_SUFFIX}"):
-        stray.unlink(missing_ok=True)
+        if stray.is_dir() and not stray.is_symlink():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
 
 
 def _disk_reason(error: Exception, path: Path) -> str:

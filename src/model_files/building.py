@@ -17,7 +17,7 @@ def build_and_load(
     plan: Callable[[nn.Module], Plan] | None,
     state: Mapping[str, Tensor],
     source: str,
-    check: Callable[[nn.Module], None] = lambda model: None,
+    check: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """The network that a file holds, in evaluation mode, on the CPU; nothing is clustered.
 
@@ -34,7 +34,8 @@ def build_and_load(
     """
     with torch.device("meta"):
         model = build()
-    check(model)
+    if check is not None:
+        check(model)
     if plan is not None:
         model = build_quantized(model, plan(model))
     check_state(model, state, source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from markupsafe import Markup, escape
 
@@ -40,9 +41,11 @@ def composition(found: Inspection) -> Markup:
 
 def layer_figure(rows: Sequence[Row], found: Inspection) -> Markup:
     """One line per layer, with columns: bits, entropy of the codes, frequencies of the codes, SQNR."""
+    most = max((row.bits for row in rows), default=1)
+    loudest = max((row.sqnr for row in rows if row.sqnr is not None and math.isfinite(row.sqnr)), default=1.0)
     wide = not found.against  # the page has room for 1180 pixels
-    columns: list[tuple[str, int, Callable[[Row, float, float, float, float], str]]] = [
-        ("bits", 370 if wide else 250, _bits_cell)
+    columns: list[tuple[str, int, Callable[[Row, float, float, float], str]]] = [
+        ("bits", 370 if wide else 250, partial(_bits_cell, largest=most))
     ]
     if found.size.codes:
         columns += [
@@ -50,15 +53,13 @@ def layer_figure(rows: Sequence[Row], found: Inspection) -> Markup:
             ("frequencies of codes", 170 if wide else 130, _frequency_cell),
         ]
     if found.against:
-        columns.append(("SQNR, dB", 140, _sqnr_cell))
-    most = max((row.bits for row in rows), default=1)
-    loudest = max((row.sqnr for row in rows if row.sqnr is not None and math.isfinite(row.sqnr)), default=1.0)
+        columns.append(("SQNR, dB", 140, partial(_sqnr_cell, largest=loudest)))
     height = TOP + ROW * len(rows) + 4
     parts, x = [], NAMES + GAP
     for title, width, draw in columns:
         parts.append(f'<text class="head soft" x="{x}" y="18">{title}</text>')
         for number, row in enumerate(rows):
-            parts.append(draw(row, x, TOP + ROW * number, width, most if draw is _bits_cell else loudest))
+            parts.append(draw(row, x, TOP + ROW * number, width))
         x += width + GAP + (70 if draw is not _frequency_cell else 10)
     for number, row in enumerate(rows):
         y = TOP + ROW * number
@@ -80,7 +81,7 @@ def _bits_cell(row: Row, x: float, y: float, width: float, largest: float) -> st
     return "".join(parts) + f'<text class="soft" x="{at + 6:.1f}" y="{y + 14}">{row.bits:,}</text>'
 
 
-def _entropy_cell(row: Row, x: float, y: float, width: float, largest: float) -> str:
+def _entropy_cell(row: Row, x: float, y: float, width: float) -> str:
     if row.k is None or row.entropy is None:
         return ""
     log2k = bits_per_code(row.k)
@@ -92,7 +93,7 @@ def _entropy_cell(row: Row, x: float, y: float, width: float, largest: float) ->
     )
 
 
-def _frequency_cell(row: Row, x: float, y: float, width: float, largest: float) -> str:
+def _frequency_cell(row: Row, x: float, y: float, width: float) -> str:
     """The frequencies as an area, most frequent code first, averaged over as many columns as are visible."""
     if not row.frequencies or not row.frequencies[0]:
         return ""

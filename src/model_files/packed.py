@@ -31,7 +31,7 @@ from . import entropy, rans
 from .bit_packing import Bytes, pack, packed_size, unpack
 from .metadata import LAYER_TYPES, AppliedPermutation, ModelInfo, PackedLayer, describe, group_entry, index_bits
 from .norms import NORM_VECTORS, is_folded_norm
-from .pth import compressed_state
+from .pth import compressed_state, key_of
 from .safetensors_file import read_container, read_metadata, write_container
 
 FORMAT = "pqf"
@@ -76,7 +76,7 @@ class PackedFile:
         for name, tensor in self.tensors.items():
             layer, _, leaf = name.rpartition(".")
             if leaf in CODES and layer in self.layers:
-                state[_key(layer, "codes_matrix")] = _unpacked(self.source, layer, self.layers[layer], leaf, tensor)
+                state[key_of(layer, "codes_matrix")] = _unpacked(self.source, layer, self.layers[layer], leaf, tensor)
             elif name != PERMUTATIONS:
                 state[name] = tensor
         return {**state, **{name: state[owner] for name, owner in self.tied.items()}}
@@ -107,7 +107,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         module = modules[prefix]
         if isinstance(module, QuantizedLayer) and leaf == "codes_matrix":
             stored, codes = _packed(module, entropy_coding)
-            tensors[_key(prefix, stored)] = torch.from_numpy(codes)
+            tensors[key_of(prefix, stored)] = torch.from_numpy(codes)
         else:
             tensors[name] = tensor
     for prefix, module in model.named_modules():  # a layer used twice once
@@ -184,20 +184,20 @@ def _check_layers(packed: PackedFile) -> None:
         if name in packed.tensors:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r} and yet there")
         prefix, _, leaf = owner.rpartition(".")
-        is_codes = leaf == "codes_matrix" and any(_key(prefix, stored) in packed.tensors for stored in CODES)
+        is_codes = leaf == "codes_matrix" and any(key_of(prefix, stored) in packed.tensors for stored in CODES)
         if owner not in packed.tensors and not is_codes:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r}, which the file does not hold")
     for name, layer in packed.layers.items():
-        held = [leaf for leaf in CODES if _key(name, leaf) in packed.tensors]
-        if len(held) + (_key(name, "codes_matrix") in packed.tied) != 1:
+        held = [leaf for leaf in CODES if key_of(name, leaf) in packed.tensors]
+        if len(held) + (key_of(name, "codes_matrix") in packed.tied) != 1:
             raise CheckpointError(f"{packed.source}: layer {name!r} must have its codes once")
-        codebook = packed.tensors.get(packed.tied.get(_key(name, "codebook"), _key(name, "codebook")))
+        codebook = packed.tensors.get(packed.tied.get(key_of(name, "codebook"), key_of(name, "codebook")))
         if codebook is None or tuple(codebook.shape) != (layer.k, layer.d) or codebook.dtype != torch.float16:
             raise CheckpointError(
                 f"{packed.source}: layer {name!r} has no codebook of {layer.k} x {layer.d} 16-bit floats"
             )
         for leaf in held:
-            stored = packed.tensors[_key(name, leaf)]
+            stored = packed.tensors[key_of(name, leaf)]
             exact = leaf != PACKED or stored.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
             if stored.dtype != torch.uint8 or stored.dim() != 1 or not exact:
                 raise CheckpointError(
@@ -231,10 +231,6 @@ def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stored: Ten
     return torch.from_numpy(codes).view(layer.shape[0], -1)
 
 
-def _key(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
     """Names of `state` whose tensor another name holds already -> that name."""
     first: dict[Any, str] = {}
@@ -250,7 +246,7 @@ def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
                 if tensor is not None
             }
         for name, key in own.items():
-            full = _key(prefix, name)
+            full = key_of(prefix, name)
             if full in state and first.setdefault(key, full) != full:
                 tied[full] = first[key]
     return tied

@@ -31,7 +31,8 @@ _OURS = {"written_by": "pqf"}
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def _key(prefix: str, name: str) -> str:
+def key_of(prefix: str, name: str) -> str:
+    """The name of a tensor of the module `prefix`, which is empty for the network itself."""
     return f"{prefix}.{name}" if prefix else name
 
 
@@ -54,15 +55,15 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"layer {prefix!r}: its codebook holds values that 16-bit floats cannot hold (NaN, or beyond 65504)"
                 )
-            state[_key(prefix, "codes_matrix")] = module.codes_matrix.to(codes_dtype(module.k))
-            state[_key(prefix, "codebook")] = half
+            state[key_of(prefix, "codes_matrix")] = module.codes_matrix.to(codes_dtype(module.k))
+            state[key_of(prefix, "codebook")] = half
             own: dict[str, Tensor | None] = {"bias": module.bias}
         elif is_folded_norm(module):
             own = dict(zip(NORM_VECTORS, fold_norm(module), strict=True))
         else:
             skipped = module._non_persistent_buffers_set
             own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in skipped}}
-        state.update({_key(prefix, name): tensor.detach() for name, tensor in own.items() if tensor is not None})
+        state.update({key_of(prefix, name): tensor.detach() for name, tensor in own.items() if tensor is not None})
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
 

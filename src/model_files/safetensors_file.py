@@ -10,23 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
+import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import CheckpointError
-from ..common.paths import write_atomically
+from ..common.paths import BINARY_TEMPORARY_SUFFIX, write_atomically
 
 KEY = "pqf"
 CHECKSUM = "checksum"
 _NO_CHECKSUM = "0" * 64
 DTYPES = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MOST_HEADER = 4 << 20
 """Bytes of a header; that of the largest network here takes a hundredth of it."""
@@ -43,11 +48,12 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     Raises:
         RunError: the disk is full or the folder cannot be written; an existing file is unchanged.
     """
-    texts = {KEY: json.dumps({CHECKSUM: _NO_CHECKSUM, **metadata}, sort_keys=True, separators=(",", ":"))}
+    # the checksum first: its zeros are then the first of the file, whatever the metadata say
+    texts = {KEY: json.dumps({CHECKSUM: _NO_CHECKSUM, **dict(sorted(metadata.items()))}, separators=(",", ":"))}
     owned = _without_sharing(tensors)
 
     def write(temporary: Path) -> None:
-        save_file(owned, temporary, metadata=texts)
+        _save(owned, temporary, texts)
         with open(temporary, "r+b") as file:
             header = file.read(8)
             header += file.read(int.from_bytes(header, "little"))
@@ -58,6 +64,27 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
             file.write(digest.hexdigest().encode())
 
     write_atomically(path, write)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, texts: dict[str, str]) -> None:
+    """Let the library write `path`, which is there already and keeps its permissions.
+
+    The library (0.8) writes to a file of its own beside the one it is given, which only its owner may read and which stays when the
+    process is killed: here in a folder that is removed with the other half-written files.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    with tempfile.TemporaryDirectory(BINARY_TEMPORARY_SUFFIX, ".", path.parent) as folder:
+        written = Path(folder) / path.name
+        try:
+            save_file(tensors, written, metadata=texts)
+        except SafetensorError as error:  # the system's error stands in its text only
+            number = re.search(r"\b(?:os error|code:) (\d+)", str(error))
+            raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
+        written.chmod(mode)
+        os.replace(written, path)
 
 
 def _without_sharing(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -102,11 +129,10 @@ def read_container(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = _metadata(_parsed(contents[:end], source))
     _check_checksum(contents, end, metadata.pop(CHECKSUM, ""), source)
     try:
-        tensors = load(contents)
+        entries = deserialize(contents)
     except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise _damaged(source, str(error).splitlines()[0][:100] if str(error) else type(error).__name__) from error
-    for name, tensor in tensors.items():
-        _check_tensor(name, tensor, source)
+    tensors = {name: _tensor(name, entry, source) for name, entry in entries}
     return tensors, metadata
 
 
@@ -163,14 +189,18 @@ def _check_checksum(contents: bytes, end: int, wanted: str, source: str) -> None
         raise _damaged(source, "its checksum does not match its contents")
 
 
-def _check_tensor(name: str, tensor: Tensor, source: str) -> None:
-    if tensor.dtype not in DTYPES:
-        raise _damaged(source, f"{name!r} has the type {tensor.dtype}")
+def _tensor(name: str, entry: Mapping[str, Any], source: str) -> Tensor:
+    """The tensor of the library's entry, which has as many bytes as type and shape say."""
+    dtype, shape, data = DTYPES.get(entry["dtype"]), entry["shape"], entry["data"]
+    if dtype is None:
+        raise _damaged(source, f"{name!r} has the type {entry['dtype']}")
     # of an empty tensor too: its strides would overflow
-    if tensor.dim() > MOST_DIMENSIONS or math.prod(max(n, 1) for n in tensor.shape) >= LARGEST:
-        raise _damaged(source, f"{name!r} would have the shape {tuple(tensor.shape)}")
-    if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+    if len(shape) > MOST_DIMENSIONS or math.prod(max(n, 1) for n in shape) >= LARGEST:
+        raise _damaged(source, f"{name!r} would have the shape {tuple(shape)}")
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    if dtype == torch.bool and bool((flat.view(torch.uint8) > 1).any()):
         raise _damaged(source, f"{name!r} holds truth values that are neither true nor false")
+    return flat.view(shape)
 
 
 def _damaged(source: str, reason: str) -> CheckpointError:

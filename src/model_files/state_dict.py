@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..compression.quantize.subvectors import Layer
 from .norms import NORM_STATISTICS, NORM_VECTORS, is_folded_norm, norm_problem, unfold_norm
-from .pth import CODE_DTYPES
-
-
-def _key(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
+from .pth import CODE_DTYPES, key_of
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -39,7 +35,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             if optional_target is not None:
                 optional_target.copy_(state[name])
         for prefix, norm in norms:
-            unfold_norm(norm, state[_key(prefix, "weight")], state[_key(prefix, "bias")])
+            unfold_norm(norm, state[key_of(prefix, "weight")], state[key_of(prefix, "bias")])
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -50,14 +46,14 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
             finite. The message lists every one of them.
     """
     expected, optional, norms = _expected(model, state)
-    problems = _key_problems(state, expected, optional, source)
+    problems = _key_problems(state, expected, optional)
     if not problems:
         problems = [p for name, target in expected.items() if (p := _value_problem(name, state[name], target))]
     if not problems:
         problems = [
             f"{prefix}: {p}"
             for prefix, norm in norms
-            if (p := norm_problem(norm, *(state[_key(prefix, name)] for name in NORM_VECTORS)))
+            if (p := norm_problem(norm, *(state[key_of(prefix, name)] for name in NORM_VECTORS)))
         ]
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
@@ -87,30 +83,31 @@ def _expected(
     modules = list(model.named_modules(remove_duplicate=False))
     # other modules (instance norms) may have entries of these names in a compressed file too
     has_statistics = any(
-        _key(prefix, name) in state for prefix, module in modules if is_folded_norm(module) for name in NORM_STATISTICS
+        key_of(prefix, name) in state
+        for prefix, module in modules
+        if is_folded_norm(module)
+        for name in NORM_STATISTICS
     )
     for prefix, module in modules:
         if is_folded_norm(module) and not has_statistics:
             norms.append((prefix, module))
             for name in NORM_VECTORS:
-                expected[_key(prefix, name)] = _Vector(module.running_mean.shape)
+                expected[key_of(prefix, name)] = _Vector(module.running_mean.shape)
             continue
         skipped = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or name in skipped:
                 continue
             if name == "num_batches_tracked":
-                optional.add(_key(prefix, name))  # files written by old torch versions have none
+                optional.add(key_of(prefix, name))  # files written by old torch versions have none
             else:
-                expected[_key(prefix, name)] = tensor
+                expected[key_of(prefix, name)] = tensor
         if type(module).__name__ == "FrozenBatchNorm2d":
-            optional.add(_key(prefix, "num_batches_tracked"))
+            optional.add(key_of(prefix, "num_batches_tracked"))
     return expected, optional, norms
 
 
-def _key_problems(
-    state: Mapping[str, Tensor], expected: Mapping[str, object], optional: set[str], source: str
-) -> list[str]:
+def _key_problems(state: Mapping[str, Tensor], expected: Mapping[str, object], optional: set[str]) -> list[str]:
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected and name not in optional]
     problems = []
@@ -177,7 +174,7 @@ def check_codes(state: Mapping[str, Tensor], source: str) -> None:
         prefix, _, leaf = name.rpartition(".")
         if leaf != "codes_matrix" or codes.dtype not in CODE_DTYPES or not codes.numel():
             continue
-        codebook = state.get(_key(prefix, "codebook"))
+        codebook = state.get(key_of(prefix, "codebook"))
         if codebook is None or codebook.dim() != 2:
             continue
         wide = _unsigned(codes)
