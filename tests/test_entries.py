@@ -614,7 +614,7 @@ def test_no_network_when_weights_must_be_downloaded(
     )
 
 
-def test_a_damaged_download_is_refused(capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path) -> None:
+def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
     architecture = architectures.get("resnet18", "classification")
     torch.save(architecture.build(3).state_dict(), tmp_path / "resnet18-f37072fd.pth")
     changed = type(architecture)(**{**vars(architecture), "weights_url": (tmp_path / "resnet18-f37072fd.pth").as_uri()})

@@ -57,7 +57,7 @@ def lines_of(is_first_process: Callable[[], bool]) -> Iterator[None]:
         is_first_process: of several processes only the one for which it is true shows anything.
     """
     handler, before, passed_on = LineHandler(), log.level, log.propagate
-    handler.addFilter(lambda record: is_first_process())
+    handler.addFilter(lambda _record: is_first_process())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

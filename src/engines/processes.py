@@ -110,7 +110,7 @@ class Processes(ABC):
         """Wait for all processes."""
         self._add(torch.zeros(1, device=self.device))
 
-    def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:  # noqa: ARG002 (of Engine)
         """`optimizer` itself, as the gradients that it finds are averaged already; a state that it brings along becomes rank 0's."""
         states = [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         self.broadcast([value for state in states for _, value in sorted(state.items()) if isinstance(value, Tensor)])

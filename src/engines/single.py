@@ -20,7 +20,7 @@ class SingleProcess:
     is_main = True
     is_first_here = True
 
-    def __init__(self, launch: Launch, device: torch.device) -> None:
+    def __init__(self, launch: Launch, device: torch.device) -> None:  # noqa: ARG002 (of Engine)
         self.device = device
 
     def sum(self, values: Tensor) -> Tensor:
@@ -41,14 +41,14 @@ class SingleProcess:
         """`model` itself."""
         return model
 
-    def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:  # noqa: ARG002 (of Engine)
         """`optimizer` itself."""
         return optimizer
 
     def average_buffers(self, model: nn.Module) -> None:
         """There is only one model."""
 
-    def lost_contact(self, error: Exception) -> bool:
+    def lost_contact(self, error: Exception) -> bool:  # noqa: ARG002 (of Engine)
         """Never: there is nobody to lose."""
         return False
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from ..engines.engine import Engine
 from ..run.agreement import check_same, digest_of
 from ..settings import Settings
-from ..tasks.coco.data import CocoSplit, read_coco, unusable_images, without
+from ..tasks.coco.data import CocoSplit, read_coco
+from ..tasks.coco.image_checks import unusable_images, without
 from ..tasks.detection import Detection
 from ..tasks.images import BadFiles
-from .data import SAME_IMAGES, check_together, data_root, warn_of_skipped, workers
+from .data import SAME_IMAGES, check_together, data_root, loader_spec, warn_of_skipped
 
 
 def read_splits(
@@ -55,15 +56,8 @@ def detection_task(settings: Settings, engine: Engine, train: CocoSplit | None, 
         engine,
         train,
         validation,
-        batch_size=data.batch_size,
-        num_workers=workers(data.num_workers, engine),
-        train_shuffle=data.train_shuffle,
-        validation_shuffle=data.validation_shuffle,
+        loader_spec(settings, engine),
         group_by_aspect_ratio=data.group_by_aspect_ratio,
         horizontal_flip=data.horizontal_flip,
-        skip_unreadable=data.skip_unreadable,
-        seed=settings.seed,
-        amp=settings.amp,
         backend=settings.evaluation.backend,
-        show_progress=engine.is_main,
     )

@@ -14,8 +14,9 @@ from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
 from ..run.inputs import data_folder
 from ..settings import Settings
-from ..tasks.classification import Classification
+from ..tasks.classification import Classification, ImageSpec
 from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
+from ..tasks.loading import LoaderSpec
 from ..tasks.sources import prepare
 
 SAME_IMAGES = "Give every machine the same images, under the same path."
@@ -96,24 +97,29 @@ def classification_task(
 ) -> Classification:
     """The task with the loader settings of the file; without `train` it can only validate."""
     data = settings.dataloader
-    return Classification(
-        engine,
-        train,
-        validation,
-        batch_size=data.batch_size,
-        num_workers=workers(data.num_workers, engine),
-        train_shuffle=data.train_shuffle,
-        validation_shuffle=data.validation_shuffle,
+    images = ImageSpec(
         resize=data.resize,
         image_size=data.image_size,
         crop_padding=data.crop_padding,
         horizontal_flip=data.horizontal_flip,
         mean=data.mean,
         std=data.std,
+        channels_last=settings.channels_last,
+    )
+    return Classification(engine, train, validation, images, loader_spec(settings, engine))
+
+
+def loader_spec(settings: Settings, engine: Engine) -> LoaderSpec:
+    """How images are loaded, on one process of `engine`."""
+    data = settings.dataloader
+    return LoaderSpec(
+        batch_size=data.batch_size,
+        num_workers=workers(data.num_workers, engine),
+        train_shuffle=data.train_shuffle,
+        validation_shuffle=data.validation_shuffle,
         skip_unreadable=data.skip_unreadable,
         seed=settings.seed,
         amp=settings.amp,
-        channels_last=settings.channels_last,
         show_progress=engine.is_main,
     )
 

@@ -125,7 +125,7 @@ class RunRecorder:
         """Write `trained_models/<epoch>.pth`."""
         self._save(model, self.folder.models / f"{epoch}.pth", None)
 
-    def best(self, epoch: int, model: nn.Module) -> None:
+    def best(self, epoch: int, model: nn.Module) -> None:  # noqa: ARG002 (of Recorder)
         """Write `trained_models/best.pth`."""
         self._save(model, self.folder.models / "best.pth", self._measured)
 

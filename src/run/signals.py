@@ -70,7 +70,7 @@ class Stop:
         _ignore_children()  # the signal may have ended loader processes too, and torch would raise for them on the way out
         raise (Terminated if self._asked == signal.SIGTERM else KeyboardInterrupt)(why)
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (of signal handlers)
         """A signal came."""
         if (
             os.getpid() != self._owner

@@ -1,20 +1,11 @@
 """Settings: what a file and the command line say, parsed once into frozen typed objects."""
 
 from .checks import explicit_keys, given_on_command_line, ineffective, is_placeholder, require, to_yaml, value_of
+from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .help import help_text
 from .load import load
-from .schema import (
-    CompressionSettings,
-    DataSettings,
-    EvaluationSettings,
-    ExpectedSettings,
-    GroupSettings,
-    LayerSpec,
-    ModelSettings,
-    PermutationSpec,
-    SchedulerSettings,
-    Settings,
-)
+from .model_schema import CompressionSettings, GroupSettings, LayerSpec, ModelSettings, PermutationSpec
+from .schema import Settings
 
 __all__ = [
     "CompressionSettings",

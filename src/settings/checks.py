@@ -11,9 +11,10 @@ import yaml
 from ..architectures import ARCHITECTURES
 from ..common.errors import SettingsError
 from .keys import Path, walk
+from .model_schema import CompressionSettings
 from .overrides import locate
 from .reach import CLASSIFICATION, DETECTION, unread
-from .schema import CompressionSettings, Settings
+from .schema import Settings
 
 _PLACEHOLDER = re.compile(r"<your_\w+_here>")
 

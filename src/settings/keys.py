@@ -10,7 +10,8 @@ from typing import get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from .schema import Section, Settings
+from .schema import Settings
+from .section import Section
 
 LAYER = "<layer>"
 Path = tuple[str, ...]

@@ -12,8 +12,9 @@ from pydantic_core import ErrorDetails
 from ..common.errors import SettingsError
 from ..common.paths import find
 from .keys import Path, advice, resolve
+from .model_schema import GroupSettings
 from .overrides import COMMAND_LINE, apply
-from .schema import GroupSettings, Settings
+from .schema import Settings
 from .values import describe, shown
 from .yaml_text import parse
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..common.errors import SettingsError
 from .keys import Path, advice, layer_section_of, resolve, section_of
-from .schema import Section, Settings
+from .schema import Settings
+from .section import Section
 from .values import shown
 from .yaml_text import parse
 

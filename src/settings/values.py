@@ -192,7 +192,7 @@ class _Shortener(reprlib.Repr):
         self.maxlist = self.maxtuple = self.maxdict = 4
         self.maxlevel = 3
 
-    def repr_NoneType(self, value: None, level: int) -> str:
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: ARG002 (of reprlib)
         """YAML's word for nothing."""
         return "null"
 

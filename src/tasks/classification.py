@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,8 @@ from ..common.errors import DataError, SettingsError
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
 from .images import KEY, ImageFolderIndex, check_same_classes
-from .loading import (
-    Batch,
-    EpochOrder,
-    ImageDataset,
-    Transform,
-    UnreadableFiles,
-    amp_type,
-    batches,
-    make_loader,
-    training_transform,
-    validation_transform,
-)
+from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
+from .transforms import Transform, training_transform, validation_transform
 
 
 def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
@@ -44,6 +35,28 @@ def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
         )
 
 
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an image becomes what the network sees; the names are those of the settings.
+
+    Attributes:
+        resize: the images' short side is brought to this many pixels.
+        image_size: side of the square crop that the network sees; at most `resize`.
+        crop_padding: black pixels added on each side before a training crop.
+        horizontal_flip: mirror half of the training images.
+        mean, std: of the three channels, on the scale 0 to 1.
+        channels_last: hand the images to the network in this memory format.
+    """
+
+    resize: int = 256
+    image_size: int = 224
+    crop_padding: int = 0
+    horizontal_flip: bool = True
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+    channels_last: bool = False
+
+
 class Classification:
     """The task of telling images apart: what the training loop and an evaluation ask for.
 
@@ -51,19 +64,8 @@ class Classification:
         engine: the processes that share the work.
         train_index: training images; None where the task is only used to validate.
         validation_index: validation images.
-        batch_size: images per batch and process.
-        num_workers: processes that load images (0: the main process does).
-        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each epoch).
-        resize: the images' short side is brought to this many pixels.
-        image_size: side of the square crop that the network sees; at most `resize`.
-        crop_padding: black pixels added on each side before a training crop.
-        horizontal_flip: mirror half of the training images.
-        mean, std: of the three channels, on the scale 0 to 1.
-        skip_unreadable: go on without files that turn out to be unreadable; otherwise they end the run.
-        seed: the run's seed.
-        amp: `none`, `bf16` or `fp16`: the type of the forward pass in training. Validation always computes in float32.
-        channels_last: hand the images to the network in this memory format.
-        show_progress: False on processes other than the first.
+        images: how an image becomes what the network sees.
+        loading: how images are loaded.
 
     Attributes:
         unreadable: reason by path of the files that turned out to be unreadable while loading.
@@ -76,52 +78,37 @@ class Classification:
         engine: Engine,
         train_index: ImageFolderIndex | None,
         validation_index: ImageFolderIndex,
-        *,
-        batch_size: int,
-        num_workers: int,
-        train_shuffle: bool,
-        validation_shuffle: bool,
-        resize: int,
-        image_size: int,
-        crop_padding: int,
-        horizontal_flip: bool,
-        mean: Sequence[float],
-        std: Sequence[float],
-        skip_unreadable: bool,
-        seed: int,
-        amp: str,
-        channels_last: bool,
-        show_progress: bool,
+        images: ImageSpec,
+        loading: LoaderSpec,
     ) -> None:
-        if image_size > resize:
+        if images.image_size > images.resize:
             raise SettingsError(
-                f"image_size {image_size} is larger than resize {resize}: the crop would not fit into the image"
+                f"image_size {images.image_size} is larger than resize {images.resize}: the crop would not fit into the image"
             )
-        self.engine, self.seed = engine, seed
-        self.show_progress = show_progress
-        self.amp_type = amp_type(amp)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.engine, self.seed = engine, loading.seed
+        self.show_progress = loading.show_progress
+        self.amp_type = amp_type(loading.amp)
+        self.memory_format = torch.channels_last if images.channels_last else torch.contiguous_format
         self.n_classes = len(validation_index.classes)
-        self._files = UnreadableFiles(skip_unreadable, KEY)
+        self._files = UnreadableFiles(loading.skip_unreadable, KEY)
         self.unreadable = self._files.reasons
-        self._loading = (batch_size, num_workers, engine.device.type == "cuda")
+        self._loading = (loading.batch_size, loading.num_workers, engine.device.type == "cuda")
 
-        to_validate = validation_transform(resize, image_size, mean, std)
-        self._validation_order = EpochOrder(
-            len(validation_index), validation_shuffle, seed, engine.rank, engine.world_size
-        )
+        place = (loading.seed, engine.rank, engine.world_size)
+        to_validate = validation_transform(images.resize, images.image_size, images.mean, images.std)
+        self._validation_order = EpochOrder(len(validation_index), loading.validation_shuffle, *place)
         self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
         self._train_loader: DataLoader | None = None
         self.steps_per_epoch = self.position = 0
         if train_index is not None:
             check_same_classes(train_index, validation_index)
-            per_process = images_per_process(len(train_index), batch_size, engine.world_size)
-            to_train = training_transform(resize, image_size, crop_padding, horizontal_flip, mean, std)
-            self._train_order = EpochOrder(
-                len(train_index), train_shuffle, seed, engine.rank, engine.world_size, per_process
+            per_process = images_per_process(len(train_index), loading.batch_size, engine.world_size)
+            to_train = training_transform(
+                images.resize, images.image_size, images.crop_padding, images.horizontal_flip, images.mean, images.std
             )
+            self._train_order = EpochOrder(len(train_index), loading.train_shuffle, *place, per_process)
             self._train_loader = self._loader(train_index, to_train, self._train_order)
-            self.steps_per_epoch = math.ceil(per_process / batch_size)
+            self.steps_per_epoch = math.ceil(per_process / loading.batch_size)
 
     def _loader(self, index: ImageFolderIndex, transform: Transform, order: EpochOrder) -> DataLoader:
         return make_loader(ImageDataset(index, transform, self.seed), order, *self._loading)

@@ -24,7 +24,7 @@ from ..engines.engine import Engine
 from .coco.data import KEY, CocoSplit, check_same_categories
 from .coco.loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
 from .coco.metrics import CocoFigures, Detections, coco_figures
-from .loading import EpochOrder, UnreadableFiles, amp_type, batches, make_loader
+from .loading import EpochOrder, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 
 KINDS = {"Box": "bbox", "Mask": "segm"}
 """How figures are called in metrics -> how COCO calls what is compared."""
@@ -71,16 +71,10 @@ class Detection:
         engine: the processes that share the work.
         train: training images; None where the task is only used to validate.
         validation: validation images.
-        batch_size: images per batch and process.
-        num_workers: processes that load images (0: the main process does).
-        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each epoch).
+        loading: how images are loaded.
         group_by_aspect_ratio: make training batches of images of like shape.
         horizontal_flip: mirror half of the training images, with their boxes and masks.
-        skip_unreadable: go on without files that turn out to be unreadable; otherwise they end the run.
-        seed: the run's seed.
-        amp: `none`, `bf16` or `fp16`: the type of the forward pass in training. Validation always computes in float32.
         backend: what computes COCO's figures.
-        show_progress: False on processes other than the first.
 
     Attributes:
         unreadable: reason by path of the files that turned out to be unreadable while loading.
@@ -93,28 +87,22 @@ class Detection:
         engine: Engine,
         train: CocoSplit | None,
         validation: CocoSplit,
+        loading: LoaderSpec,
         *,
-        batch_size: int,
-        num_workers: int,
-        train_shuffle: bool,
-        validation_shuffle: bool,
-        group_by_aspect_ratio: bool,
-        horizontal_flip: bool,
-        skip_unreadable: bool,
-        seed: int,
-        amp: str,
-        backend: str,
-        show_progress: bool,
+        group_by_aspect_ratio: bool = True,
+        horizontal_flip: bool = True,
+        backend: str = "pycocotools",
     ) -> None:
-        self.engine, self.seed, self.show_progress = engine, seed, show_progress
+        self.engine, self.seed, self.show_progress = engine, loading.seed, loading.show_progress
         self.validation, self.backend = validation, backend
-        self.amp_type = amp_type(amp)
-        self._files = UnreadableFiles(skip_unreadable, KEY)
+        self.amp_type = amp_type(loading.amp)
+        self._files = UnreadableFiles(loading.skip_unreadable, KEY)
         self.unreadable = self._files.reasons
-        loading = (num_workers, engine.device.type == "cuda", collate_detection)
-        self._validation_order = EpochOrder(len(validation), validation_shuffle, seed, engine.rank, engine.world_size)
-        dataset = CocoDataset(validation, seed, flip=False)
-        self._validation_loader = make_loader(dataset, self._validation_order, batch_size, *loading)
+        how = (loading.num_workers, engine.device.type == "cuda", collate_detection)
+        place = (loading.seed, engine.rank, engine.world_size)
+        self._validation_order = EpochOrder(len(validation), loading.validation_shuffle, *place)
+        dataset = CocoDataset(validation, loading.seed, flip=False)
+        self._validation_loader = make_loader(dataset, self._validation_order, loading.batch_size, *how)
         self._train_loader: DataLoader | None = None
         self.steps_per_epoch = self.position = 0
         self._epoch = 0
@@ -125,12 +113,12 @@ class Detection:
                 raise DataError(
                     f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start fewer"
                 )
-            self._train_order = EpochOrder(len(train), train_shuffle, seed, engine.rank, engine.world_size, per_process)
+            self._train_order = EpochOrder(len(train), loading.train_shuffle, *place, per_process)
             self._train_batches = EpochBatches(
-                self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, batch_size
+                self._train_order, ratio_groups(train) if group_by_aspect_ratio else None, loading.batch_size
             )
             self._train_loader = make_loader(
-                CocoDataset(train, seed, horizontal_flip), self._train_batches, None, *loading
+                CocoDataset(train, loading.seed, horizontal_flip), self._train_batches, None, *how
             )
             self.steps_per_epoch = len(self._train_batches)
 

@@ -6,24 +6,19 @@ An unreadable file travels to the main process as an `Unreadable`, which decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import functional
 
 from ..common.errors import DataError, RunError, SettingsError
 from ..common.log import log
 from ..common.randomness import stream
 from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
-
-Transform = Callable[[Image.Image, torch.Generator], Tensor]
-"""An RGB image and a source of randomness -> normalised float32 tensor (3, H, W)."""
+from .transforms import Transform
 
 PREFETCHED_PER_WORKER = 2
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,51 +31,28 @@ def amp_type(name: str) -> torch.dtype | None:
     return AMP_TYPES[name]
 
 
-def training_transform(
-    resize: int, image_size: int, crop_padding: int, horizontal_flip: bool, mean: Sequence[float], std: Sequence[float]
-) -> Transform:
-    """Short side to `resize`, `crop_padding` black pixels on each side, a random crop of `image_size`, a flip in half of all cases."""
-    return partial(_augment, resize, image_size, crop_padding, horizontal_flip, list(mean), list(std))
+@dataclass(frozen=True)
+class LoaderSpec:
+    """How images reach the network; the names are those of the settings.
 
+    Attributes:
+        batch_size: images per batch and process.
+        num_workers: processes that load images (0: the main process does).
+        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each epoch).
+        skip_unreadable: continue without files that turn out to be unreadable; otherwise they end the run.
+        seed: the run's seed.
+        amp: `none`, `bf16` or `fp16`: the type of the forward pass in training. Validation always computes in float32.
+        show_progress: False on processes other than the first.
+    """
 
-def validation_transform(resize: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Short side to `resize`, centre crop of `image_size` (torchvision's Resize, CenterCrop, ToTensor, Normalize)."""
-    return partial(_centre, resize, image_size, list(mean), list(std))
-
-
-def _augment(
-    resize: int,
-    size: int,
-    padding: int,
-    flip: bool,
-    mean: list[float],
-    std: list[float],
-    image: Image.Image,
-    generator: torch.Generator,
-) -> Tensor:
-    image = functional.resize(image, [resize])
-    if padding:
-        image = functional.pad(image, [padding])
-    # all three are always drawn, so that a crop does not depend on whether flips are on
-    top = int(torch.randint(image.height - size + 1, (), generator=generator))
-    left = int(torch.randint(image.width - size + 1, (), generator=generator))
-    flipped = bool(torch.rand((), generator=generator) < 0.5)
-    image = functional.crop(image, top, left, size, size)
-    if flip and flipped:
-        image = functional.hflip(image)
-    return functional.normalize(functional.to_tensor(image), mean, std)
-
-
-def _centre(
-    resize: int,
-    size: int,
-    mean: list[float],
-    std: list[float],
-    image: Image.Image,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    image = functional.center_crop(functional.resize(image, [resize]), [size])
-    return functional.normalize(functional.to_tensor(image), mean, std)
+    batch_size: int
+    num_workers: int = 0
+    train_shuffle: bool = True
+    validation_shuffle: bool = False
+    skip_unreadable: bool = False
+    seed: int = 0
+    amp: str = "none"
+    show_progress: bool = True
 
 
 @dataclass(frozen=True)

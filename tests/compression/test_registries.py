@@ -96,12 +96,12 @@ def test_an_optimizer_steps_and_a_schedule_follows(name: str, schedule: str) -> 
 # --- a further one: a function and an entry ---
 
 
-def first_vectors(vectors, k, iterations, generator, tolerance=0.0, stopped=None) -> Clustering:
+def first_vectors(vectors, k, iterations, generator, tolerance=0.0, stopped=None) -> Clustering:  # noqa: ARG001 (of a protocol)
     """A quantizer of its own: the first k vectors are the codebook."""
     return kmeans(vectors, k, 0, generator)
 
 
-def backwards(objective, n_blocks, n_tries, generator, deadline, measure):
+def backwards(objective, n_blocks, n_tries, generator, deadline, measure):  # noqa: ARG001 (of a protocol)
     """A search of its own, which tries one permutation."""
     before = objective.value
     objective.reset(np.arange(objective.n_channels)[::-1].copy())

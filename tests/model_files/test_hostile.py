@@ -56,7 +56,7 @@ def tiny(n: int = 20) -> nn.Module:
 
 
 TINY = Architecture(
-    "tiny", "classification", tiny, "", 20, "6", lambda model: [Group(("0", "1"), ("3",)), Group(("3",), ("6",))]
+    "tiny", "classification", tiny, "", 20, "6", lambda _model: [Group(("0", "1"), ("3",)), Group(("3",), ("6",))]
 )
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -400,7 +400,7 @@ BAD_TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "nothing": lambda t: t[:0],
     "a scalar": lambda t: torch.tensor(1, dtype=t.dtype),
     "nested": lambda t: {"a": t},
-    "text": lambda t: "text",
+    "text": lambda _t: "text",
     "nan": lambda t: torch.full(t.shape, float("nan")),
     "beyond 64-bit codes": lambda t: torch.full(t.shape, 2**32, dtype=torch.int64),
     "negative": lambda t: torch.full(t.shape, -1, dtype=torch.int8),
@@ -507,27 +507,27 @@ def mutated(text: str, draw: random.Random) -> str:
     return text
 
 
-def moved(text: str, lines: list[str], draw: random.Random) -> str:
+def moved(text: str, lines: list[str], draw: random.Random) -> str:  # noqa: ARG001 (of a protocol)
     here = draw.randrange(len(lines))
     return "\n".join(lines[here:] + lines[:here])
 
 
-def repeated(text: str, lines: list[str], draw: random.Random) -> str:
+def repeated(text: str, lines: list[str], draw: random.Random) -> str:  # noqa: ARG001 (of a protocol)
     here, times = draw.randrange(len(lines)), draw.choice([0, 2])
     return "\n".join([*lines[:here], *[lines[here]] * times, *lines[here + 1 :]])
 
 
-def indented(text: str, lines: list[str], draw: random.Random) -> str:
+def indented(text: str, lines: list[str], draw: random.Random) -> str:  # noqa: ARG001 (of a protocol)
     here = draw.randrange(len(lines))
     return "\n".join([*lines[:here], " " * draw.randrange(5) + lines[here], *lines[here + 1 :]])
 
 
-def scrapped(text: str, lines: list[str], draw: random.Random) -> str:
+def scrapped(text: str, lines: list[str], draw: random.Random) -> str:  # noqa: ARG001 (of a protocol)
     at = draw.randrange(len(text) + 1)
     return text[:at] + draw.choice(SCRAPS) + text[at + draw.choice([0, 0, 1, 8]) :]
 
 
-def retyped(text: str, lines: list[str], draw: random.Random) -> str:
+def retyped(text: str, lines: list[str], draw: random.Random) -> str:  # noqa: ARG001 (of a protocol)
     at = draw.randrange(len(text) + 1)
     return text[:at] + chr(draw.choice([draw.randrange(128), draw.randrange(0xD800)])) + text[at + 1 :]
 
@@ -618,7 +618,7 @@ def test_damaged_command_lines_are_refused_with_one_error(tmp_path: Path, capsys
             continue
         with no_hang():
             status = command.run(
-                lambda settings: 0,
+                lambda _settings: 0,
                 prog="p",
                 purpose="q",
                 default_config="../config/train_resnet18.yaml",

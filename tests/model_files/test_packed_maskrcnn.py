@@ -131,7 +131,7 @@ def test_a_decoded_copy_computes_the_same(files: Files, tmp_path: Path) -> None:
     assert same_heads(decoded.model, files.model, 1e-4)
 
 
-def test_noise_is_measured_in_the_order_of_the_coded_network(files: Files, tmp_path: Path) -> None:
+def test_noise_is_measured_in_the_order_of_the_coded_network(files: Files) -> None:
     dense = lively_network(91, frozen=True)
     shuffle(dense, MASKRCNN.groups(dense), reshapes=RESHAPES)
     found = examine(files.folder / "model.safetensors", files.folder / "dense.pth")

@@ -266,12 +266,12 @@ class Page(html.parser.HTMLParser):
         self.texts: list[str] = []
         self.tags: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
+    def handle_starttag(self, tag: str, attrs: list) -> None:  # noqa: ARG002 (of a protocol)
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
+    def handle_startendtag(self, tag: str, attrs: list) -> None:  # noqa: ARG002 (of a protocol)
         self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

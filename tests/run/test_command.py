@@ -28,7 +28,7 @@ def run(job: command.Callable[[Settings], int], default: Path, *argv: str) -> in
 
 
 def raising(error: BaseException) -> command.Callable[[Settings], int]:
-    def job(settings: Settings) -> int:
+    def job(settings: Settings) -> int:  # noqa: ARG001 (of a protocol)
         raise error
 
     return job
@@ -85,7 +85,7 @@ def test_defects_keep_their_traceback(file: Path) -> None:
 def test_bad_settings_and_keys_without_effect_are_reported(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(raising(AssertionError()), file, "--epoch", "2") == 2
     assert capsys.readouterr().err == "error: command line: epoch = 2: unknown key; did you mean epochs?\n"
-    assert run(lambda settings: 0, file, "--momentum", "0.5") == 0
+    assert run(lambda _settings: 0, file, "--momentum", "0.5") == 0
     assert capsys.readouterr().out == "warning: momentum has no effect: only optimizer sgd has a momentum\n"
 
 

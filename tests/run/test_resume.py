@@ -329,7 +329,7 @@ def wait_for(reached: Callable[[], bool], running: subprocess.Popen, seconds: fl
 
 
 def test_a_signal_in_search_or_clustering_keeps_what_is_finished(
-    small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output)]
@@ -364,7 +364,7 @@ def test_kept_layers_of_other_weights_and_damaged_ones_are_clustered_again(
 
 
 def test_auto_goes_on_and_leaves_the_same_as_a_run_that_was_not_stopped(
-    small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_images: Path, whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     half_a_run(small_images, output)
@@ -719,7 +719,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(
-    small_images: Path, whole: Path, tmp_path: Path, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    small_images: Path, whole: Path, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Filled while models, states, or the log are written; when there is room again, the run goes on."""
     for free in (100, 1_500, 2_600, 3_800):  # kB: less than a file of every kind in turn
@@ -770,7 +770,7 @@ sys.exit(train_resnet.main({[*SMALL, *paths(small_images, output)]!r}))
 
 
 def test_a_folder_that_can_only_be_read(
-    small_images: Path, tmp_path: Path, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    small_images: Path, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = disk("size=1m")
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
@@ -786,7 +786,7 @@ def test_a_folder_that_can_only_be_read(
 
 
 def test_a_run_on_a_disk_that_becomes_read_only_goes_on_elsewhere(
-    small_images: Path, whole: Path, tmp_path: Path, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    small_images: Path, whole: Path, tmp_path: Path, disk: Callable[[str], Path]
 ) -> None:
     place = disk("size=40m")
     half_a_run(small_images, place / "run")

@@ -70,7 +70,7 @@ def moments(draw: random.Random) -> Iterator[tuple[str, Callable[[Path], bool]]]
         yield "training", lambda run, n=state: newest(run) >= n
         yield "validating", lambda run: (run / "trained_models" / "1.pth").exists()
         yield "writing a model", lambda run: count(run, "trained_models/.*.part") > 0
-        yield "anywhere", lambda run: False
+        yield "anywhere", lambda _run: False
 
 
 def newest(run: Path) -> int:

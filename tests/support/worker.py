@@ -28,11 +28,12 @@ from src.recipes.compress_distributed import permute_together, quantize_together
 from src.run import command
 from src.run.processes import processes
 from src.settings import Settings
-from src.tasks.classification import Classification
+from src.tasks.classification import Classification, ImageSpec
 from src.tasks.coco.data import read_coco
 from src.tasks.coco.loading import CocoDataset, collate_detection
 from src.tasks.detection import Detection
 from src.tasks.images import read_folder
+from src.tasks.loading import LoaderSpec
 from tests.support.coco import small_coco
 from tests.support.helpers import lively, quantized, spec
 from tests.tasks.test_detection import network as detector
@@ -83,7 +84,7 @@ class Diary:
     def step(self, step: int, figures: dict[str, float]) -> None:
         self.losses[step], self.rates[step] = figures["loss"], figures["learning_rate"]
 
-    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 (of a protocol)
         self.metrics[epoch] = metrics
 
     def model(self, epoch: int, model: nn.Module) -> None:
@@ -105,7 +106,7 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
     model = network()
     plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"]))
 
-    def search(part: nn.Module, groups: list[Group], numbers: list[int]) -> list[GroupResult]:
+    def search(part: nn.Module, groups: list[Group], numbers: list[int]) -> list[GroupResult]:  # noqa: ARG001 (of a protocol)
         return permute(part, groups, plan.sizes, seed=3, show_progress=False)
 
     groups = permute_together(engine, model, GROUPS, {}, search)
@@ -143,32 +144,15 @@ def _list(permutation: Tensor | None) -> list[int] | None:
 
 
 def classification(engine: Engine, images: Path, batch_size: int, most: int | None = None) -> Classification:
-    options = {
-        "resize": 32,
-        "image_size": 32,
-        "crop_padding": 2,
-        "horizontal_flip": True,
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
-    }
-    order = {"train_shuffle": True, "validation_shuffle": False, "skip_unreadable": False, "seed": 5}
     training, validation = (read_folder(images, split, False) for split in ("train", "val"))
     validation = replace(validation, paths=validation.paths[:most], labels=validation.labels[:most])
-    more = {"batch_size": batch_size, "num_workers": 0, "amp": "none", "channels_last": False, "show_progress": False}
-    return Classification(engine, training, validation, **options, **order, **more)
+    how = ImageSpec(resize=32, image_size=32, crop_padding=2, mean=[0.5] * 3, std=[0.25] * 3)
+    return Classification(engine, training, validation, how, LoaderSpec(batch_size, seed=5, show_progress=False))
 
 
 def detection(engine: Engine, coco: Path) -> Detection:
-    options = {
-        "batch_size": 1,
-        "num_workers": 0,
-        "group_by_aspect_ratio": True,
-        "horizontal_flip": True,
-        "skip_unreadable": False,
-    }
-    order = {"train_shuffle": True, "validation_shuffle": False, "seed": 5}
-    more = {"amp": "none", "backend": "pycocotools", "show_progress": False}
-    return Detection(engine, read_coco(coco, "train"), read_coco(coco, "val"), **options, **order, **more)
+    loading = LoaderSpec(batch_size=1, seed=5, show_progress=False)
+    return Detection(engine, read_coco(coco, "train"), read_coco(coco, "val"), loading)
 
 
 def detecting(engine: Engine, coco: Path) -> dict:

@@ -17,9 +17,9 @@ from torch import nn
 from src.common.errors import DataError, RunError, SettingsError
 from src.common.randomness import stream
 from src.compression.finetune.task import Task
-from src.tasks.classification import Classification, check_classes, images_per_process
+from src.tasks.classification import Classification, ImageSpec, check_classes, images_per_process
 from src.tasks.images import ImageFolderIndex, read_folder
-from src.tasks.loading import Batch
+from src.tasks.loading import Batch, LoaderSpec
 from tests.support.logs import logged
 
 N_CLASSES, EACH = 3, 7
@@ -55,24 +55,11 @@ def indices(tmp_path) -> tuple[ImageFolderIndex, ImageFolderIndex]:
 
 
 def make_task(indices, engine=None, **changes) -> Classification:
-    arguments = {
-        "batch_size": 4,
-        "num_workers": 0,
-        "train_shuffle": True,
-        "validation_shuffle": False,
-        "resize": 18,
-        "image_size": 16,
-        "crop_padding": 0,
-        "horizontal_flip": True,
-        "mean": [0.5] * 3,
-        "std": [0.25] * 3,
-        "skip_unreadable": False,
-        "seed": 0,
-        "amp": "none",
-        "channels_last": False,
-        "show_progress": False,
-    }
-    return Classification(engine or FakeEngine(), *indices, **{**arguments, **changes})
+    given = {"resize": 18, "image_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3, "batch_size": 4, **changes}
+    images = ImageSpec(**{name: value for name, value in given.items() if name in ImageSpec.__dataclass_fields__})
+    loading = {name: value for name, value in given.items() if name in LoaderSpec.__dataclass_fields__}
+    assert len(given) == len(images.__dataclass_fields__.keys() & given.keys()) + len(loading)
+    return Classification(engine or FakeEngine(), *indices, images, LoaderSpec(**{"show_progress": False, **loading}))
 
 
 def small_model(n_outputs: int = N_CLASSES) -> nn.Module:
@@ -322,7 +309,7 @@ def test_the_order_is_the_documented_stream(indices):
 
 def test_a_loader_process_that_dies_is_reported(indices):
     task = make_task(indices, num_workers=1)
-    task._train_loader.dataset.transform = lambda image, generator: os._exit(1)
+    task._train_loader.dataset.transform = lambda _image, _generator: os._exit(1)
     with pytest.raises(RunError, match=r"(?s)died.*--dataloader\.num_workers"):
         list(task.training_batches(1))
 

@@ -25,6 +25,7 @@ from src.tasks.coco.data import CocoSplit, read_coco
 from src.tasks.coco.loading import CocoDataset, DetectionBatch, DetectionItem, collate_detection, target_of
 from src.tasks.coco.metrics import Detections
 from src.tasks.detection import Detection, score
+from src.tasks.loading import LoaderSpec
 from tests.conftest import DATA
 from tests.support.coco import contents, entry, small_coco, write
 from tests.support.helpers import quantized, spec
@@ -78,11 +79,11 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(coco: Path, train: bool = True, **changes) -> Detection:
-    given = {
-        "batch_size": 2, "num_workers": 0, "train_shuffle": True, "validation_shuffle": False, "group_by_aspect_ratio": True,
-        "horizontal_flip": True, "skip_unreadable": False, "seed": 0, "amp": "none", "backend": "pycocotools", "show_progress": False,
-    }  # fmt: skip
-    return Detection(CPU, read_coco(coco, "train") if train else None, read_coco(coco, "val"), **{**given, **changes})
+    own = {
+        name: changes.pop(name) for name in ("group_by_aspect_ratio", "horizontal_flip", "backend") if name in changes
+    }
+    loading = LoaderSpec(**{"batch_size": 2, "show_progress": False, **changes})
+    return Detection(CPU, read_coco(coco, "train") if train else None, read_coco(coco, "val"), loading, **own)
 
 
 def equal(one: DetectionBatch, other: DetectionBatch) -> bool:
@@ -152,7 +153,7 @@ class Kept:
     def step(self, step: int, figures: dict[str, float]) -> None:
         self.steps[step] = figures
 
-    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 (of a protocol)
         self.metrics[epoch] = metrics
 
     def model(self, epoch: int, model: nn.Module) -> None: ...

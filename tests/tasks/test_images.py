@@ -24,15 +24,8 @@ from src.tasks.images import (
     read_folder,
     require_readable,
 )
-from src.tasks.loading import (
-    Batch,
-    EpochOrder,
-    ImageDataset,
-    Unreadable,
-    collate,
-    training_transform,
-    validation_transform,
-)
+from src.tasks.loading import Batch, EpochOrder, ImageDataset, Unreadable, collate
+from src.tasks.transforms import training_transform, validation_transform
 from tests.conftest import DATA
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

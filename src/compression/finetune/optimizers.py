@@ -81,7 +81,7 @@ def cosine(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -
     )
 
 
-def plateau(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+def plateau(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:  # noqa: ARG001 (of MakeSchedule)
     """Times `factor` (not below `min_lr`) when the metric, higher is better, did not rise for `patience` epochs."""
     return ScheduleParts(
         plateau=lrs.ReduceLROnPlateau(
@@ -90,14 +90,14 @@ def plateau(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) 
     )
 
 
-def multistep(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+def multistep(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:  # noqa: ARG001 (of MakeSchedule)
     """Times `factor` at each epoch in `milestones`."""
     return ScheduleParts(
         epoch=lrs.MultiStepLR(optimizer, list(spec.milestones), gamma=spec.factor, last_epoch=spec.last_epoch)
     )
 
 
-def constant(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:
+def constant(optimizer: torch.optim.Optimizer, spec: ScheduleSpec, n_steps: int) -> ScheduleParts:  # noqa: ARG001 (of MakeSchedule)
     """The learning rate as it is."""
     return ScheduleParts()
 

@@ -132,8 +132,8 @@ def search_published(
     n_blocks: int,
     n_tries: int,
     generator: torch.Generator,
-    deadline: float | None = None,
-    measure: CandidateMeasure | None = None,
+    deadline: float | None = None,  # noqa: ARG001 (of GroupSearch)
+    measure: CandidateMeasure | None = None,  # noqa: ARG001 (of GroupSearch)
 ) -> SearchResult:
     """The paper's search: greedy start, then `n_tries` swaps. It always ends, and needs no measure."""
     return search(objective, n_blocks, n_tries, generator)

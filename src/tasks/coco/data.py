@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from pycocotools.coco import COCO
 
 from ...common.errors import DataError
-from ..images import CHECKS, BadFiles, in_threads, some, unreadable_error
+from ..images import some
 from .checks import check_annotations, check_images_and_categories, check_lists
 
 KEY = "dataloader.coco_path"
@@ -117,7 +116,7 @@ def read_coco(root: str | Path, split: str) -> CocoSplit:
     for place, exists in ((root, root.is_dir()), (source, source.is_file()), (folder, folder.is_dir())):
         if not exists:
             raise DataError(f"{KEY}: {place} does not exist. {LAYOUT}")
-    api = make_api(read_annotation_file(source), source)
+    api = make_api(read_annotation_file(source))
     if split == "train":
         return _to_train(folder, source, api)
     if not any(not annotation["iscrowd"] for annotation in api.anns.values()):
@@ -142,7 +141,7 @@ def read_annotation_file(source: Path) -> dict[str, Any]:
     return contents
 
 
-def make_api(contents: dict[str, Any], source: Path) -> COCO:
+def make_api(contents: dict[str, Any]) -> COCO:
     """A COCO of checked contents; what COCO's rules need and files leave out is filled in."""
     _number(contents["annotations"])
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
@@ -241,74 +240,3 @@ def check_categories(split: CocoSplit, n_classes: int) -> None:
             f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. The head has {n_classes} "
             f"classes, which are ids 1 to {n_classes - 1} and the background, 0. Use the data the model was trained for, or a model made for these."
         )
-
-
-def require_images(
-    split: CocoSplit, how: str = "quick", skip_unreadable: bool = False, show: bool = True
-) -> tuple[CocoSplit, BadFiles]:
-    """The split with its readable images, and what was left out of it (always empty unless `skip_unreadable`).
-
-    An image whose size is not what the annotations say is as bad as an unreadable one: its boxes and masks would not fit.
-
-    Args:
-        split: of which every image is looked at.
-        how: `quick`, `full` (decodes everything) or `none` (only that the files exist).
-        skip_unreadable: go on without bad images.
-        show: show a progress bar.
-
-    Raises:
-        DataError: there are bad images and `skip_unreadable` is False, or nothing is left.
-    """
-    return without(split, unusable_images(split, how, show), skip_unreadable)
-
-
-def unusable_images(split: CocoSplit, how: str = "quick", show: bool = True) -> BadFiles:
-    """(path, reason) of every image that is missing, cannot be read or has another size than the annotations say."""
-    bad = [(path, MISSING) for path in split.paths if not os.path.isfile(path)]
-    check = CHECKS[how]
-    if check is None:
-        return bad
-    gone = {path for path, _ in bad}
-    sizes = {
-        path: split.size(image_id)
-        for path, image_id in zip(split.paths, split.image_ids, strict=True)
-        if path not in gone
-    }
-
-    def look(path: str) -> str | None:
-        return check(path) or _size_problem(path, sizes[path])
-
-    return bad + [
-        (path, why) for path, why in in_threads(look, list(sizes), f"checking images ({how})", show) if why is not None
-    ]
-
-
-def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[CocoSplit, BadFiles]:
-    """The split without the images `bad`, and these; raises as `require_images`."""
-    if not bad:
-        return split, []
-    missing = [path for path, why in bad if why == MISSING]
-    if missing and not skip_unreadable:
-        raise DataError(
-            f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: {some(missing)}. "
-            "Add them, or go on without them: --dataloader.skip_unreadable True"
-        )
-    if not skip_unreadable:
-        raise unreadable_error(bad, KEY)
-    left_out = {path for path, _ in bad}
-    kept = split.keeping([image_id for image_id in split.image_ids if split.path(image_id) not in left_out])
-    if not len(kept):
-        raise DataError(f"{KEY}: not one image of {split.folder} can be used. For example {bad[0][0]}: {bad[0][1]}")
-    return kept, bad
-
-
-def _size_problem(path: str, expected: tuple[int, int]) -> str | None:
-    with Image.open(path) as image:
-        return size_problem(image.size, expected)
-
-
-def size_problem(found: tuple[int, int], expected: tuple[int, int]) -> str | None:
-    """Why an image of the size (width, height) does not fit its annotations; None: it does."""
-    if found == expected:
-        return None
-    return f"the image has {found[0]}x{found[1]} pixels, but the annotations say {expected[0]}x{expected[1]}"

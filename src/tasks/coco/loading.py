@@ -17,7 +17,8 @@ from torchvision.transforms import functional
 from ...common.randomness import stream
 from ..images import load_rgb, reason
 from ..loading import EpochOrder, Unreadable
-from .data import CocoSplit, box_in_image, size_problem
+from .data import CocoSplit, box_in_image
+from .image_checks import size_problem
 
 Target = dict[str, Tensor]
 

@@ -60,7 +60,7 @@ class Blobs:
             loss = loss * float("nan")
         return StepLoss(loss, len(labels), {"accuracy": (logits.argmax(1) == labels).float().mean()})
 
-    def validate(self, model: nn.Module, label: str) -> dict[str, float]:
+    def validate(self, model: nn.Module, label: str) -> dict[str, float]:  # noqa: ARG002 (of a protocol)
         with evaluating(model), torch.no_grad():
             logits = model(self.points)
         return {
@@ -83,7 +83,7 @@ class Notes:
         self.rates[step] = figures["learning_rate"]
         self.figures[step] = figures
 
-    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+    def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:  # noqa: ARG002 (of a protocol)
         self.events.append(("validation", epoch, step))
 
     def model(self, epoch: int, model: nn.Module) -> None:

@@ -27,8 +27,8 @@ from src.tasks.coco.data import (
     make_api,
     read_annotation_file,
     read_coco,
-    require_images,
 )
+from src.tasks.coco.image_checks import require_images
 from src.tasks.coco.loading import (
     CocoDataset,
     DetectionItem,

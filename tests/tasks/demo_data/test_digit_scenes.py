@@ -17,7 +17,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from src.common.errors import DataError
-from src.tasks.coco.data import read_coco, require_images
+from src.tasks.coco.data import read_coco
+from src.tasks.coco.image_checks import require_images
 from src.tasks.demo_data import digit_crops, digit_scenes
 from src.tasks.demo_data.digits import load_digit_images
 from src.tasks.images import read_folder, require_readable

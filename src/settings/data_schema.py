@@ -1,0 +1,137 @@
+"""Keys about images, the schedule of the learning rate, and what an evaluation checks: type, default and meaning of each."""
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from .names import BackendName, ScheduleName
+from .section import Section
+from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole
+
+
+class DataSettings(Section):
+    """Where images come from and how they reach the network."""
+
+    imagenet_path: Text = Field(
+        "<your_imagenet_path_here>", description="Folder with train/ and val/, each with one folder per class."
+    )
+    coco_path: Text = Field(
+        "<your_coco_path_here>", description="Folder with COCO's annotations, train2017 and val2017."
+    )
+    source: Text = Field(
+        "folder", description="folder: read the path as it is; digits: write scikit-learn's digits there first, once."
+    )
+    num_workers: Natural = Field(4, description="Processes that read images; 0 reads in the main process.")
+    batch_size: Positive = Field(128, description="Images per batch and process.")
+    train_shuffle: Flag = Field(True, description="Draw the training images in a new order every epoch.")
+    validation_shuffle: Flag = Field(
+        False, description="Shuffle the validation images too; the result does not depend on it."
+    )
+    resize: Positive = Field(256, description="Length in pixels to which the short side of an image is scaled.")
+    image_size: Positive = Field(
+        224, validate_default=True, description="Side in pixels of the square crop that the network sees."
+    )
+    crop_padding: Natural = Field(0, description="Pixels of padding on every side before the random training crop.")
+    min_size: Positive = Field(
+        800, description="Detection: length in pixels to which the short side of an image is scaled."
+    )
+    max_size: Positive = Field(
+        1333,
+        validate_default=True,
+        description="Detection: most pixels of the long side; such an image becomes smaller than min_size.",
+    )
+    group_by_aspect_ratio: Flag = Field(
+        True, description="Detection: training batches of images of like aspect ratio, which need less padding."
+    )
+    horizontal_flip: Flag = Field(True, description="Mirror training images at random.")
+    mean: tuple[Real, Real, Real] = Field(
+        (0.485, 0.456, 0.406), description="Mean of each colour channel, subtracted from images in 0..1."
+    )
+    std: tuple[RealAboveZero, RealAboveZero, RealAboveZero] = Field(
+        (0.229, 0.224, 0.225), description="Standard deviation of each colour channel, by which images are divided."
+    )
+    num_classes: Annotated[Whole, Ge(2)] | None = Field(
+        None,
+        description="Number of class folders to expect (detection: highest category id + 1 of a random network); null: what is there.",
+    )
+    skip_unreadable: Flag = Field(
+        False, description="Leave unreadable images out, with a warning, instead of stopping."
+    )
+    verify_images: Literal["quick", "full", "none"] = Field(
+        "quick", description="Check of the images before the run: quick looks at their headers, full decodes every one."
+    )
+
+    @field_validator("image_size")
+    @classmethod
+    def _crop_fits(cls, image_size: int, info: ValidationInfo) -> int:
+        resize = info.data.get("resize")
+        if resize is not None and image_size > resize:
+            raise ValueError(f"at most dataloader.resize ({resize}): a crop cannot be larger than the resized image")
+        return image_size
+
+    @field_validator("max_size")
+    @classmethod
+    def _not_below_the_short_side(cls, max_size: int, info: ValidationInfo) -> int:
+        min_size = info.data.get("min_size")
+        if min_size is not None and max_size < min_size:
+            raise ValueError(
+                f"at least dataloader.min_size ({min_size}): the long side cannot be shorter than the short one"
+            )
+        return max_size
+
+
+class SchedulerSettings(Section):
+    """How the learning rate changes during training."""
+
+    type: ScheduleName = Field("cosine", description="Schedule of the learning rate.")
+    min_lr: RealFromZero = Field(1e-6, description="Lowest learning rate (cosine, plateau).")
+    patience: Natural = Field(
+        3, description="Epochs without a better validation metric before the rate falls (plateau)."
+    )
+    factor: Annotated[Real, Gt(0), Lt(1)] = Field(
+        0.1, description="What the rate is multiplied by when it falls (plateau, multistep)."
+    )
+    milestones: tuple[Natural, ...] = Field((), description="Rising epochs at which the rate falls (multistep).")
+    last_epoch: Annotated[Whole, Ge(-1)] = Field(
+        -1, description="Last step already done (cosine: batches, multistep: epochs); -1: none."
+    )
+
+    @field_validator("milestones")
+    @classmethod
+    def _rising(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+        if any(later <= earlier for earlier, later in pairwise(milestones)):
+            raise ValueError("rising epochs, each once")
+        return milestones
+
+
+class ExpectedSettings(Section):
+    """What an evaluation should find; it leaves with status 1 otherwise."""
+
+    accuracy: Annotated[Real, Ge(0), Le(100)] | None = Field(
+        None, description="Expected top-1 accuracy in percent; null: no check."
+    )
+    box_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(
+        None, description="Expected box AP in percent; null: no check."
+    )
+    mask_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(
+        None, description="Expected mask AP in percent; null: no check."
+    )
+    tolerance: RealFromZero = Field(0.5, description="Accepted difference from what is expected, in percentage points.")
+
+
+class EvaluationSettings(Section):
+    """How detections are scored and kept."""
+
+    backend: BackendName = Field(
+        "pycocotools",
+        description="What computes COCO's figures: pycocotools, or faster (faster-coco-eval, the same figures).",
+    )
+    per_category: Flag = Field(False, description="Box AP and mask AP of every category too.")
+    detections: Text | None = Field(None, description="COCO result JSON to evaluate instead of running a network.")
+    visualized_images: Natural = Field(16, description="Most images that --visualize draws; 0: all.")

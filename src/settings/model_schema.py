@@ -1,0 +1,118 @@
+"""Keys about the network, its permutation and its compression: type, default and meaning of each."""
+
+from typing import Annotated, Any
+
+from annotated_types import MinLen
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from .names import QuantizerName, SearchName, StepName
+from .section import Section, empty_map
+from .values import Centroids, Flag, Natural, Positive, RealAboveZero, RealFromZero, Text
+
+Names = Annotated[tuple[Text, ...], MinLen(1)]
+
+
+class LayerSpec(Section):
+    """Compression settings of one layer; null: those of the whole model."""
+
+    k: Centroids | None = Field(None, description="Centroids of this layer.")
+    k_means_type: QuantizerName | None = Field(None, description="Clustering of this layer.")
+    k_means_n_iters: Natural | None = Field(None, description="Clustering iterations of this layer.")
+    subvector_size: Positive | None = Field(None, description="Block length of a linear layer or 1x1 convolution.")
+    large_subvectors: Flag | None = Field(None, description="Large or small blocks for a convolution.")
+
+
+class CompressionSettings(Section):
+    """How weights are cut into blocks and clustered."""
+
+    k: Centroids = Field(256, description="Centroids per layer; fewer where a layer has too few blocks.")
+    k_means_type: QuantizerName = Field("src", description="Clustering: plain k-means, or annealed k-means (src).")
+    k_means_n_iters: Natural = Field(1000, description="Clustering iterations.")
+    k_means_tolerance: RealFromZero = Field(
+        0.0,
+        description="Share of the distortion: stop when 10 iterations of kmeans, or one of the short annealings that src then makes, gain less; 0: never.",
+    )
+    fc_subvector_size: Positive = Field(4, description="Block length in linear layers.")
+    pw_subvector_size: Positive = Field(4, description="Block length in 1x1 convolutions.")
+    large_subvectors: Flag = Field(False, description="Blocks of two kernels instead of one in other convolutions.")
+    ignored_modules: tuple[Text, ...] = Field((), description="Layers to leave uncompressed.")
+    layer_specs: Annotated[dict[str, LayerSpec], BeforeValidator(empty_map)] = Field(
+        default_factory=dict, description="Settings of single layers."
+    )
+
+
+class GroupSettings(Section):
+    """Layers that share one permutation: the outputs of `parents` are what `children` read."""
+
+    parents: Names = Field(description="Layers whose output channels are permuted.")
+    children: Names = Field(description="Layers whose input channels are permuted alike.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _two_maps_are_one(cls, data: Any) -> Any:
+        if isinstance(data, cls):
+            return data
+        parts = data if isinstance(data, list | tuple) else [data]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("a group: [{parents: [names]}, {children: [names]}]")
+        keys = [key for part in parts for key in part]
+        if sorted(keys) != ["children", "parents"]:
+            raise ValueError(
+                "a group with the keys parents and children, each once: [{parents: [names]}, {children: [names]}]"
+            )
+        return {key: value for part in parts for key, value in part.items()}
+
+
+class PermutationSpec(Section):
+    """How the permutation of one layer's inputs is searched."""
+
+    reshape: tuple[Positive, ...] | None = Field(
+        None, description="Shape in which a linear layer's weight reads a flattened feature map."
+    )
+    optimization: tuple[StepName, ...] | None = Field(
+        None, description="Searches to run, in this order; null: the usual ones."
+    )
+
+
+class ModelSettings(Section):
+    """The network, its permutation and its compression."""
+
+    arch: Text = Field(
+        "resnet50", description="Architecture: resnet18, resnet50, resnet50ssl or another registered name."
+    )
+    weights: Text = Field(
+        "pretrained", description="Starting weights: pretrained, none (random), or a checkpoint's path."
+    )
+    use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
+    state_dict_compressed: Text | None = Field(None, description="Compressed model to evaluate.")
+    compression_parameters: CompressionSettings = Field(
+        default_factory=CompressionSettings, description="How weights are compressed."
+    )
+    boxes_per_image: Positive = Field(
+        512, description="Detection: proposed boxes of an image that a training step learns from, at most."
+    )
+    proposals: Positive = Field(
+        1000,
+        description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.",
+    )
+    use_permutations: Flag = Field(True, description="Permute channels before compressing.")
+    search: SearchName = Field(
+        "best",
+        description="best: all children of a group, until nothing is gained; published: the paper's search, first child only.",
+    )
+    search_seconds: RealAboveZero | None = Field(
+        None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."
+    )
+    sls_iterations: Natural = Field(
+        10_000, description="Swaps tried per group by search: published, and by the first of best's own searches."
+    )
+    permutations: tuple[GroupSettings, ...] | None = Field(
+        None, description="Groups of layers; null: those of the architecture."
+    )
+    permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(empty_map)] = Field(
+        default_factory=dict, description="Search settings of single layers."
+    )

@@ -1,0 +1,61 @@
+"""From a decoded image to what a classification network sees, in training and in validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional
+
+Transform = Callable[[Image.Image, torch.Generator], Tensor]
+"""An RGB image and a source of randomness -> normalised float32 tensor (3, H, W)."""
+
+
+def training_transform(
+    resize: int, image_size: int, crop_padding: int, horizontal_flip: bool, mean: Sequence[float], std: Sequence[float]
+) -> Transform:
+    """Short side to `resize`, `crop_padding` black pixels on each side, a random crop of `image_size`, a flip in half of all cases."""
+    return partial(_augment, resize, image_size, crop_padding, horizontal_flip, list(mean), list(std))
+
+
+def validation_transform(resize: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Short side to `resize`, centre crop of `image_size` (torchvision's Resize, CenterCrop, ToTensor, Normalize)."""
+    return partial(_centre, resize, image_size, list(mean), list(std))
+
+
+def _augment(
+    resize: int,
+    size: int,
+    padding: int,
+    flip: bool,
+    mean: list[float],
+    std: list[float],
+    image: Image.Image,
+    generator: torch.Generator,
+) -> Tensor:
+    image = functional.resize(image, [resize])
+    if padding:
+        image = functional.pad(image, [padding])
+    # all three are always drawn, so that a crop does not depend on whether flips are on
+    top = int(torch.randint(image.height - size + 1, (), generator=generator))
+    left = int(torch.randint(image.width - size + 1, (), generator=generator))
+    flipped = bool(torch.rand((), generator=generator) < 0.5)
+    image = functional.crop(image, top, left, size, size)
+    if flip and flipped:
+        image = functional.hflip(image)
+    return functional.normalize(functional.to_tensor(image), mean, std)
+
+
+def _centre(
+    resize: int,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    image: Image.Image,
+    generator: torch.Generator | None = None,  # noqa: ARG001 (of Transform)
+) -> Tensor:
+    image = functional.center_crop(functional.resize(image, [resize]), [size])
+    return functional.normalize(functional.to_tensor(image), mean, std)
