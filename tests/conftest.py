@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.coco import varied_coco
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PQF_TEST_DATA", ROOT.parent / "shared" / "data"))
 
@@ -49,3 +51,13 @@ def published() -> Path:
     if not (DATA / "published" / "resnet18.pth").exists():
         pytest.skip(f"the authors' files are not at {DATA} (set PQF_TEST_DATA)")
     return DATA
+
+
+@pytest.fixture(scope="session", params=["varied", "tiny_coco"])
+def many_coco(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A COCO folder with dozens of images in each split: a made one, and, where it is there, a small part of COCO itself."""
+    if request.param == "varied":
+        return varied_coco(tmp_path_factory.mktemp("varied_coco"))
+    if not (DATA / "tiny_coco").is_dir():
+        pytest.skip(f"the small part of COCO is not at {DATA} (set PQF_TEST_DATA)")
+    return DATA / "tiny_coco"

@@ -22,8 +22,9 @@ from src.demo import classification as demo
 from src.model_files.pth import read_tensors
 from src.settings import load
 from src.tasks.images import load_rgb, read_folder
-from src.tasks.loading import validation_transform
+from src.tasks.transforms import validation_transform
 from tests.conftest import ROOT
+from tests.support.patience import PATIENCE
 
 SMALL = [
     "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
@@ -301,7 +302,7 @@ def test_the_published_resnet18_is_evaluated_as_published(published: Path) -> No
         sys.executable, "-m", "src.evaluate_resnet", "--model.state_dict_compressed", str(published / "published" / "resnet18.pth"),
         "--dataloader.imagenet_path", str(published / "imagenet_samples"), "--dataloader.num_workers", "2", "--device", "cpu",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "size: 12,927,232 bits" in done.stdout
     assert "= 1.54 MB, 28.94x smaller" in done.stdout

@@ -250,14 +250,14 @@ def test_a_file_that_repeats_the_ground_truth_scores_100_and_is_checked_against_
     assert "NOT AS EXPECTED: mask AP: 36.00 % +- 0.5 was expected, +64.00 off" in printed
 
 
-@pytest.mark.skipif(not (DATA / "tiny_coco").is_dir(), reason="the small part of COCO is not there (set PQF_TEST_DATA)")
-def test_the_ground_truth_of_the_small_part_of_coco_scores_100_by_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_ground_truth_scores_100_by_the_command(
+    many_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = DATA / "tiny_coco"
+    root = many_coco
     file = repeats(root / "annotations" / "instances_val2017.json", root, tmp_path / "detections.json")
     printed = evaluated(capsys, "--dataloader.coco_path", str(root), "--evaluation.detections", str(file))
-    assert "images: 50" in printed
+    n_images = len(json.loads((root / "annotations" / "instances_val2017.json").read_text())["images"])
+    assert f"images: {n_images}" in printed
     assert "box AP 100.0 " in printed
     assert "mask AP 100.0 " in printed
 

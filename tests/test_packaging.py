@@ -12,6 +12,7 @@ import tomllib
 
 from src.__main__ import COMMANDS
 from tests.conftest import ROOT
+from tests.support.patience import PATIENCE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,7 +47,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
         str(source),
     ]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
     (wheel,) = folder.glob("pqf-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
@@ -62,7 +63,7 @@ def run(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

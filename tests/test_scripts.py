@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.patience import PATIENCE
 
 
 def run(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -16,7 +16,7 @@ from src.settings import ineffective, load
 from tests.conftest import write_images
 from tests.support.launching import ENGINES, Finished, by_hand, command, free_port, launch, need, together
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 
 TORCHRUN = {
     "RANK": "3",

@@ -12,11 +12,12 @@ from src import evaluate_maskrcnn, train_maskrcnn
 from src.model_files.pth import read_tensors
 from tests.support.coco import contents, entry, rectangle, small_coco, write
 from tests.support.launching import ENGINES, launch
+from tests.support.patience import PATIENCE
 from tests.test_maskrcnn_entries import QUICK, SMALL, paths
 
 pytestmark = pytest.mark.timeout(1800)
 
-SECONDS = 800
+SECONDS = PATIENCE
 
 
 @pytest.fixture(autouse=True)

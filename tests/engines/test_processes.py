@@ -25,7 +25,7 @@ from tests.support.worker import detection, exchanges, gradients, whole_run
 from tests.tasks.test_detection import network as detector
 from tests.test_entries import scalars
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1800)
 
 SMALL = [
     "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",

@@ -34,6 +34,7 @@ from src.recipes import load_compressed, quantization_spec
 from src.settings import load
 from tests.conftest import ROOT
 from tests.support.helpers import lively, outputs, quantized, relative, spec
+from tests.support.patience import PATIENCE
 
 CLOSE = 1e-5
 """Two float32 vectors per norm and float32 activations: 6e-8 per operation, through at most a few dozen of them."""
@@ -509,7 +510,7 @@ for name in ("model.pth", "new.pth"):
         print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     assert f"cannot write {path}" in done.stdout

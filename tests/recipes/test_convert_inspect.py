@@ -29,6 +29,7 @@ from src.model_files.pth import compressed_state, read_tensors, save_compressed,
 from src.model_files.size import model_size
 from tests.conftest import ROOT
 from tests.support.helpers import lively, outputs, quantized, relative, shuffle, spec
+from tests.support.patience import PATIENCE
 
 CLASSES = 12
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -339,7 +340,7 @@ def test_the_module_called_inspect_never_hides_python_s_own(files: Path) -> None
         (ROOT, ["-c", f"import sys; sys.path.insert(0, 'src'); {code}"]),
     ):
         done = subprocess.run(
-            [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False, timeout=60
+            [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False, timeout=PATIENCE
         )
         assert done.stdout.startswith("True "), done.stderr
         assert str(ROOT / "src") not in done.stdout
@@ -349,7 +350,7 @@ def test_the_module_called_inspect_never_hides_python_s_own(files: Path) -> None
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert "entropy of all codes" in done.stdout

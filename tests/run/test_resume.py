@@ -38,6 +38,7 @@ from tests.conftest import ROOT, write_images
 from tests.support.coco import small_coco
 from tests.support.helpers import quantized, spec
 from tests.support.killing import digest, found, scalars
+from tests.support.patience import PATIENCE
 from tests.test_entries import paths, refused
 from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
 from tests.test_maskrcnn_entries import paths as coco_paths
@@ -127,7 +128,7 @@ def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(seed: in
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
@@ -299,7 +300,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     )  # validated; training begins
     time.sleep(0.3)
     os.killpg(running.pid, number)  # as a terminal does with Ctrl-C, and a batch system with SIGTERM
-    text, _ = running.communicate(timeout=60)
+    text, _ = running.communicate(timeout=PATIENCE)
     assert running.returncode == status, text
     assert "Traceback" not in text
     assert "interrupted: the checkpoint is saved (" in text
@@ -320,8 +321,8 @@ def started(arguments: list[str], env: dict[str, str] = ENVIRONMENT) -> subproce
     return subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **streams)
 
 
-def wait_for(reached: Callable[[], bool], running: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(reached: Callable[[], bool], running: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not reached():
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline, "it took too long"

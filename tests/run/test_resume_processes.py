@@ -20,6 +20,7 @@ from src.model_files.pth import read_tensors
 from tests.conftest import ROOT
 from tests.run.test_resume import SMALL, at_step
 from tests.support.launching import MARK, command, environment, kill, launch, marked, need
+from tests.support.patience import PATIENCE
 from tests.test_entries import paths, refused
 
 FLAGS = [
@@ -50,13 +51,13 @@ def stopped(
             cwd=ROOT, env=environment({MARK: mark}), stdin=subprocess.DEVNULL, stdout=text, stderr=text,
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + PATIENCE
             while not when() and launcher.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             assert when(), "it ended or took too long"
             if number == signal.SIGTERM:
                 os.kill(launcher.pid, number)
-                launcher.wait(60)
+                launcher.wait(PATIENCE)
         finally:
             kill(marked(mark))
             launcher.wait()

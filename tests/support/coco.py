@@ -87,3 +87,54 @@ def small_coco(root: Path) -> Path:
     kept = [annotation for annotation in annotations if annotation["image_id"] != 3]
     write(root, "val", contents(images[:3], [annotation for annotation in kept if annotation["image_id"] < 3]))
     return root
+
+
+def varied_coco(root: Path, n_images: int = 24, seed: int = 0) -> Path:
+    """Two splits like COCO's own in kind: images of many shapes, 5 categories with gaps in their numbers, polygons of several
+    parts, ellipses with holes cut by other objects, crowds as compressed and as plain run lengths, objects without masks' usual
+    order, boxes at the borders, and images without objects."""
+    categories = [{"id": number, "name": name} for number, name in ((1, "a"), (3, "b"), (4, "c"), (18, "d"), (90, "e"))]
+    for place, split in enumerate(("train", "val")):
+        draw = np.random.default_rng([seed, place])
+        images, annotations = [], []
+        for number in range(n_images):
+            width, height = (int(side) for side in draw.integers(40, 320, 2))
+            image_id = 1000 * (place + 1) + 7 * number
+            images.append(entry(image_id, width, height))
+            if number % 8 == 7:
+                continue  # without objects
+            for _ in range(int(draw.integers(1, 7))):
+                category = int(draw.choice([row["id"] for row in categories]))
+                annotations.append(_object(len(annotations) + 1, image_id, category, width, height, draw))
+            if number % 5 == 2:
+                region = _ellipse(width, height, draw) | _ellipse(width, height, draw)
+                annotations.append(crowd(len(annotations) + 1, image_id, int(draw.choice([1, 18])), region))
+        write(root, split, contents(images, annotations, categories))
+    return root
+
+
+def _object(
+    number: int, image_id: int, category_id: int, width: int, height: int, draw: np.random.Generator
+) -> dict[str, Any]:
+    """An object of one or two polygons within the image."""
+    parts = []
+    for _ in range(int(draw.integers(1, 3))):
+        centre = draw.uniform([0.2 * width, 0.2 * height], [0.8 * width, 0.8 * height])
+        radius = draw.uniform(5, 0.45 * min(width, height) + 5)
+        corners = int(draw.integers(7, 13))  # blunt ones, which have pixels in them
+        angles = 2 * np.pi * (np.arange(corners) + draw.uniform(-0.3, 0.3, corners)) / corners
+        points = centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+        parts.append(np.clip(points, 0, [width, height]).round(2).reshape(-1).tolist())
+    mask = mask_codec.decode(mask_codec.merge(mask_codec.frPyObjects(parts, height, width)))
+    points = np.concatenate([np.reshape(part, (-1, 2)) for part in parts])
+    (left, top), (right, bottom) = points.min(0), points.max(0)
+    return {
+        "id": number, "image_id": image_id, "category_id": category_id, "area": float(mask.sum()), "iscrowd": 0, "segmentation": parts,
+        "bbox": [float(left), float(top), float(right - left), float(bottom - top)],
+    }  # fmt: skip
+
+
+def _ellipse(width: int, height: int, draw: np.random.Generator) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    cx, cy, a, b = draw.uniform([0, 0, 6, 6], [width, height, width / 2, height / 2])
+    return ((x - cx) / a) ** 2 + ((y - cy) / b) ** 2 <= 1

@@ -78,17 +78,22 @@ def newest(run: Path) -> int:
 
 
 def one_life(arguments: list[str], run: Path, awaited: Callable[[Path], bool], draw: random.Random) -> int | None:
-    """Run until the moment (and up to 60 ms more), then kill with all children; returns the status of a run that ended before."""
+    """Run until the moment (and up to 60 ms more), then kill with all children; returns the status of a run that ended before.
+
+    No life is cut short before it has won something, however slow the machine is: so every chain of lives ends.
+    """
     born = newest(run)
     before = {path.name for path in found(run, "resume/*/*")}
     number = start(arguments, run.parent / f"{run.name}.log")
-    patience = time.monotonic() + draw.uniform(1.0, 4.0)
-    while time.monotonic() < patience:
+    patience, won_at = draw.uniform(0.5, 3.0), None
+    while won_at is None or time.monotonic() < won_at + patience:
         done, status = os.waitpid(number, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         news = newest(run) > born or {path.name for path in found(run, "resume/*/*")} - before
-        if news and awaited(run):  # something was won in this life, so that the chain of lives ends
+        if news and won_at is None:
+            won_at = time.monotonic()
+        if news and awaited(run):
             if draw.random() < 0.5:
                 time.sleep(draw.uniform(0, 0.06))
             break

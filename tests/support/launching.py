@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.patience import PATIENCE
 
 MARK = "PQF_TEST_LAUNCH"
 ENGINES = ("torchrun", "horovod")
-SECONDS = 150
-GRACE = 30
+SECONDS = PATIENCE
+GRACE = 300
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from src.tasks.coco.loading import CocoDataset, DetectionBatch, DetectionItem, c
 from src.tasks.coco.metrics import Detections
 from src.tasks.detection import Detection, score
 from src.tasks.loading import LoaderSpec
-from tests.conftest import DATA
 from tests.support.coco import contents, entry, small_coco, write
 from tests.support.helpers import quantized, spec
 from tests.support.logs import logged
@@ -286,9 +285,8 @@ def test_what_repeats_the_ground_truth_scores_100(tmp_path: Path, shuffle: bool)
     assert metrics["BoxAP+MaskAP"] == pytest.approx(200)
 
 
-@pytest.mark.skipif(not (DATA / "tiny_coco").is_dir(), reason="the small part of COCO is not there (set PQF_TEST_DATA)")
-def test_the_ground_truth_of_the_small_part_of_coco_scores_100() -> None:
-    split = read_coco(DATA / "tiny_coco", "val")
+def test_the_ground_truth_scores_100(many_coco: Path) -> None:
+    split = read_coco(many_coco, "val")
     found, whole = Detections(), read_as_training(split)
     for number, image_id in enumerate(split.image_ids):
         target = target_of(whole, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -79,4 +80,17 @@ def test_a_wheel_in_the_cache_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_pyproject_and_the_script_mean_the_same_release() -> None:
     assert f'"horovod>={build_horovod.VERSION}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"Horovod {build_horovod.VERSION}" in (ROOT / "README.md").read_text()
+    assert f"Horovod {build_horovod.VERSION}" in (ROOT / "docs" / "several-processes.md").read_text()
+
+
+def test_without_a_cached_wheel_nothing_is_built_and_the_reason_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build_horovod.main(["--if-cached"]) == 0
+    assert "its tests are skipped" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    folder = build_horovod.cache_folder() / build_horovod.key(metadata.version("torch"), dict(os.environ))
+    folder.mkdir(parents=True)
+    (folder / "horovod-0.whl").touch()
+    assert build_horovod.is_cached(dict(os.environ))

@@ -24,7 +24,6 @@ from src.common.errors import DataError, SettingsError
 from src.tasks.coco import faster as faster_coco
 from src.tasks.coco.masks import encode_masks
 from src.tasks.coco.metrics import STATS, Detections, coco_figures, read_results, write_results
-from tests.conftest import DATA
 
 
 def make_api(contents: dict) -> COCO:
@@ -59,11 +58,8 @@ def box(image_id: int, category_id: int, bbox: list[float], score: float) -> dic
 
 
 @pytest.fixture(scope="module")
-def tiny() -> COCO:
-    path = DATA / "tiny_coco" / "annotations" / "instances_val2017.json"
-    if not path.is_file():
-        pytest.skip("the COCO images are not there (PQF_TEST_DATA)")
-    return make_api(json.loads(path.read_text()))
+def tiny(many_coco: Path) -> COCO:
+    return make_api(json.loads((many_coco / "annotations" / "instances_val2017.json").read_text()))
 
 
 def truth_as_output(api: COCO, image_id: int) -> dict[str, torch.Tensor]:
