@@ -138,7 +138,7 @@ def _canvas(draw: np.random.Generator) -> tuple[np.ndarray, float]:
 
 
 def _colour(canvas: float, others: list[np.ndarray], draw: np.random.Generator) -> np.ndarray:
-    """A colour (3,) unlike `others`, if one is found soon, whose brightness is 0.35 or more away from the canvas's."""
+    """A colour (3,) unlike `others`, if one is found soon: a level 0.35 or more from the canvas's brightness, and often a tint around it."""
     for _ in range(TRIES):
         level = draw.uniform(canvas + 0.35, 1.0) if canvas < 0.5 else draw.uniform(0.0, canvas - 0.35)
         colour = np.clip(level + draw.uniform(-0.25, 0.25, 3), 0, 1) if draw.random() < 0.7 else np.full(3, level)

@@ -94,7 +94,11 @@ def test_laws_of_a_scene(digits, seed):
     # a mask ends where the colour does: inside it differs from the canvas around all digits
     canvas = scene.image[~scene.masks.any(0)].mean(0)
     for mask in scene.masks:
-        assert np.abs(scene.image[mask].mean(0) - canvas).max() > 0.2 * 255
+        # not at the edge, which is blended: where little of a digit is left to be seen, that is most of it
+        inner = mask & np.all([np.roll(mask, step, axis) for step in (-1, 1) for axis in (0, 1)], axis=0)
+        if inner.any():
+            # a colour's level is 0.35 from the canvas, each channel up to 0.25 from that, and the canvas is tinted by up to 0.05
+            assert np.abs(scene.image[inner].mean(0) - canvas).max() > 0.05 * 255
 
 
 def test_digits_overlap_somewhere_and_vary_in_size(written):
