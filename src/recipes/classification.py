@@ -11,8 +11,7 @@ from ..common.log import log
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
 from ..run.agreement import first_here
-from ..run.open_run import Run
-from ..run.processes import processes
+from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
 from ..tasks.classification import check_classes
 from .data import classification_task, images_fingerprint, read_images
@@ -27,14 +26,14 @@ def train_classification(settings: Settings) -> int:
 
 
 def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepared:
-    train_images, validation = read_images(run.settings, ("train", "val"), run.engine)
+    train_images, validation = read_images(run, ("train", "val"))
     with first_here(run.engine):
         model = dense_model(architecture, weights, len(train_images.classes), run.engine.is_main)
     check_classes(len(train_images.classes), n_outputs(architecture, model))
     side = run.settings.dataloader.image_size
     return Prepared(
         model=model,
-        task=classification_task(run.settings, run.engine, train_images, validation),
+        task=classification_task(run, train_images, validation),
         example=torch.randn(2, 3, side, side),
         results={},
         images_digest=images_fingerprint(train_images, validation),
@@ -43,15 +42,14 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
 
 def evaluate_classification(settings: Settings) -> int:
     """Evaluate a compressed (or dense) classification network; returns status 1 if `expected` is missed."""
-    with processes(settings) as engine:
-        with first_here(engine):
-            found = model_to_evaluate(settings, "classification", engine.is_main)
-        (validation,) = read_images(settings, ("val",), engine)
+    with open_evaluation(settings) as run:
+        found = model_to_evaluate(run, "classification")
+        (validation,) = read_images(run, ("val",))
         check_classes(len(validation.classes), found.n_outputs)
         log.info("model: %s", found.source)
         log.info("size: %s", model_size(found.model).summary())
-        model = set_memory_format(found.model.to(engine.device), settings.channels_last)
-        metrics = classification_task(settings, engine, None, validation).validate(model, "evaluate")
+        model = set_memory_format(found.model.to(run.engine.device), settings.channels_last)
+        metrics = classification_task(run, None, validation).validate(model, "evaluate")
     images, correct, top5 = (int(metrics[name]) for name in ("images", "correct", "correct_top5"))
     log.info("top-1 accuracy: %.2f %% (%s of %s)", metrics["accuracy"], f"{correct:,}", f"{images:,}")
     log.info("top-5 accuracy: %.2f %% (%s of %s)", metrics["accuracy_top5"], f"{top5:,}", f"{images:,}")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..engines.engine import Engine
 from ..run.agreement import check_same, digest_of
-from ..settings import Settings
+from ..run.open_run import Job
 from ..tasks.coco.data import CocoSplit, read_coco
 from ..tasks.coco.image_checks import unusable_images, without
 from ..tasks.detection import Detection
@@ -14,17 +13,15 @@ from ..tasks.images import BadFiles
 from .data import SAME_IMAGES, check_together, data_root, loader_spec, warn_of_skipped
 
 
-def read_splits(
-    settings: Settings, splits: Sequence[str], engine: Engine, look_at_images: bool = True
-) -> list[CocoSplit]:
+def read_splits(job: Job, splits: Sequence[str], check_images: bool = True) -> list[CocoSplit]:
     """The wanted splits of `dataloader.coco_path`, checked: files, annotations, readable images of the right size.
 
     Raises:
         SettingsError: the path is not set or not there, or the processes see other images or annotations.
         DataError: the folder does not hold what it should.
     """
-    data = settings.dataloader
-    root = data_root(settings, "detection", engine)
+    data, engine = job.settings.dataloader, job.engine
+    root = data_root(job, "detection")
     found = []
     for split in [read_coco(root, name) for name in splits]:
         check_same(engine, f"the list of images and objects in {split.source}", _listed(split), SAME_IMAGES)
@@ -32,7 +29,7 @@ def read_splits(
         def check(share: slice, split: CocoSplit = split) -> BadFiles:
             return unusable_images(split.keeping(split.image_ids[share]), data.verify_images, engine.is_main)
 
-        bad = check_together(engine, split.paths, check) if look_at_images else []
+        bad = check_together(engine, split.paths, check) if check_images else []
         kept, bad = without(split, bad, data.skip_unreadable)
         warn_of_skipped(bad, split.folder, engine.is_main)
         found.append(kept)
@@ -49,15 +46,15 @@ def splits_fingerprint(*splits: CocoSplit) -> str:
     return digest_of(line for split in splits for line in _listed(split))
 
 
-def detection_task(settings: Settings, engine: Engine, train: CocoSplit | None, validation: CocoSplit) -> Detection:
+def detection_task(job: Job, train: CocoSplit | None, validation: CocoSplit) -> Detection:
     """The task with the loader settings of the file; without `train` it can only validate."""
-    data = settings.dataloader
+    data = job.settings.dataloader
     return Detection(
-        engine,
+        job.engine,
         train,
         validation,
-        loader_spec(settings, engine),
+        loader_spec(job),
         group_by_aspect_ratio=data.group_by_aspect_ratio,
         horizontal_flip=data.horizontal_flip,
-        backend=settings.evaluation.backend,
+        backend=job.settings.evaluation.backend,
     )

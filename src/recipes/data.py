@@ -13,7 +13,7 @@ from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
 from ..run.inputs import data_folder
-from ..settings import Settings
+from ..run.open_run import Job
 from ..tasks.classification import Classification, ImageSpec
 from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
 from ..tasks.loading import LoaderSpec
@@ -22,15 +22,15 @@ from ..tasks.sources import prepare
 SAME_IMAGES = "Give every machine the same images, under the same path."
 
 
-def read_images(settings: Settings, splits: Sequence[str], engine: Engine) -> list[ImageFolderIndex]:
+def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
     """The wanted splits of `dataloader.imagenet_path`, checked: folders, classes, readable files.
 
     Raises:
         SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other images.
         DataError: the folders do not hold what they should.
     """
-    data = settings.dataloader
-    root = data_root(settings, "classification", engine)
+    data, engine = job.settings.dataloader, job.engine
+    root = data_root(job, "classification")
     indices = [read_folder(root, split, engine.is_main) for split in splits]
     for index in indices:
         listed = (os.path.relpath(path, index.root) for path in index.paths)
@@ -60,16 +60,16 @@ def images_fingerprint(*indices: ImageFolderIndex) -> str:
     return digest_of(os.path.relpath(path, index.root) for index in indices for path in index.paths)
 
 
-def data_root(settings: Settings, task: str, engine: Engine) -> Path:
+def data_root(job: Job, task: str) -> Path:
     """The folder of the data, filled by `dataloader.source` if that is not a folder of the user's own.
 
     Raises:
         SettingsError: the path is not set or not there, or there is no such source.
         DataError: the source cannot write it.
     """
-    root, sources = data_folder(settings, task)
-    with first_here(engine):
-        prepare(settings.dataloader.source, root, sources=sources)
+    root, sources = data_folder(job.settings, task)
+    with first_here(job.engine):
+        prepare(job.settings.dataloader.source, root, sources=sources)
     return root
 
 
@@ -92,11 +92,9 @@ def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
         log.warning("skipped %s unreadable images of %s: %s", f"{len(bad):,}", folder, names)
 
 
-def classification_task(
-    settings: Settings, engine: Engine, train: ImageFolderIndex | None, validation: ImageFolderIndex
-) -> Classification:
+def classification_task(job: Job, train: ImageFolderIndex | None, validation: ImageFolderIndex) -> Classification:
     """The task with the loader settings of the file; without `train` it can only validate."""
-    data = settings.dataloader
+    data = job.settings.dataloader
     images = ImageSpec(
         resize=data.resize,
         image_size=data.image_size,
@@ -104,23 +102,23 @@ def classification_task(
         horizontal_flip=data.horizontal_flip,
         mean=data.mean,
         std=data.std,
-        channels_last=settings.channels_last,
+        channels_last=job.settings.channels_last,
     )
-    return Classification(engine, train, validation, images, loader_spec(settings, engine))
+    return Classification(job.engine, train, validation, images, loader_spec(job))
 
 
-def loader_spec(settings: Settings, engine: Engine) -> LoaderSpec:
-    """How images are loaded, on one process of `engine`."""
-    data = settings.dataloader
+def loader_spec(job: Job) -> LoaderSpec:
+    """How images are loaded, on one process."""
+    data = job.settings.dataloader
     return LoaderSpec(
         batch_size=data.batch_size,
-        num_workers=workers(data.num_workers, engine),
+        num_workers=workers(data.num_workers, job.engine),
         train_shuffle=data.train_shuffle,
         validation_shuffle=data.validation_shuffle,
         skip_unreadable=data.skip_unreadable,
-        seed=settings.seed,
-        amp=settings.amp,
-        show_progress=engine.is_main,
+        seed=job.settings.seed,
+        amp=job.settings.amp,
+        show_progress=job.engine.is_main,
     )
 
 

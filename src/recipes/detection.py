@@ -14,13 +14,13 @@ from torch import nn
 from ..architectures.architecture import Architecture, n_outputs
 from ..architectures.maskrcnn import set_box_numbers, set_image_size
 from ..common.log import log
-from ..common.paths import find, write_text
+from ..common.paths import write_text
 from ..compression.quantize.layers import set_memory_format
-from ..engines.engine import Engine
 from ..model_files.size import model_size
 from ..run.agreement import first_here, once
-from ..run.open_run import Run, open_evaluation
-from ..run.output_folder import OutputFolder
+from ..run.inputs import detections_file
+from ..run.open_run import Evaluation, Run, open_evaluation
+from ..run.output_folder import EVALUATION_FILES, OutputFolder
 from ..settings import Settings
 from ..tasks.coco.data import CocoSplit, check_categories
 from ..tasks.coco.metrics import read_results, write_results
@@ -42,8 +42,7 @@ def train_detection(settings: Settings) -> int:
 
 def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepared:
     settings, engine = run.settings, run.engine
-    data = settings.dataloader
-    train_split, validation = read_splits(settings, ("train", "val"), engine)
+    train_split, validation = read_splits(run, ("train", "val"))
     n_objects = sum(map(len, train_split.annotations))
     log.info(
         "training: %s images with %s objects; left out: %s",
@@ -52,13 +51,15 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         train_split.dropped,
     )
     with first_here(engine):
-        model = dense_model(architecture, weights, data.num_classes or _classes(train_split), engine.is_main)
+        model = dense_model(
+            architecture, weights, settings.dataloader.num_classes or _classes(train_split), engine.is_main
+        )
     for split in (train_split, validation):
         check_categories(split, n_outputs(architecture, model))
     _configure(model, settings)
     return Prepared(
         model=model,
-        task=detection_task(settings, engine, train_split, validation),
+        task=detection_task(run, train_split, validation),
         example=torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE),
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
@@ -75,10 +76,9 @@ def evaluate_detection(settings: Settings) -> int:
 
     With an `output_path` the detections and the figures are kept there; with `visualize` pictures are drawn.
     """
-    with open_evaluation(settings) as run:
-        given = settings.evaluation.detections
-        found = _detect(settings, run.engine) if given is None else _read_detections(settings, given, run.engine)
-        return int(once(run.engine, lambda: _report(settings, run.output, found)))
+    with open_evaluation(settings, EVALUATION_FILES) as run:
+        found = _detect(run) if settings.evaluation.detections is None else _read_detections(run)
+        return int(once(run.engine, lambda: _report(run, found)))
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class Detected:
     about: Mapping[str, Any]
 
 
-def _report(settings: Settings, output: OutputFolder | None, found: Detected) -> int:
-    """Score detections, log and keep the figures; returns the exit status."""
-    evaluation = settings.evaluation
+def _report(run: Evaluation, found: Detected) -> int:
+    """Score detections, keep and log the figures; returns the exit status."""
+    evaluation, output = run.settings.evaluation, run.output
     scores = score(found.split, found.rows, found.image_ids, evaluation.backend, evaluation.per_category)
     if output is not None:
         _keep(output, found, scores)
@@ -109,39 +109,38 @@ def _report(settings: Settings, output: OutputFolder | None, found: Detected) ->
         log.info("%s", line)
     if output is not None:
         log.info("detections in %s; figures in %s", output.path / "detections.json", output.path / "results.json")
-    metrics, expected = scores.metrics(), settings.expected
+    metrics, expected = scores.metrics(), run.settings.expected
     figures = {"box AP": metrics.get("BoxAP", 0.0), "mask AP": metrics.get("MaskAP", 0.0)}
     return verdict(figures, {"box AP": expected.box_ap, "mask AP": expected.mask_ap}, expected.tolerance)
 
 
-def _read_detections(settings: Settings, given: str, engine: Engine) -> Detected:
+def _read_detections(run: Evaluation) -> Detected:
     """The detections of the result file that the settings name."""
-    path = find(given, "evaluation.detections", "Expected a COCO result file (JSON)")
-    (split,) = read_splits(settings, ("val",), engine, look_at_images=False)
+    path = detections_file(run.settings)
+    (split,) = read_splits(run, ("val",), check_images=False)
     rows = list(read_results(path, split.api))
     log.info("detections: %s", path)
     return Detected(split=split, rows=rows, image_ids=list(split.image_ids), about={"detections": str(path)})
 
 
-def _detect(settings: Settings, engine: Engine) -> Detected:
+def _detect(run: Evaluation) -> Detected:
     """What the network that the settings name detects."""
-    data = settings.dataloader
-    with first_here(engine):
-        found = model_to_evaluate(settings, "detection", engine.is_main)
-    (validation,) = read_splits(settings, ("val",), engine)
+    data, engine = run.settings.dataloader, run.engine
+    found = model_to_evaluate(run, "detection")
+    (validation,) = read_splits(run, ("val",))
     check_categories(validation, found.n_outputs)
-    pictures = Pictures.of(settings, found.architecture, found.n_outputs, engine)
+    pictures = Pictures.of(run, found.architecture, found.n_outputs)
     log.info("model: %s", found.source)
     size = model_size(found.model)
     log.info("size: %s", size.summary())
-    task = detection_task(settings, engine, None, validation)
-    model = _ready(found.model, settings, engine)
+    task = detection_task(run, None, validation)
+    model = _ready(found.model, run)
     rows, image_ids = task.detect(model, "evaluate")
     skipped = set(engine.gather(sorted(task.unreadable)))
     if skipped:
         log.info("skipped: %s unreadable images", f"{len(skipped):,}")
     if pictures is not None:
-        dense = None if pictures.dense is None else _ready(pictures.dense, settings, engine)
+        dense = None if pictures.dense is None else _ready(pictures.dense, run)
         n_drawn = pictures.draw(validation, model, dense, engine)
         log.info("%s pictures in %s", f"{n_drawn:,}", pictures.folder)
     set_up = {"min_size": data.min_size, "max_size": data.max_size}
@@ -155,9 +154,9 @@ def _configure(model: nn.Module, settings: Settings) -> None:
     set_box_numbers(model, settings.model.boxes_per_image, settings.model.proposals)
 
 
-def _ready(model: nn.Module, settings: Settings, engine: Engine) -> nn.Module:
-    _configure(model, settings)
-    return set_memory_format(model.to(engine.device), settings.channels_last)
+def _ready(model: nn.Module, run: Evaluation) -> nn.Module:
+    _configure(model, run.settings)
+    return set_memory_format(model.to(run.engine.device), run.settings.channels_last)
 
 
 def _keep(output: OutputFolder, found: Detected, scores: Scores) -> None:

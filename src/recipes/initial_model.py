@@ -18,7 +18,9 @@ from ..model_files.open_model_file import ModelFile, architecture_of, build_netw
 from ..model_files.packed import PackedFile
 from ..model_files.pth import read_tensors
 from ..model_files.state_dict import load_state
+from ..run.agreement import first_here
 from ..run.inputs import compressed_file, weights_source
+from ..run.open_run import Job
 from ..settings import Settings, given_on_command_line
 from .specs import quantization_spec, with_current_names
 
@@ -86,8 +88,10 @@ def load_compressed(path: Path, architecture: Architecture, spec: QuantizationSp
     return build_network(ModelFile(path, None, read_tensors(path)), architecture, lambda dense: make_plan(dense, spec))
 
 
-def model_to_evaluate(settings: Settings, task: str, show_progress: bool) -> EvaluatedModel:
+def model_to_evaluate(job: Job, task: str) -> EvaluatedModel:
     """The network of `state_dict_compressed`, or the dense one of `weights` with `use_compression: False`.
+
+    On every machine one process goes first: what has to be downloaded is there for the others.
 
     A packed file says what it is and how it was quantized; what the settings say about that is compared with it.
 
@@ -96,14 +100,22 @@ def model_to_evaluate(settings: Settings, task: str, show_progress: bool) -> Eva
             overridden, with a note.
         CheckpointError: it cannot be read, does not fit, or names an architecture that is not known for `task`.
     """
-    if not settings.model.use_compression:
-        architecture = architectures.get(settings.model.arch, task)
-        weights = weights_source(settings)
-        n_classes = settings.dataloader.num_classes or architecture.n_classes
-        dense = dense_model(architecture, weights, n_classes, show_progress).eval()
-        return EvaluatedModel(
-            dense, architecture, n_outputs(architecture, dense), f"dense {architecture.name}, {weights}"
-        )
+    with first_here(job.engine):
+        if job.settings.model.use_compression:
+            return _compressed_to_evaluate(job.settings, task)
+        return _dense_to_evaluate(job.settings, task, job.engine.is_main)
+
+
+def _dense_to_evaluate(settings: Settings, task: str, show_progress: bool) -> EvaluatedModel:
+    architecture = architectures.get(settings.model.arch, task)
+    weights = weights_source(settings)
+    n_classes = settings.dataloader.num_classes or architecture.n_classes
+    dense = dense_model(architecture, weights, n_classes, show_progress).eval()
+    source = f"dense {architecture.name}, {weights}"
+    return EvaluatedModel(dense, architecture, n_outputs(architecture, dense), source)
+
+
+def _compressed_to_evaluate(settings: Settings, task: str) -> EvaluatedModel:
     file = read_model_file(compressed_file(settings))
     architecture = _architecture_to_evaluate(settings, file, task)
     spec = quantization_spec(with_current_names(settings, architecture))

@@ -18,6 +18,7 @@ from ..common.progress import bar
 from ..compression.finetune.task import evaluating
 from ..engines.engine import Engine
 from ..run.inputs import weights_source
+from ..run.open_run import Job
 from ..settings import Settings
 from ..tasks.coco.data import CocoSplit
 from ..tasks.drawing import draw_side_by_side
@@ -40,7 +41,7 @@ class Pictures:
     dense: nn.Module | None
 
     @staticmethod
-    def of(settings: Settings, architecture: Architecture, n_classes: int, engine: Engine) -> Pictures | None:
+    def of(job: Job, architecture: Architecture, n_classes: int) -> Pictures | None:
         """What the settings ask for; None: nothing, or another process draws.
 
         The dense network is that of `model.weights`. Where it cannot be had, or tells other classes apart, a note says so.
@@ -48,7 +49,8 @@ class Pictures:
         Raises:
             CheckpointError: `model.weights` is a file that does not fit.
         """
-        if settings.visualize is None or not engine.is_main:
+        settings = job.settings
+        if settings.visualize is None or not job.engine.is_main:
             return None
         dense = None
         if settings.model.use_compression and settings.model.weights != "none":

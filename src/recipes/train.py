@@ -73,11 +73,11 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         model, results = prepared.model, dict(prepared.results)
         run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: prepared.images_digest})
         plan = (
-            plan_compression(settings, architecture, model, prepared.example)
-            if settings.model.use_compression
+            plan_compression(run.settings, architecture, model, prepared.example)
+            if run.settings.model.use_compression
             else None
         )
-        save = ModelWriter(settings, architecture, run.output)
+        save = ModelWriter(run.settings, architecture, run.output)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
         if plan is not None:
             model = _compressed(run, plan, model, resumed)

@@ -35,7 +35,7 @@ def check_inputs(settings: Settings, job: str, task: str) -> None:
         weights_source(settings)
         require(settings, "output_path")
     elif task == DETECTION and settings.evaluation.detections is not None:
-        find(settings.evaluation.detections, "evaluation.detections", "Expected a COCO result file (JSON)")
+        detections_file(settings)
     else:
         file = compressed_file(settings) if compressed else weights_source(settings)
         if not (compressed and isinstance(file, Path) and file.suffix == ".safetensors"):  # that says itself what it is
@@ -73,6 +73,13 @@ def compressed_file(settings: Settings) -> Path:
     packed_advice = "python -m src.convert makes packed files from others"
     advice = packed_advice if given.endswith(".safetensors") else PAPER_MODELS_ADVICE
     return find(given, "model.state_dict_compressed", advice)
+
+
+def detections_file(settings: Settings) -> Path:
+    """The existing file of detections to score. Raises SettingsError: `evaluation.detections` is not set or not there."""
+    return find(
+        require(settings, "evaluation.detections"), "evaluation.detections", "Expected a COCO result file (JSON)"
+    )
 
 
 def data_folder(settings: Settings, task: str) -> tuple[Path, Sources]:

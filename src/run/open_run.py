@@ -15,7 +15,7 @@ from ..engines.engine import Engine
 from ..settings import Settings, is_placeholder, require, to_yaml
 from .checkpoints import CheckpointFolder
 from .fingerprint import PROCESSES, RunFingerprint
-from .output_folder import EVALUATION_FILES, OutputFolder
+from .output_folder import OutputFolder
 from .processes import processes
 from .recorder import AnyRecorder, NoRecorder, RunRecorder, Save
 from .resume import Resume, UnfinishedRun, alone, came_from, source_of
@@ -24,12 +24,23 @@ from .signals import Stop, stopping
 
 
 @dataclass
-class Run:
-    """A training run.
+class Job:
+    """What a command does, by however many processes.
 
     Attributes:
         settings: as they were given.
         engine: the processes that share it.
+    """
+
+    settings: Settings
+    engine: Engine
+
+
+@dataclass
+class Run(Job):
+    """A training run.
+
+    Attributes:
         signals: Ctrl-C and SIGTERM.
         output: its folder.
         resume: whether it resumes, and from what.
@@ -37,8 +48,6 @@ class Run:
         checkpoints: what it can be resumed from; there from `begin` on.
     """
 
-    settings: Settings
-    engine: Engine
     signals: Stop
     output: OutputFolder
     resume: Resume
@@ -153,30 +162,29 @@ def _output_and_resume(settings: Settings, engine: Engine) -> tuple[OutputFolder
     return output, resume
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass
+class Evaluation(Job):
     """An evaluation.
 
     Attributes:
-        engine: the processes that share it.
         output: its folder; None: what it finds is only logged.
     """
 
-    engine: Engine
-    output: OutputFolder | None
+    output: OutputFolder | None = None
 
 
 @contextmanager
-def open_evaluation(settings: Settings, files: Sequence[str] = EVALUATION_FILES) -> Iterator[Evaluation]:
+def open_evaluation(settings: Settings, files: Sequence[str] = ()) -> Iterator[Evaluation]:
     """An evaluation with these settings; it may write `files` into its output folder, if it has one.
 
     Raises:
         SettingsError: the processes or the output folder do not fit the settings.
     """
     with processes(settings) as engine:
-        output = None if is_placeholder(settings.output_path) else open_output(settings, engine, files)
+        writes = bool(files) and not is_placeholder(settings.output_path)
+        output = open_output(settings, engine, files) if writes else None
         try:
-            yield Evaluation(engine, output)
+            yield Evaluation(settings=settings, engine=engine, output=output)
         finally:
             if output is not None:
                 output.close()
