@@ -64,7 +64,7 @@ def measure(
     states = [seconds(lambda: kept.keep(take(training, engine)), device) for _ in range(options.repeats + 2)]
     newest = max(output.resume.glob("checkpoint-*"))
     watch = GradientWatch(model)
-    watched = [seconds(lambda: bool(watch.look(1)), device) for _ in range(options.repeats)]
+    watched = [seconds(lambda: bool(watch.check(1)), device) for _ in range(options.repeats)]
     reading = seconds(lambda: restore(_read(newest), training, training.position), device)
     output.close()
     one_step, one_state, every = (

@@ -34,7 +34,7 @@ class PlanError(UserError):
 
 
 class RunError(UserError):
-    """The run itself cannot go on (disk full, loss no longer a number): not the user's input, so status 1."""
+    """The run itself cannot continue (disk full, loss no longer a number): not the user's input, so status 1."""
 
     status = 1
 

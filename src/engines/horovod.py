@@ -25,7 +25,7 @@ def _load() -> Any:
         import horovod.torch as library
     except ImportError as error:
         raise SettingsError(f"engine: horovod cannot be used here ({error}): {INSTALL}") from error
-    if not hasattr(library, "init"):  # horovod.torch prints why, and goes on without its own functions
+    if not hasattr(library, "init"):  # horovod.torch prints why, and continues without its own functions
         raise SettingsError(f"engine: the installed horovod does not fit torch {torch.__version__}: {INSTALL}")
     return library
 
@@ -69,7 +69,7 @@ class Horovod(Processes):
         return self._horovod.broadcast_(values, source, name=self._name("broadcast"))
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """`model` itself, with rank 0's values; from now on its gradients are averaged while a backward pass goes on."""
+        """`model` itself, with rank 0's values; from now on its gradients are averaged during a backward pass."""
         self.broadcast([*model.parameters(), *model.buffers()])
         _Averaging(self._horovod, model)
         return model
@@ -88,7 +88,7 @@ class Horovod(Processes):
 class _Averaging:
     """Averages the gradients of a model over the processes: each as soon as it is there, all of them when the backward pass ends.
 
-    Horovod's own DistributedOptimizer waits in `step`, after a gradient scaler has looked at the gradients of this process alone, and
+    Horovod's own DistributedOptimizer waits in `step`, after a gradient scaler has checked the gradients of this process alone, and
     refuses gradients that are not contiguous; here the exchange is over when `backward` returns, as it is with
     DistributedDataParallel.
     """

@@ -43,13 +43,13 @@ def here(environment: Mapping[str, str] | None = None) -> Launch:
         launcher.name: launcher
         for engine in ENGINES
         for launcher in ENGINES.fact(engine, "launchers") or ()
-        if all(mark in variables for mark in launcher.marks)
+        if all(name in variables for name in launcher.variables)
     }
     engines = {name.split()[0] for name in found}
     if len(engines) > 1:
-        marks = "; ".join(f"{name}: {', '.join(launcher.marks)}" for name, launcher in found.items())
+        listing = "; ".join(f"{name}: {', '.join(launcher.variables)}" for name, launcher in found.items())
         raise SettingsError(
-            f"engine: this process was started by {' and '.join(sorted(engines))} at once, as its environment says ({marks}). "
+            f"engine: this process was started by {' and '.join(sorted(engines))} at once, as its environment says ({listing}). "
             "Start it with one of them, or unset the variables of the other."
         )
     if not found:

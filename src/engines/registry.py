@@ -19,7 +19,7 @@ class Launcher:
         name: the engine that understands it, and what else tells it apart.
         rank, world_size, local_rank, local_size: variables that hold this process's number, the number of processes, and the same on
             this machine.
-        marks: variables that only this launcher sets all of.
+        variables: variables that only this launcher sets all of.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Launcher:
     world_size: str
     local_rank: str
     local_size: str
-    marks: tuple[str, ...]
+    variables: tuple[str, ...]
 
 
 TORCHRUN = Launcher(
@@ -37,7 +37,7 @@ TORCHRUN = Launcher(
     local_rank="LOCAL_RANK",
     local_size="LOCAL_WORLD_SIZE",
     # RANK alone may be anybody's; the address makes it torch's convention, which SLURM scripts follow too
-    marks=("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    variables=("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 )
 HOROVOD = Launcher(
     name="horovod",
@@ -45,7 +45,7 @@ HOROVOD = Launcher(
     world_size="HOROVOD_SIZE",
     local_rank="HOROVOD_LOCAL_RANK",
     local_size="HOROVOD_LOCAL_SIZE",
-    marks=("HOROVOD_RANK", "HOROVOD_SIZE"),
+    variables=("HOROVOD_RANK", "HOROVOD_SIZE"),
 )
 HOROVOD_MPI = Launcher(
     name="horovod (MPI)",
@@ -53,7 +53,7 @@ HOROVOD_MPI = Launcher(
     world_size="OMPI_COMM_WORLD_SIZE",
     local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
     local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
-    marks=("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    variables=("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
 ENGINES: Registry[Any] = Registry(

@@ -26,7 +26,7 @@ def build_and_load(
         plan: dense network -> which of its layers are quantized; None: none.
         state: the file's tensors.
         source: the file, for messages.
-        check: looks at the dense network before its layers are replaced.
+        check: checks the dense network before its layers are replaced.
 
     Raises:
         CheckpointError: the file does not fit the network. Nothing of the network's size has been allocated then, so that a forged

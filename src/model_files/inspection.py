@@ -86,22 +86,22 @@ class Inspection:
 
 def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
     """Read a file and, if given, the dense network it came from; arguments and errors as `inspecting.inspect`."""
-    stored = open_model_file(path, arch)
-    rows = [row for name, module in stored.model.named_modules() if (row := _row(name, module)) is not None]
+    opened = open_model_file(path, arch)
+    rows = [row for name, module in opened.model.named_modules() if (row := _row(name, module)) is not None]
     notes: list[str] = []
     if dense is not None:
-        original, notes = _dense_in_order(dense, stored)
-        rows = [_compared(row, stored.model, original) for row in rows]
-    size = model_size(stored.model)
+        original, notes = _dense_permuted_alike(dense, opened)
+        rows = [_compared(row, opened.model, original) for row in rows]
+    size = model_size(opened.model)
     missing = size.bits - sum(row.bits for row in rows)
     if missing:
         notes.append(f"{-missing:,} bits are shared by layers and counted once in the totals")
     return Inspection(
         path,
         path.stat().st_size,
-        stored.kind,
-        stored.architecture.name,
-        stored.info,
+        opened.kind,
+        opened.architecture.name,
+        opened.info,
         tuple(rows),
         size,
         str(dense) if dense else None,
@@ -137,17 +137,15 @@ def _bits(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size() * 8
 
 
-def _dense_in_order(path: Path, stored: OpenModelFile) -> tuple[nn.Module, list[str]]:
-    """The dense network with its channels in the order of the stored one, and what to know about that."""
-    state = stored.architecture.current_state(read_tensors(path))
+def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module, list[str]]:
+    """The dense network with its channels permuted as those of the opened one, and what to know about that."""
+    state = opened.architecture.current_state(read_tensors(path))
     if is_compressed(state):
         raise CheckpointError(f"--against: {path} is a compressed model, and the dense one is wanted here")
-    model = build_and_load(lambda: stored.architecture.build_for(state), None, state, str(path))
-    permutations = stored.info.permutations
+    model = build_and_load(lambda: opened.architecture.build_for(state), None, state, str(path))
+    permutations = opened.info.permutations
     if permutations is None:
-        return model, [
-            "the permutations that were applied are not known: the dense network is compared in its own order of channels"
-        ]
+        return model, ["the permutations that were applied are not known: the dense network is compared as it is"]
     _apply(model, permutations, path)
     return model, [
         f"{len(permutations)} permutations were applied to the dense network before it was compared"
@@ -161,9 +159,7 @@ def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path:
         for group, applied in zip(resolve(model, groups, reshapes), permutations, strict=True):
             group.apply(applied.permutation)
     except GroupError as error:
-        raise CheckpointError(
-            f"--against: {path} cannot be put into the order of the quantized network: {error}"
-        ) from error
+        raise CheckpointError(f"--against: {path} cannot be permuted like the quantized network: {error}") from error
 
 
 def _compared(row: Row, quantized: nn.Module, dense: nn.Module) -> Row:

@@ -131,7 +131,7 @@ def _some(names: list[str], most: int = 40) -> str:
 
 
 def _unsigned(codes: Tensor) -> Tensor:
-    """Codes as int64, so that none wraps before it is looked at; what was stored as int16 is unsigned."""
+    """Codes as int64, so that none wraps before it is checked; what was stored as int16 is unsigned."""
     wide = codes.to(torch.int64)
     return wide & 0xFFFF if codes.dtype == torch.int16 else wide
 

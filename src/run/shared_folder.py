@@ -40,16 +40,16 @@ def open_output(
 
 def _check_shared(output: OutputFolder, engine: Engine) -> None:
     """Raises SettingsError: a file of the first process does not show up in the folder of another one."""
-    mark = output.path / f".shared-{secrets.token_hex(8)}"
+    probe = output.path / f".shared-{secrets.token_hex(8)}"
     if engine.is_main:
-        mark.write_bytes(b"pqf")
+        probe.write_bytes(b"pqf")
     try:
-        name = once(engine, lambda: mark.name)
+        name = once(engine, lambda: probe.name)
         seen = _appears(output.path / name)
         missing = engine.gather([] if seen else [[engine.rank, socket.gethostname(), str(output.path)]])
     finally:
         if engine.is_main:
-            mark.unlink(missing_ok=True)
+            probe.unlink(missing_ok=True)
     if missing:
         rank, host, path = missing[0]
         raise SettingsError(

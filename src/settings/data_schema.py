@@ -64,7 +64,7 @@ class DataSettings(Section):
         False, description="Leave unreadable images out, with a warning, instead of stopping."
     )
     verify_images: Literal["quick", "full", "none"] = Field(
-        "quick", description="Check of the images before the run: quick looks at their headers, full decodes every one."
+        "quick", description="Check of the images before the run: quick reads their headers, full decodes every one."
     )
 
     @field_validator("image_size")

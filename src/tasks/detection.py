@@ -178,7 +178,7 @@ class Detection:
         edges, and the result would depend on batch size and number of processes.
 
         Returns:
-            Rows as in a COCO result file, and the ids of the images that were looked at, both in the order of the ids.
+            Rows as in a COCO result file, and the ids of the images that were searched, both in the order of the ids.
 
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.

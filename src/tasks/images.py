@@ -1,7 +1,7 @@
 """Folders of images in ImageNet's layout, and whether their files can be read.
 
 `<root>/<split>/<class>/*.jpg`: one folder per class, the label of a class is its place in the sorted list of names (as in
-torchvision's `ImageFolder`). Names that begin with a dot are not looked at.
+torchvision's `ImageFolder`). Names that begin with a dot are passed over.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def full_check(path: str) -> str | None:
 
 
 def quick_check(path: str) -> str | None:
-    """Look at the file's header and end only. A file without its end marker is decoded, so nothing that decodes is refused."""
+    """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is refused."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -170,7 +170,7 @@ def check_images(index: ImageFolderIndex, how: str = "quick", show: bool = True)
 def in_threads(
     check: Callable[[str], str | None], paths: list[str], label: str, show: bool
 ) -> Iterator[tuple[str, str | None]]:
-    """(path, what `check` says of it) for all paths, in their order."""
+    """(path, what `check` finds) for all paths, in their order."""
 
     def check_some(start: int) -> list[tuple[str, str | None]]:
         return [(path, check(path)) for path in paths[start : start + FILES_PER_JOB]]
@@ -184,11 +184,11 @@ def in_threads(
 
 
 def unreadable_error(bad: BadFiles, key: str = KEY) -> DataError:
-    """The error that names unreadable files and says how to go on without them."""
+    """The error that names unreadable files and tells how to continue without them."""
     listing = some([f"{path} ({why})" for path, why in bad], "\n  ")
     return DataError(
         f"{key}: {len(bad):,} unreadable image{'s' if len(bad) > 1 else ''}:\n  {listing}\n"
-        "Replace or remove them, or go on without them: --dataloader.skip_unreadable True"
+        "Replace or remove them, or continue without them: --dataloader.skip_unreadable True"
     )
 
 

@@ -136,7 +136,7 @@ class UnreadableFiles:
         self.reasons: dict[str, str] = {}
 
     def report(self, batch: HasUnreadable) -> None:
-        """Look at what `batch` could not read. Raises DataError if there is any and `skip` is False."""
+        """Check what `batch` could not read. Raises DataError if there is any and `skip` is False."""
         if batch.unreadable and not self.skip:
             raise self.error(batch)
         for item in batch.unreadable:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from src.paper_models import BLOB_IDS, blob_id, main
+from src.model_files.published import BLOB_IDS, blob_id
+from src.paper_models import main
 
 
 def test_the_blob_id_is_git_s() -> None:

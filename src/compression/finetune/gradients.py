@@ -35,8 +35,8 @@ class GradientWatch:
         self._hooks = []
 
     @torch.no_grad()
-    def look(self, step: int) -> Tensor:
-        """Look at the gradients of step `step` (from 1), after its backward pass; a truth value on the device: all are finite."""
+    def check(self, step: int) -> Tensor:
+        """Check the gradients of step `step` (from 1), after its backward pass; a truth value on the device: all are finite."""
         gradients = [self._zero if p.grad is None else p.grad for p in self._parameters.values()]
         # all norms in a few launches, as clip_grad_norm_ takes them; isfinite would be eight times slower on the CPU
         norms = torch.stack([value.float() for value in torch._foreach_norm(gradients, 2.0)])

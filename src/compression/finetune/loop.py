@@ -231,10 +231,10 @@ class _Loop:
         if scaler.is_enabled():  # gradients of a scaled loss may overflow: the scaler leaves such steps out
             finite = torch.isfinite(loss.loss.detach())
         else:
-            finite = self.watch.look(number)
+            finite = self.watch.check(number)
         if at_once and not (bool(finite) and math.isfinite(loss.loss.item())):
             if scaler.is_enabled():
-                self.watch.look(number)
+                self.watch.check(number)
             self._raise_not_finite(number)
         scaler.step(self.optimizer)
         scaler.update()

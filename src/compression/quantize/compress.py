@@ -53,7 +53,7 @@ class LayerResult:
 
 
 class Clusterings(Protocol):
-    """Keeps finished clusterings, so that a run that goes on after a crash does not repeat them."""
+    """Keeps finished clusterings, so that a run that resumes after a crash does not repeat them."""
 
     def recall(self, name: str, weight: Tensor) -> Clustering | None:
         """The clustering of layer `name` if it was kept for this very weight."""
@@ -106,13 +106,13 @@ def compress(
 
 
 MANY_VECTORS = 1024
-QUICK_STARTS, QUICK_VISITS, QUICK_ITERATIONS = 4, 1500, (6, 60)
-"""A quick look at a layer with fewer subvectors per centroid than the first: clusterings; subvectors times iterations of each, per
+CANDIDATE_STARTS, CANDIDATE_VISITS, CANDIDATE_ITERATIONS = 4, 1500, (6, 60)
+"""A candidate's measure of a layer with fewer subvectors per centroid than the first: clusterings; subvectors times iterations of each, per
 centroid; at least and at most so many iterations."""
 
 
 def candidate_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
-    """A measure of how well a layer of `plan` would be quantized: (name, subvectors (n, d)) -> about its distortion, (`QUICK_STARTS`,).
+    """A measure of how well a layer of `plan` would be quantized: (name, subvectors (n, d)) -> about its distortion, (`CANDIDATE_STARTS`,).
 
     Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal terms. None
     for a layer with `MANY_VECTORS` per centroid or more: there the score of the search is close enough, and the look costs more.
@@ -124,10 +124,10 @@ def candidate_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArr
         if n >= MANY_VECTORS * layer.k:
             return None
         one_thread()  # groups are searched side by side
-        least, most = QUICK_ITERATIONS
-        iterations = min(max(least, QUICK_VISITS * layer.k // n), most)
+        least, most = CANDIDATE_ITERATIONS
+        iterations = min(max(least, CANDIDATE_VISITS * layer.k // n), most)
         ready = vectors.float().cpu()
-        starts = [stream(seed, f"quick look {number}", name) for number in range(QUICK_STARTS)]
+        starts = [stream(seed, f"quick look {number}", name) for number in range(CANDIDATE_STARTS)]
         found = [cluster("src", ready, layer.k, iterations, start, 1.0) for start in starts]  # each one short annealing
         return n * np.array([clustering.distortion for clustering in found])
 

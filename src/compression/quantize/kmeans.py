@@ -42,7 +42,7 @@ QUIET = 3
 """Plain updates without noise at the end of each annealing of `src` with a tolerance."""
 
 VISITS = 12_800
-"""Vectors per centroid that one annealing of `src` with a tolerance looks at: small layers need more iterations, and can afford them."""
+"""Vectors per centroid that one annealing of `src` with a tolerance visits: small layers need more iterations, and can afford them."""
 
 SHORTEST, LONGEST = 50, 400
 """Iterations of one annealing, whatever `VISITS` asks for."""

@@ -19,9 +19,9 @@ def require_images(
     An image whose size is not what the annotations say is as bad as an unreadable one: its boxes and masks would not fit.
 
     Args:
-        split: of which every image is looked at.
+        split: of which every image is checked.
         how: `quick`, `full` (decodes everything) or `none` (only that the files exist).
-        skip_unreadable: go on without bad images.
+        skip_unreadable: continue without bad images.
         show: show a progress bar.
 
     Raises:
@@ -59,7 +59,7 @@ def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[Coc
     if missing and not skip_unreadable:
         raise DataError(
             f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: {some(missing)}. "
-            "Add them, or go on without them: --dataloader.skip_unreadable True"
+            "Add them, or continue without them: --dataloader.skip_unreadable True"
         )
     if not skip_unreadable:
         raise unreadable_error(bad, KEY)

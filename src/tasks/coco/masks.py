@@ -15,7 +15,7 @@ from .checks import decoded_counts
 def encode_masks(masks: Tensor) -> list[str]:
     """The `counts` of each mask.
 
-    Only the columns from a mask's first to its last pixel are looked at: what is left and right of them is one run of zeros.
+    Only the columns from a mask's first to its last pixel are read: what is left and right of them is one run of zeros.
 
     Args:
         masks: (N, h, w) bool, on any device.

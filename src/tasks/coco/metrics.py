@@ -85,7 +85,7 @@ def coco_figures(
         api: the annotations; not changed.
         rows: detections, possibly none; those in other images do not count.
         kind: `bbox` compares boxes, `segm` masks.
-        image_ids: the images that were looked at.
+        image_ids: the images that were searched.
         backend: `pycocotools`, or `faster` (faster-coco-eval, the same figures).
         per_category: give the AP of each category too.
 
@@ -97,11 +97,11 @@ def coco_figures(
     if kind == "segm" and not all("segmentation" in row for row in rows):
         return CocoFigures(kind, dict.fromkeys(STATS, math.nan))
     evaluator = BACKENDS[backend]()
-    looked_at = set(image_ids)
+    searched = set(image_ids)
     objects = _by_category(
-        annotation for image_id in sorted(looked_at) for annotation in api.imgToAnns.get(image_id, [])
+        annotation for image_id in sorted(searched) for annotation in api.imgToAnns.get(image_id, [])
     )
-    found = _by_category(row for row in rows if row["image_id"] in looked_at)
+    found = _by_category(row for row in rows if row["image_id"] in searched)
     categories = sorted(api.cats)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table
         parts = [
