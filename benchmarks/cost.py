@@ -47,7 +47,7 @@ from .report import (
     synchronize,
     time_pairs,
     verdict,
-    write_json,
+    write_comparison,
 )
 
 FC_CENTROIDS = {"resnet18": 2048, "resnet50": 1024}
@@ -299,18 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["decode"] = measure_decoding(arch, options, device)
         results[arch] = result
     report(results, options)
-    settings = {"batch": options.batch, "size": options.size, "pairs": options.repeats}
-    write_json(
-        options.json,
-        {
-            "machine": found,
-            "settings": settings,
-            "limits": LIMITS,
-            "a_is": "dense",
-            "b_is": "quantized",
-            "results": results,
-        },
-    )
+    write_comparison(options, found, LIMITS, results)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from src.recipes import quantization_spec
 from src.settings import load
 
 from .cost import set_random_codes
-from .report import machine, pick_device, print_machine, print_table, time_pairs, verdict, write_json
+from .report import machine, pick_device, print_machine, print_table, time_pairs, verdict, write_comparison
 
 CLASSES = 91
 LIMITS = {"evaluation": 1.03, "train": 1.15}
@@ -170,18 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_machine(found)
     results = measure_cost(options, device)
     report(results, options)
-    settings = {"batch": options.batch, "size": options.size, "pairs": options.repeats}
-    write_json(
-        options.json,
-        {
-            "machine": found,
-            "settings": settings,
-            "limits": LIMITS,
-            "a_is": "dense",
-            "b_is": "quantized",
-            "results": results,
-        },
-    )
+    write_comparison(options, found, LIMITS, results)
 
 
 if __name__ == "__main__":

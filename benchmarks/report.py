@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -132,3 +133,12 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {path}", flush=True)
+
+
+def write_comparison(
+    options: argparse.Namespace, machine: Mapping[str, Any], limits: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Write what a quantized network costs beside the dense one, timed in turn."""
+    settings = {"batch": options.batch, "size": options.size, "pairs": options.repeats}
+    about = {"machine": machine, "settings": settings, "limits": limits, "a_is": "dense", "b_is": "quantized"}
+    write_json(options.json, {**about, "results": results})

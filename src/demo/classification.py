@@ -7,11 +7,10 @@ evaluate_resnet, and ends with a table.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from .. import evaluate_resnet, train_resnet
-from .steps import Row, Step, file_size, folder_and_flags, percent, results, run_steps, seconds, table
+from .steps import Row, Step, demonstrate, file_size, folder_and_flags, percent, results, seconds
 
 USAGE = """usage: python -m src.demo [--output_path FOLDER] [--dotted.key value ...]
 
@@ -28,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     folder, flags = folder_and_flags(arguments, "output/demo")
-    started = time.perf_counter()
     dense, compressed = folder / "dense", folder / "compressed"
     best = compressed / "trained_models" / "best.pth"
     common = ["--overwrite", "True", *flags]
@@ -48,12 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             ["--model.state_dict_compressed", str(best), "--expected.accuracy", "null"],
         ),
     ]
-    status = run_steps(steps)
-    if status:
-        return status
-    ending = f"{time.perf_counter() - started:.0f} seconds in all; the compressed network is {best}"
-    print(f"\n{table(folder, lambda: rows(dense, compressed))}\n\n{ending}")
-    return 0
+    return demonstrate(steps, folder, lambda: rows(dense, compressed), best)
 
 
 def rows(dense: Path, compressed: Path) -> list[Row]:

@@ -7,11 +7,10 @@ evaluate_maskrcnn, draws what it finds, and ends with a table.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from .. import evaluate_maskrcnn, train_maskrcnn, train_resnet
-from .steps import Row, Step, data_flags, file_size, folder_and_flags, percent, results, run_steps, seconds, table
+from .steps import Row, Step, data_flags, demonstrate, file_size, folder_and_flags, percent, results, seconds
 
 USAGE = """usage: python -m src.demo.maskrcnn [--output_path FOLDER] [--dotted.key value ...]
 
@@ -28,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     folder, flags = folder_and_flags(arguments, "output/demo_maskrcnn")
-    started = time.perf_counter()
     backbone, dense, compressed = (folder / name for name in ("backbone", "dense", "compressed"))
     best = {run: str(run / "trained_models" / "best.pth") for run in (backbone, dense, compressed)}
     common = ["--overwrite", "True", *flags]
@@ -60,12 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             ["--model.state_dict_compressed", best[compressed], *expect_nothing, *pictures, *data_flags(flags)],
         ),
     ]
-    status = run_steps(steps)
-    if status:
-        return status
-    ending = f"{time.perf_counter() - started:.0f} seconds in all; the compressed network is {best[compressed]}"
-    print(f"\n{table(folder, lambda: rows(dense, compressed))}\n\n{ending}")
-    return 0
+    return demonstrate(steps, folder, lambda: rows(dense, compressed), best[compressed])
 
 
 def rows(dense: Path, compressed: Path) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -66,6 +67,25 @@ def run_steps(steps: Sequence[Step]) -> int:
     return 0
 
 
+def demonstrate(steps: Sequence[Step], folder: Path, rows: Callable[[], Sequence[Row]], best: Path | str) -> int:
+    """Run the steps and print what they reached; returns the status of the first that fails, or 0.
+
+    Args:
+        steps: run in this order.
+        folder: what they leave is in it.
+        rows: reads that for the table.
+        best: the compressed network.
+    """
+    started = time.perf_counter()
+    status = run_steps(steps)
+    if status:
+        return status
+    print(
+        f"\n{table(folder, rows)}\n\n{time.perf_counter() - started:.0f} seconds in all; the compressed network is {best}"
+    )
+    return 0
+
+
 def table(folder: Path, rows: Callable[[], Sequence[Row]]) -> str:
     """The rows as text: the first column to the left, the others to the right, a line under the header.
 
@@ -84,7 +104,7 @@ def table(folder: Path, rows: Callable[[], Sequence[Row]]) -> str:
         for row in cells
     ]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def results(run: Path) -> dict[str, Any]:
