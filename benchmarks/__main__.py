@@ -1,4 +1,5 @@
-"""All measurements with their default sizes: `python -m benchmarks` (`--small`: minutes become seconds, figures mean nothing)."""
+"""All measurements with their default sizes: `python -m benchmarks` (`--small`: minutes become seconds, figures mean
+nothing)."""
 
 from __future__ import annotations
 

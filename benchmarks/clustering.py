@@ -1,16 +1,18 @@
 """How fast a layer is clustered, and how well.
 
-Claims: one iteration of `src` is at least 30 times faster than the plain formulation (n x k distance matrix, one-hot update) and takes at
-most 1.1 times one of faiss.Kmeans; after the same number of iterations the distortion is at most 0.5 % above that of faiss.Kmeans and
-scikit-learn's KMeans, and below both where there are fewer than 64 vectors per centroid (median of three seeds).
+Claims: one iteration of `src` is at least 30 times faster than the plain formulation (n x k distance matrix, one-hot
+update) and takes at most 1.1 times one of faiss.Kmeans; after the same number of iterations the distortion is at most
+0.5 % above that of faiss.Kmeans and scikit-learn's KMeans, and below both where there are fewer than 64 vectors per
+centroid (median of three seeds).
 
     python -m benchmarks.clustering                                   # random, heavy-tailed vectors
     python -m benchmarks.clustering --weights cifar10_resnet18_dense.pth     # besides, the layers of a trained dense ResNet-18
 
-All use the same number of threads and all vectors (faiss by default takes 256 per centroid), start from training vectors drawn with the same
-seed, and never stop early. Time: of the iterations and the final codes, divided by the iterations; ours, plain and faiss in turn, median
-of three. Memory: growth of the largest resident set of a fresh process. Distortion: squared error per vector of the nearest centroid,
-codebooks rounded to 16-bit floats. The curves of the figure (`python -m imgs.clustering`): the same layer clustered with more and more iterations.
+All use the same number of threads and all vectors (faiss by default takes 256 per centroid), start from training
+vectors drawn with the same seed, and never stop early. Time: of the iterations and the final codes, divided by the
+iterations; ours, plain and faiss in turn, median of three. Memory: growth of the largest resident set of a fresh
+process. Distortion: squared error per vector of the nearest centroid, codebooks rounded to 16-bit floats. The curves of
+the figure (`python -m imgs.clustering`): the same layer clustered with more and more iterations.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ def memory_of_plain(case: Case) -> int:
 
 
 def share_for_plain(case: Case, device: torch.device) -> int:
-    """1 where the plain formulation fits into 5 GB (or runs on a GPU), else of how many vectors it gets one: its time is proportional to n."""
+    """1 where the plain formulation fits into 5 GB (or runs on a GPU), else of how many vectors it gets one: its time
+    is proportional to n."""
     return 1 if device.type != "cpu" else math.ceil(memory_of_plain(case) / (5 << 30))
 
 

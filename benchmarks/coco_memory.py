@@ -1,10 +1,10 @@
 """Memory and time of scoring detections on a data set of COCO's size: 5,000 images with 100 detections each.
 
-No network runs: boxes are drawn around and between the objects of a made-up ground truth (7 per image, 80 categories), their masks as a
-network's head gives them (28 x 28 probabilities, pasted into an image of 640 x 480 by torchvision's own function), and one image after the
-other goes through `Detections.add` and then `coco_figures`. Ten images in a row share what was drawn (making it up takes longer than scoring
-it), but each is encoded and kept by itself. This happens in a process of its own, whose peak memory the
-system reports.
+No network runs: boxes are drawn around and between the objects of a made-up ground truth (7 per image, 80 categories),
+their masks as a network's head gives them (28 x 28 probabilities, pasted into an image of 640 x 480 by torchvision's
+own function), and one image after the other goes through `Detections.add` and then `coco_figures`. Ten images in a row
+share what was drawn (making it up takes longer than scoring it), but each is encoded and kept by itself. This happens
+in a process of its own, whose peak memory the system reports.
 """
 
 from __future__ import annotations
@@ -169,7 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     rows = [[step["step"], f"{step['seconds']:.1f}", f"{step['peak_gb']:.2f}"] for step in result["steps"]]
-    title = f"{result['images']:,} images, {result['detections']:,} detections with masks of {WIDTH} x {HEIGHT}, {result['backend']}"
+    title = (
+        f"{result['images']:,} images, {result['detections']:,} detections with masks of {WIDTH} x {HEIGHT}, "
+        f"{result['backend']}"
+    )
     print_table(title, ["step", "seconds", "peak GB so far"], rows)
     print(f"\npeak memory {result['peak_gb']:.2f} GB, {verdict(result['peak_gb'], LIMIT_GB)}")
     write_json(options.json, {"machine": found, "limit_gb": LIMIT_GB, **result})

@@ -1,13 +1,13 @@
 """Compressing a whole network with published settings, end to end: seconds per stage, what is lost, peak memory.
 
-Claims, on two cores: ResNet-50 with 10,000 swaps per group and 1,000 SR-C iterations takes less than 5 minutes; with early stopping
-(`k_means_tolerance`) less than 30 seconds, at a distortion at most 0.5 % above; Mask R-CNN (1,000 swaps) less than 10 minutes; less than
-4 GB of memory.
+Claims, on two cores: ResNet-50 with 10,000 swaps per group and 1,000 SR-C iterations takes less than 5 minutes; with
+early stopping (`k_means_tolerance`) less than 30 seconds, at a distortion at most 0.5 % above; Mask R-CNN (1,000 swaps)
+less than 10 minutes; less than 4 GB of memory.
 
     python -m benchmarks.compress [--archs resnet50 maskrcnn] [--weights resnet50=dense.pth]
 
-Every run is a process of its own, and everything is run, nothing extrapolated. Without `--weights` the network has random weights: the times
-do not depend on their values, the distortion does.
+Every run is a process of its own, and everything is run, nothing extrapolated. Without `--weights` the network has
+random weights: the times do not depend on their values, the distortion does.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 Claims: (a) a forward pass for evaluation takes at most 1.03 times as long; (b) a training step (forward, cross entropy,
 backward, Adam) at most 1.05 times; (c) a model is built from its file in less than a second, without clustering; (d) a
-training step needs at most 1.3 times the memory at its peak. Measured besides: (e) decoding a weight and the gradient of
-its codebook, against index_select with autograd on 64-bit codes.
+training step needs at most 1.3 times the memory at its peak. Measured besides: (e) decoding a weight and the gradient
+of its codebook, against index_select with autograd on 64-bit codes.
 
     python -m benchmarks.cost
 
-Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. Codes are
-random: the cost does not depend on their values. Memory is measured in a fresh process for each variant: on CUDA the most
-memory allocated during a step, on the CPU the growth of the largest resident set beyond the imports.
+Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. Codes
+are random: the cost does not depend on their values. Memory is measured in a fresh process for each variant: on CUDA
+the most memory allocated during a step, on the CPU the growth of the largest resident set beyond the imports.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def measure_speed(arch: str, options: argparse.Namespace, device: torch.device) 
 
 
 def measure_loading(arch: str, options: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """(c): seconds from the path of a file to a model ready for evaluation, and what clustering for the shapes would take."""
+    """(c): seconds from the path of a file to a model ready for evaluation, and what clustering for the shapes would
+    take."""
     spec, architecture = published_spec(arch), architectures.get(arch, "classification")
     load_compressed(path, architecture, spec)
     times = [seconds(lambda: load_compressed(path, architecture, spec)) for _ in range(options.repeats)]
@@ -195,7 +196,8 @@ def _peak_of_step(arch: str, path: Path | None, size: int, pixels: int, device: 
 
 
 def measure_decoding(arch: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """(e): decode and the codebook's gradient for the three largest layers; A is index_select with autograd, B is ours."""
+    """(e): decode and the codebook's gradient for the three largest layers; A is index_select with autograd, B is
+    ours."""
     layers = [
         (name, module)
         for name, module in quantized_model(arch).to(device).train().named_modules()
@@ -243,8 +245,10 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
         rows.append([arch, f"{load['median_s']:.3f}", f"{load['max_s']:.3f}", verdict(load["median_s"], LIMITS["load"]),
                      f"{load['plain_layer_s']:.2f}", f"{load['plain_model_s_extrapolated']:.1f}"])  # fmt: skip
     print_table(
-        f"(c) building a model for evaluation from its file, seconds; the plain way clusters random weights to learn the shapes\n"
-        f"    ({options.plain_iterations} iterations of our k-means, measured for {PLAIN_LAYER}, the whole network extrapolated by subvectors * k)",
+        "(c) building a model for evaluation from its file, seconds; the plain way clusters random weights to learn "
+        "the shapes\n"
+        f"    ({options.plain_iterations} iterations of our k-means, measured for {PLAIN_LAYER}, the whole network "
+        "extrapolated by subvectors * k)",
         ["network", "median", "longest", "claim", f"plain {PLAIN_LAYER}", "plain network"],
         rows,
     )

@@ -1,13 +1,15 @@
 """What a quantized Mask R-CNN costs beside the dense one (how long it takes to compress: `benchmarks.compress`).
 
-Claims: (a) evaluation takes at most 1.03 times as long; (b) a training step (forward, losses, backward, Adam) at most 1.15 times.
+Claims: (a) evaluation takes at most 1.03 times as long; (b) a training step (forward, losses, backward, Adam) at most
+1.15 times.
 
     python -m benchmarks.maskrcnn_cost [--size 320] [--repeats 7]
 
-Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. The dense network has the decoded
-weights of the quantized one, so that both propose and detect the same boxes: the work after the backbone depends on their number. Weights and
-images are random; the norms' statistics are those of the network's own activations, and boxes count from score 0, so that evaluation draws
-100 masks per image. In training the norms are frozen, as with the published weights.
+Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. The
+dense network has the decoded weights of the quantized one, so that both propose and detect the same boxes: the work
+after the backbone depends on their number. Weights and images are random; the norms' statistics are those of the
+network's own activations, and boxes count from score 0, so that evaluation draws 100 masks per image. In training the
+norms are frozen, as with the published weights.
 """
 
 from __future__ import annotations
@@ -144,7 +146,8 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> None:
         rows.append([title, f"{pair['a']:.2f}", f"{pair['b']:.2f}", f"{pair['ratio']:.3f}", f"{pair['low']:.2f} to {pair['high']:.2f}",
                      verdict(pair["ratio"], LIMITS[part])])  # fmt: skip
     print_table(
-        f"Mask R-CNN, batch {options.batch}, {options.size}x{options.size}, {options.repeats} pairs, detections {results['detections']}",
+        f"Mask R-CNN, batch {options.batch}, {options.size}x{options.size}, {options.repeats} pairs, detections "
+        f"{results['detections']}",
         ["", "dense s", "quantized s", "quantized/dense", "pairs", "claim"],
         rows,
     )

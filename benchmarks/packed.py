@@ -1,11 +1,13 @@
-"""Packed files: how large they are beside what is reported and beside `.pth`, and how long they take to read on one core.
+"""Packed files: how large they are beside what is reported and beside `.pth`, and how long they take to read on one
+core.
 
-Claims: at most reported bits / 8 + 1 % + 8 KB on disk for every network of the paper's table; a packed ResNet-50 is a ready model in
-under 1 s on one core.
+Claims: at most reported bits / 8 + 1 % + 8 KB on disk for every network of the paper's table; a packed ResNet-50 is a
+ready model in under 1 s on one core.
 
     python -m benchmarks.packed [--repeats 9] [--published resnet18.pth]
 
-The networks have random codes, which no entropy coding makes smaller; `--published` adds the authors' file, where it does.
+The networks have random codes, which no entropy coding makes smaller; `--published` adds the authors' file, where it
+does.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ LONGEST = 1.0
 
 
 def random_network(arch: str, flags: list[str]) -> tuple[nn.Module, ModelInfo]:
-    """A quantized network with random codes, and all that a run can say about it: a permutation of every group, settings, a metric."""
+    """A quantized network with random codes, and all that a run can say about it: a permutation of every group,
+    settings, a metric."""
     settings = load(f"../config/train_{arch}.yaml", flags)
     architecture = architectures.get(arch, "classification")
     draw = torch.Generator().manual_seed(0)

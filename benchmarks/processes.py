@@ -1,15 +1,17 @@
 """What a second process brings, and what a training step sends.
 
-Claims: (a) two CPU processes with one thread each fine-tune at least 1.6 times as many images per second as one; (b) the
-gradients that a step sends are no more than the trained parameters: codebooks, norms, biases and what is left dense.
+Claims: (a) two CPU processes with one thread each fine-tune at least 1.6 times as many images per second as one; (b)
+the gradients that a step sends are no more than the trained parameters: codebooks, norms, biases and what is left
+dense.
 
     python -m benchmarks.processes
 
-(a) In one launch of two processes: the first works alone while the second waits, then both train one model together, then
-both at once a model of their own without talking (what the machine's two processors can do at best); in turn, and a ratio is
-the median of the rounds. Images are in memory. (b) Bytes that went over the loopback interface per step and process, the least of
-several repetitions, as other programs can only add to them: gradients, packet headers, and the messages by which the engine
-agrees on what to send (Horovod's grow with the duration of a step). Codes are random: neither depends on their values.
+(a) In one launch of two processes: the first works alone while the second waits, then both train one model together,
+then both at once a model of their own without talking (what the machine's two processors can do at best); in turn, and
+a ratio is the median of the rounds. Images are in memory. (b) Bytes that went over the loopback interface per step and
+process, the least of several repetitions, as other programs can only add to them: gradients, packet headers, and the
+messages by which the engine agrees on what to send (Horovod's grow with the duration of a step). Codes are random:
+neither depends on their values.
 """
 
 from __future__ import annotations
@@ -170,7 +172,10 @@ def report(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> N
         holds = f">= {LEAST_SPEEDUP}: {'yes' if speed['ratio'] >= LEAST_SPEEDUP else 'NO'}"
         rows.append([engine, f"{speed['one_images_per_second']:.2f}", f"{speed['two_images_per_second']:.2f}", f"{speed['ratio']:.2f}",
                      f"{speed['low']:.2f}..{speed['high']:.2f}", f"{speed['ratio_without_talking']:.2f}", holds])  # fmt: skip
-    title = f"(a) fine-tuning ResNet-18, {options.batch} images of {options.size}x{options.size} per process and step, one thread each"
+    title = (
+        f"(a) fine-tuning ResNet-18, {options.batch} images of {options.size}x{options.size} per process and step, one "
+        "thread each"
+    )
     print_table(
         title, ["engine", "1 process, images/s", "2 processes", "ratio", "rounds", "without talking", "claim"], rows
     )

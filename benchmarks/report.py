@@ -96,7 +96,8 @@ def _cpu_model() -> str:
 
 
 def largest_resident_set() -> int:
-    """Bytes. The kernel's own count of this process: `ru_maxrss` of a spawned process begins at the size of its parent."""
+    """Bytes. The kernel's own count of this process: `ru_maxrss` of a spawned process begins at the size of its
+    parent."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

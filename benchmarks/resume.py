@@ -1,14 +1,16 @@
 """What it costs that a run can go on after a crash.
 
-Claim: taking and writing the states that a run goes on from costs less than 2 % of the training time at the default interval
-(`checkpoint_every_n_steps`). Measured besides: the watch over gradients that are no numbers, and reading a state back.
+Claim: taking and writing the states that a run goes on from costs less than 2 % of the training time at the default
+interval (`checkpoint_every_n_steps`). Measured besides: the watch over gradients that are no numbers, and reading a
+state back.
 
     python -m benchmarks.resume
 
-For each network a training step (batch of 32 images of 224x224, Adam) and the saving of a state (gathering it, flushing the log, writing,
-syncing to the disk, removing the oldest) are timed in one process. `share` is the seconds of one state divided by those of the default
-number of steps; `least step` is the duration of a step below which the claim would not hold on this disk. The share of a whole epoch counts
-the two states around its validation too, for `--epoch-steps` steps.
+For each network a training step (batch of 32 images of 224x224, Adam) and the saving of a state (gathering it, flushing
+the log, writing, syncing to the disk, removing the oldest) are timed in one process. `share` is the seconds of one
+state divided by those of the default number of steps; `least step` is the duration of a step below which the claim
+would not hold on this disk. The share of a whole epoch counts the two states around its validation too, for
+`--epoch-steps` steps.
 """
 
 from __future__ import annotations
@@ -144,7 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         for row in rows
     ]
-    sizes = f"{options.batch} images of {options.size}x{options.size}, a state every {Settings().checkpoint_every_n_steps} steps"
+    sizes = (
+        f"{options.batch} images of {options.size}x{options.size}, a state every {Settings().checkpoint_every_n_steps} "
+        "steps"
+    )
     print_table(f"states to go on from: {sizes}", header, table)
     write_json(options.json, {"machine": about, "limit": LIMIT, "epoch_steps": EPOCH_STEPS, "results": rows})
 

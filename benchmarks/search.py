@@ -1,17 +1,19 @@
 """The permutation search: candidates per second, whole networks, and what the longer search gains.
 
-Claims: (a) a candidate swap is scored orders of magnitude faster by updating the covariance than by the plain formulation,
-which permutes the whole weight and computes the covariance anew; both keep the same swaps. (b) The published search of a whole
-network (10,000 swaps per group, set-up included) is at least 1,000 times faster for ResNet-50 with small blocks, 200 times for
-ResNet-18 with large blocks, and 500 times for Mask R-CNN with fc6. (c) The default search, which scores all children of a group, leaves less
-distortion after clustering than the published one on every network tried, and takes less than 60 s.
+Claims: (a) a candidate swap is scored orders of magnitude faster by updating the covariance than by the plain
+formulation, which permutes the whole weight and computes the covariance anew; both keep the same swaps. (b) The
+published search of a whole network (10,000 swaps per group, set-up included) is at least 1,000 times faster for
+ResNet-50 with small blocks, 200 times for ResNet-18 with large blocks, and 500 times for Mask R-CNN with fc6. (c) The
+default search, which scores all children of a group, leaves less distortion after clustering than the published one on
+every network tried, and takes less than 60 s.
 
     python -m benchmarks.search [--networks resnet18=dense.pth resnet18=compressed.pth resnet50=dense.pth]
 
-The plain formulation runs in float64 in (a), as ours does, so that decisions can be compared, with float32 beside it; in (b) in float32, its
-fastest form, extrapolated from `--plain-tries` swaps per group. (c) needs trained networks, `--networks`; of a compressed file the dequantized weights
-are taken, and the channels of every group shuffled, so that the order in which it was quantized is lost. The curves of the figure
-(`python -m imgs.search`): one group searched with more and more swaps.
+The plain formulation runs in float64 in (a), as ours does, so that decisions can be compared, with float32 beside it;
+in (b) in float32, its fastest form, extrapolated from `--plain-tries` swaps per group. (c) needs trained networks,
+`--networks`; of a compressed file the dequantized weights are taken, and the channels of every group shuffled, so that
+the order in which it was quantized is lost. The curves of the figure (`python -m imgs.search`): one group searched with
+more and more swaps.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ SMALL_CASES = [Case("1x1 convolution", (32, 64, 1, 1), 4), Case("3x3 convolution
 
 
 def plain_search(weight: Tensor, d: int, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """The plain formulation: for every swap the covariance of all subvectors of the permuted weight. Returns p (C_in,)."""
+    """The plain formulation: for every swap the covariance of all subvectors of the permuted weight. Returns p
+    (C_in,)."""
 
     def score(p: Tensor) -> float:
         return float(torch.linalg.slogdet(torch.cov(to_subvectors(weight[:, p], d).T, correction=0)).logabsdet)
@@ -152,7 +155,8 @@ def plain_group(weight: Tensor, d: int, tries: int, rng: np.random.Generator) ->
 
 
 def whole_network(arch: str, large: bool, tries: int, plain_tries: int, repeats: int = 3) -> dict[str, Any]:
-    """(b) Seconds of the published search over all groups (median), against the plain formulation extrapolated group by group."""
+    """(b) Seconds of the published search over all groups (median), against the plain formulation extrapolated group by
+    group."""
     architecture, model = network(arch, None)
     groups = architecture.groups(model)
     plan = make_plan(model, replace(spec_of(arch), rule=BlockRule(4, 4, large)))
@@ -188,7 +192,8 @@ def whole_network(arch: str, large: bool, tries: int, plain_tries: int, repeats:
 
 @cache
 def product_rate() -> float:
-    """Operations per second of a matrix with its own transpose in float64 (half of the products of two matrices), all cores."""
+    """Operations per second of a matrix with its own transpose in float64 (half of the products of two matrices), all
+    cores."""
     matrix = np.random.default_rng(0).standard_normal((1024, 4096))
     best = min(timeit.repeat(lambda: matrix.T @ matrix, number=1, repeat=3))
     return float(matrix.shape[0] * matrix.shape[1] ** 2 / best)
@@ -216,7 +221,8 @@ def trained(arch: str, path: Path) -> tuple[Architecture, nn.Module]:
 
 
 def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict[str, Any]:
-    """(c) What is left after clustering (SR-C), total distortion over the weights' energy: as given, published search, default search."""
+    """(c) What is left after clustering (SR-C), total distortion over the weights' energy: as given, published search,
+    default search."""
     architecture, dense = trained(arch, path)
     plan = make_plan(dense, replace(spec_of(arch), rule=BlockRule(4, 4, large), k_means_n_iters=iterations))
     lost: dict[str, float] = {}
@@ -250,7 +256,8 @@ def distortion_left(arch: str, path: Path, large: bool, iterations: int) -> dict
 def curves(
     layer: Layer, d: int, budgets: Sequence[int], plain_budgets: Sequence[int]
 ) -> dict[str, list[dict[str, float]]]:
-    """Score (log det, change against the order as given) and seconds of each search of one layer's input, with more and more swaps."""
+    """Score (log det, change against the order as given) and seconds of each search of one layer's input, with more and
+    more swaps."""
     generator = torch.Generator()
     found: dict[str, list[dict[str, float]]] = {"plain": [], "published": [], "best": []}
     weight = layer.weight.detach().double()
@@ -288,7 +295,8 @@ def compare_networks(networks: Sequence[str], small: bool) -> list[dict[str, Any
     left = [distortion_left(arch, path, large, 3 if small else 50) for arch, path in files for large in (False, True)]
     if left:
         print_table(
-            f"(c) share of the weights' energy lost after {left[0]['iterations']} SR-C iterations; s: seconds of the search",
+            f"(c) share of the weights' energy lost after {left[0]['iterations']} SR-C iterations; s: seconds of the "
+            "search",
             ["network", "blocks", "as given", "published", "default", "published s", "default s", "lower"],
             [
                 [f"{c['network']} {c['file']}", c["blocks"], *(f"{100 * c['energy_lost'][how]:.3f} %" for how in ("none", "published", "best")),
@@ -333,12 +341,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [measure(case, tries, plain_tries) for case in (SMALL_CASES if options.small else CASES)]
     rows = [
         [r["layer"], "x".join(map(str, r["shape"])), str(r["d"]), f"{r['ours_per_s']:,.0f}", f"{r['plain_float64_per_s']:,.1f}",
-         f"{r['plain_float32_per_s']:,.1f}", f"{r['ratio_float64']:,.0f}x", f"{r['ratio_float32']:,.0f}x", f"{r['setup_s']:.2f}",
+         f"{r['plain_float32_per_s']:,.1f}", f"{r['ratio_float64']:,.0f}x", f"{r['ratio_float32']:,.0f}x",
+         f"{r['setup_s']:.2f}",
          f"{r['ours_s']:.1f}", f"{r['plain_s_extrapolated']:,.0f}", "yes" if r["same_permutation"] else "NO"]
         for r in results
     ]  # fmt: skip
     print_table(
-        f"(a) candidates per second; s: seconds for {tries:,} swaps, set-up included (plain: extrapolated from {plain_tries} swaps, float64)",
+        f"(a) candidates per second; s: seconds for {tries:,} swaps, set-up included (plain: extrapolated from "
+        f"{plain_tries} swaps, float64)",
         [
             "layer",
             "weight",
@@ -362,7 +372,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole_network(arch, large, tries, min(plain_tries, 50), 1 if options.small else 3) for arch, large in networks
     ]
     print_table(
-        f"(b) published search of a whole network, {tries:,} swaps per group, set-up included (plain: extrapolated, float32); "
+        f"(b) published search of a whole network, {tries:,} swaps per group, set-up included (plain: extrapolated, "
+        "float32); "
         "Gram s: whole Gram matrices of the deciding layers at the measured peak",
         ["network", "groups", "ours s", "plain s", "ratio", "Gram s"],
         [

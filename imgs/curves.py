@@ -46,7 +46,8 @@ def draw(
     for name, (label, colour, marker, line) in styles.items():
         points = series.get(name, [])
         axes.plot(
-            [point["s"] for point in points], [factor * point[value] for point in points], marker=marker, linestyle=line or "none", color=colour,
+            [point["s"] for point in points], [factor * point[value] for point in points], marker=marker,
+            linestyle=line or "none", color=colour,
             label=label, markersize=15 if marker == "*" else 7, linewidth=2,
         )  # fmt: skip
     axes.set_xscale("log")
@@ -69,7 +70,8 @@ def search_figure(results: dict[str, Any]) -> Figure:
 
 
 def clustering_figure(results: dict[str, Any]) -> Figure:
-    """Distortion above the lowest that any method reached; each point is a clustering with a number of iterations of its own."""
+    """Distortion above the lowest that any method reached; each point is a clustering with a number of iterations of
+    its own."""
     found = results["curves"]
     lowest = min(point["distortion"] for points in found["methods"].values() for point in points)
     series = {

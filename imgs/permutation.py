@@ -1,8 +1,9 @@
-"""Draws imgs/permutation.png: what reordering channels does to the subvectors of a weight. Command: `python -m imgs.permutation`.
+"""Draws imgs/permutation.png: what reordering channels does to the subvectors of a weight. Command: `python -m
+imgs.permutation`.
 
-A small weight whose input channels come in families (channels of a family are proportional to each other, up to noise) and
-differ in scale is cut into subvectors of two values, before and after the permutation that our search finds, and both are
-clustered by our k-means. Every number in the picture is computed here.
+A small weight whose input channels come in families (channels of a family are proportional to each other, up to noise)
+and differ in scale is cut into subvectors of two values, before and after the permutation that our search finds, and
+both are clustered by our k-means. Every number in the picture is computed here.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Side:
 
 
 def example_weight() -> Tensor:
-    """A weight (rows, channels): four pairs of channels that carry nearly the same values, in mixed order and at two scales."""
+    """A weight (rows, channels): four pairs of channels that carry nearly the same values, in mixed order and at two
+    scales."""
     generator = torch.Generator().manual_seed(5)
     families = torch.randn(ROWS, CHANNELS // 2, generator=generator).repeat_interleave(2, dim=1)
     noise = torch.randn(ROWS, CHANNELS, generator=generator)
@@ -254,7 +256,8 @@ def main() -> None:
     draw(weight, before, after).savefig(options.output, metadata={"Software": None})
     print(f"written: {options.output}")
     print(
-        f"det(Cov) {before.det:.3f} -> {after.det:.3f}; energy lost {before.lost:.3f} -> {after.lost:.3f}; order {[c + 1 for c in after.order]}"
+        f"det(Cov) {before.det:.3f} -> {after.det:.3f}; energy lost {before.lost:.3f} -> {after.lost:.3f}; order "
+        f"{[c + 1 for c in after.order]}"
     )
 
 

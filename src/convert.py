@@ -7,8 +7,8 @@ import sys
 
 from .run import command
 
-PURPOSE = """Turn a model file into another form. IN is any model file (.pth or .safetensors: published, packed or dense); the
-ending of OUT says what is written:
+PURPOSE = """Turn a model file into another form. IN is any model file (.pth or .safetensors: published, packed or
+dense); the ending of OUT says what is written:
 
   .pth          the published format
   .safetensors  packed: codes at log2(k) bits, with everything that rebuilds the network

@@ -22,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         kind="evaluate",
         task="detection",
         prog=command.program(__package__, "evaluate_maskrcnn"),
-        purpose="Evaluate a compressed Mask R-CNN (or a dense one with --model.use_compression False): size, box AP and mask AP.",
+        purpose=(
+            "Evaluate a compressed Mask R-CNN (or a dense one with --model.use_compression False): size, box AP and "
+            "mask AP."
+        ),
         default_config="../config/evaluate_maskrcnn.yaml",
         argv=argv,
     )

@@ -22,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         kind="evaluate",
         task="classification",
         prog=command.program(__package__, "evaluate_resnet"),
-        purpose="Evaluate a compressed ResNet (or a dense one with --model.use_compression False): size, top-1 and top-5 accuracy.",
+        purpose=(
+            "Evaluate a compressed ResNet (or a dense one with --model.use_compression False): size, top-1 and top-5 "
+            "accuracy."
+        ),
         default_config="../config/evaluate_resnet.yaml",
         argv=argv,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 if __name__ == "inspect":
-    # Python was started in this folder, or with it on the path: what is wanted is the standard library's module of this name
+    # Python was started in this folder, or with it on the path: what is wanted is the standard library's module of this
+    # name
     import importlib.util
     import sysconfig
     from pathlib import Path
@@ -21,9 +22,10 @@ else:
     from .run import command
 
 
-PURPOSE = """Show what a model file (.pth or .safetensors: published, packed or dense) holds: a table of its layers with type, shape,
-block length d, centroids k, codes, bits, share, distinct blocks used and entropy of the codes, and the totals. The file is checked
-as it is when it is loaded: shapes, codes below k, finite values, the checksum of packed files."""
+PURPOSE = """Show what a model file (.pth or .safetensors: published, packed or dense) holds: a table of its layers with
+type, shape, block length d, centroids k, codes, bits, share, distinct blocks used and entropy of the codes, and the
+totals. The file is checked as it is when it is loaded: shapes, codes below k, finite values, the checksum of packed
+files."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,7 +55,8 @@ def published() -> Path:
 
 @pytest.fixture(scope="session", params=["varied", "tiny_coco"])
 def many_coco(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A COCO folder with dozens of images in each split: a made one, and, where it is there, a small part of COCO itself."""
+    """A COCO folder with dozens of images in each split: a made one, and, where it is there, a small part of COCO
+    itself."""
     if request.param == "varied":
         return varied_coco(tmp_path_factory.mktemp("varied_coco"))
     if not (DATA / "tiny_coco").is_dir():

@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 SRC = ROOT / "src"
 
 ENTRIES = (
-    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "convert", "inspect", "paper_models", "__main__",
+    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "convert", "inspect", "paper_models",
+    "__main__",
 )  # fmt: skip
 
 # The longest name that a module's own starts with decides; a part may always import itself and its own files.
@@ -141,7 +142,10 @@ def test_every_import_follows_an_arrow_of_the_map() -> None:
 
 def test_registries_settings_and_commands_load_without_torch() -> None:
     names = [*REGISTRIES, "settings", "run.command", "run.inputs", "engines.launch", "__main__", *ENTRIES[:4]]
-    code = f"import importlib, sys; [importlib.import_module('src.' + name) for name in {names}]; sys.exit('torch' in sys.modules)"
+    code = (
+        f"import importlib, sys; [importlib.import_module('src.' + name) for name in {names}]; sys.exit('torch' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -194,8 +198,8 @@ def test_a_wrong_arrow_is_found(tmp_path: Path, file: str, line: str, complaint:
 
 
 def circle(root: Path) -> list[str]:
-    """Modules that import each other in a ring, late and type-checking imports counted; empty where there is none. A package's face
-    (its __init__) only passes names on."""
+    """Modules that import each other in a ring, late and type-checking imports counted; empty where there is none. A
+    package's face (its __init__) only passes names on."""
     known = modules(root)
     arrows = {
         name: sorted(imports(name, path, root, set(known)))
@@ -224,7 +228,8 @@ def test_no_modules_import_each_other_in_a_ring(tmp_path: Path) -> None:
 
 
 def talkers(root: Path) -> list[str]:
-    """Modules outside engines/ that name torch.distributed, DistributedDataParallel or Horovod's package in their code."""
+    """Modules outside engines/ that name torch.distributed, DistributedDataParallel or Horovod's package in their
+    code."""
     found = []
     for name, path in modules(root).items():
         if below(name, "engines"):

@@ -27,12 +27,15 @@ from tests.conftest import ROOT
 from tests.support.patience import PATIENCE
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "50",
+    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
+    "--dataloader.image_size", "32",
+    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published",
+    "--model.sls_iterations", "50",
     "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu",
 ]  # fmt: skip
 EVALUATE_SMALL = [
-    "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--device", "cpu",
+    "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.batch_size", "8",
+    "--dataloader.num_workers", "0", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -235,22 +238,26 @@ def test_a_run_on_a_gpu_is_evaluated_alike_on_the_cpu(
         (
             "resnet18",
             [],
-            "12,927,232 bits (codes 11,516,928; codebooks 770,048; other 640,256) = 1.54 MB, 28.94x smaller than 374,064,384",
+            "12,927,232 bits (codes 11,516,928; codebooks 770,048; other 640,256) = 1.54 MB, 28.94x smaller than "
+            "374,064,384",
         ),
         (
             "resnet18",
             ["large"],
-            "8,634,624 bits (codes 6,634,496; codebooks 1,359,872; other 640,256) = 1.03 MB, 43.32x smaller than 374,064,384",
+            "8,634,624 bits (codes 6,634,496; codebooks 1,359,872; other 640,256) = 1.03 MB, 43.32x smaller than "
+            "374,064,384",
         ),
         (
             "resnet50",
             [],
-            "42,714,368 bits (codes 39,436,288; codebooks 1,245,184; other 2,032,896) = 5.09 MB, 19.15x smaller than 817,825,024",
+            "42,714,368 bits (codes 39,436,288; codebooks 1,245,184; other 2,032,896) = 5.09 MB, 19.15x smaller than "
+            "817,825,024",
         ),
         (
             "resnet50",
             ["large"],
-            "26,718,976 bits (codes 22,277,632; codebooks 2,408,448; other 2,032,896) = 3.19 MB, 30.61x smaller than 817,825,024",
+            "26,718,976 bits (codes 22,277,632; codebooks 2,408,448; other 2,032,896) = 3.19 MB, 30.61x smaller than "
+            "817,825,024",
         ),
     ],
     ids=["resnet18 small", "resnet18 large", "resnet50 small", "resnet50 large"],
@@ -264,9 +271,12 @@ def test_training_prints_the_golden_sizes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [
-        "--config", f"../config/train_{arch}.yaml", "--model.weights", "none", *paths(thousand_classes, tmp_path), "--epochs", "0",
-        "--skip_initial_validation", "True", "--model.search", "published", "--model.sls_iterations", "1", "--model.compression_parameters.k_means_n_iters", "0",
-        "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.num_workers", "0", "--device", "cpu",
+        "--config", f"../config/train_{arch}.yaml", "--model.weights", "none", *paths(thousand_classes, tmp_path),
+        "--epochs", "0",
+        "--skip_initial_validation", "True", "--model.search", "published", "--model.sls_iterations", "1",
+        "--model.compression_parameters.k_means_n_iters", "0",
+        "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.num_workers", "0", "--device",
+        "cpu",
     ]  # fmt: skip
     if flags:
         arguments += ["--model.compression_parameters.large_subvectors", "True"]
@@ -299,8 +309,10 @@ def test_the_published_resnet18_gives_its_published_logits(published: Path) -> N
 @pytest.mark.published
 def test_the_published_resnet18_is_evaluated_as_published(published: Path) -> None:
     command = [
-        sys.executable, "-m", "src.evaluate_resnet", "--model.state_dict_compressed", str(published / "published" / "resnet18.pth"),
-        "--dataloader.imagenet_path", str(published / "imagenet_samples"), "--dataloader.num_workers", "2", "--device", "cpu",
+        sys.executable, "-m", "src.evaluate_resnet", "--model.state_dict_compressed",
+        str(published / "published" / "resnet18.pth"),
+        "--dataloader.imagenet_path", str(published / "imagenet_samples"), "--dataloader.num_workers", "2", "--device",
+        "cpu",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

@@ -1,11 +1,12 @@
 """Build Horovod from its source release for the installed torch, keep the wheel in a cache folder, and install it.
 
-    python -m tools.build_horovod               # build (or take from the cache) and install into this Python's environment
+    python -m tools.build_horovod               # build (or take from the cache) and install here
     python -m tools.build_horovod --wheel-only  # the same without installing; prints the wheel's path
 
-There are no wheels of Horovod on PyPI, and its last release asks for an older C++ than torch's headers: the source is patched as
-`PATCHES` says. pip's own settings (index, certificates, proxies) are honoured. A build for GPUs is asked for with Horovod's variables,
-`HOROVOD_GPU_OPERATIONS=NCCL` for one, and needs the CUDA toolkit; MPI with `HOROVOD_WITH_MPI=1`.
+There are no wheels of Horovod on PyPI, and its last release asks for an older C++ than torch's headers: the source is
+patched as `PATCHES` says. pip's own settings (index, certificates, proxies) are honoured. A build for GPUs is asked for
+with Horovod's variables, `HOROVOD_GPU_OPERATIONS=NCCL` for one, and needs the CUDA toolkit; MPI with
+`HOROVOD_WITH_MPI=1`.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def apply(source: Path, patch: Patch) -> None:
-    """Raises `BuildError` where the text to replace is not there (another release than the one this was written for)."""
+    """Raises `BuildError` where the text to replace is not there (another release than the one this was written
+    for)."""
     path = source / patch.file
     text = path.read_text(encoding="utf-8")
     if patch.old not in text:
@@ -194,7 +196,8 @@ def apply(source: Path, patch: Patch) -> None:
 
 
 def run(command: list[str], environment: dict[str, str], log: Path | None = None) -> None:
-    """Run a command, its output into `log`; on failure raise `BuildError` with the lines that matter of what it printed."""
+    """Run a command, its output into `log`; on failure raise `BuildError` with the lines that matter of what it
+    printed."""
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -272,7 +275,10 @@ def main(argv: list[str] | None = None) -> int:
         run(
             [sys.executable, "-m", "pip", "install", "--quiet", str(wheel)], environment
         )  # what it depends on, where missing
-        check = "import horovod.torch as h; h.init(); assert h.size() == 1 and h.gloo_built(), 'Horovod without Gloo'; h.shutdown()"
+        check = (
+            "import horovod.torch as h; h.init(); assert h.size() == 1 and h.gloo_built(), 'Horovod without Gloo'; "
+            "h.shutdown()"
+        )
         run(
             [sys.executable, "-c", check],
             {**environment, "HOROVOD_CONTROLLER": "gloo"} if not for_gpu(environment) else environment,

@@ -13,23 +13,24 @@ from src.settings.values import short_kind
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
 
-A settings file is YAML. `--config FILE` names it; any value is overridden on the command line by its dotted name, `--dotted.key value` or
-`--dotted.key=value`, and values are read as YAML (`True`, `1e-6`, `1_000`, `[a, b]`, `null`). Names of layers may contain dots:
+A settings file is YAML. `--config FILE` names it; any value is overridden on the command line by its dotted name,
+`--dotted.key value` or `--dotted.key=value`, and values are read as YAML (`True`, `1e-6`, `1_000`, `[a, b]`, `null`).
+Names of layers may contain dots:
 
 ```bash
 python -m src.train_resnet --config ../config/train_resnet18.yaml --epochs 3 --learning_rate=5e-4 \\
     --model.compression_parameters.layer_specs.layer1.0.conv1.k 128
 ```
 
-Unknown keys are errors that name the nearest known key; files written for the original code load unchanged. What a command does not read may
-stand in its file. Of the settings of a layer, the more special one wins:
+Unknown keys are errors that name the nearest known key; files written for the original code load unchanged. What a
+command does not read may stand in its file. Of the settings of a layer, the more special one wins:
 
-| `layer_specs.<layer>` wins over the general key | `ignored_modules` wins over both | k is clamped last |
-|---|---|---|
-| `k`, `k_means_type`, `k_means_n_iters`, `subvector_size` (linear and 1x1), `large_subvectors` | the layer stays as it is | to the largest power of two with four subvectors per centroid |
+1. `ignored_modules`: the layer stays as it is;
+2. `layer_specs.<layer>`: `k`, `k_means_type`, `k_means_n_iters`, `subvector_size` (linear and 1x1), `large_subvectors`;
+3. the general key. At last k is clamped to the largest power of two with four subvectors per centroid.
 
-The tables are made from the program itself (`make docs`). "Read by" says which commands read a key, where not all do: T training, E evaluation;
-C classification (`*_resnet`), D detection (`*_maskrcnn`).
+The tables are made from the program itself (`make docs`). "Read by" says which commands read a key, where not all do: T
+training, E evaluation; C classification (`*_resnet`), D detection (`*_maskrcnn`).
 """
 
 

@@ -1,4 +1,5 @@
-"""What the recipes ask of an architecture: how to build it, where its published weights are, which layers share a permutation."""
+"""What the recipes ask of an architecture: how to build it, where its published weights are, which layers share a
+permutation."""
 
 from __future__ import annotations
 
@@ -66,11 +67,13 @@ class Architecture:
             )
         except (URLError, OSError) as error:
             raise SettingsError(
-                f"model.weights: pretrained: cannot download {self.weights_url} ({getattr(error, 'reason', error)}).\n  {advice}"
+                f"model.weights: pretrained: cannot download {self.weights_url} ({getattr(error, 'reason', error)}).\n "
+                f" {advice}"
             ) from error
         except RuntimeError as error:
             raise SettingsError(
-                f"model.weights: pretrained: {self.weights_url} is damaged or not what was published ({error}).\n  {advice}"
+                f"model.weights: pretrained: {self.weights_url} is damaged or not what was published ({error}).\n  "
+                f"{advice}"
             ) from error
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -83,14 +86,16 @@ class Architecture:
         return None
 
     def build_for(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A network with the classes of `state`, and with frozen norms where `state` has norms that never counted a batch."""
+        """A network with the classes of `state`, and with frozen norms where `state` has norms that never counted a
+        batch."""
         leaves = {name.rpartition(".")[2] for name in state}
         frozen = "running_var" in leaves and "num_batches_tracked" not in leaves
         make = self.build_frozen if frozen and self.build_frozen else self.build
         return make(self.classes_of(state) or self.n_classes)
 
     def backbone_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The tensors of `backbone` where `state` is that of a classifier, from which this network can start; else None."""
+        """The tensors of `backbone` where `state` is that of a classifier, from which this network can start; else
+        None."""
         if not self.backbone or "conv1.weight" not in state or "fc.weight" not in state:
             return None
         return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}

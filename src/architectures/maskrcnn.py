@@ -1,10 +1,11 @@
-"""Mask R-CNN with a ResNet-50 FPN backbone: construction, published weights, layers that share a permutation, old layer names.
+"""Mask R-CNN with a ResNet-50 FPN backbone: construction, published weights, layers that share a permutation, old layer
+names.
 
 Class 0 is the background, so a network for COCO's category ids (up to 90) has 91 classes.
 
-Norms. The published weights were trained with frozen batch norms, whose eps torchvision sets to 0; a network from random weights
-needs norms that learn. A state dict says which it is: frozen norms count no batches. A compressed file holds folded norms and
-loads into either.
+Norms. The published weights were trained with frozen batch norms, whose eps torchvision sets to 0; a network from
+random weights needs norms that learn. A state dict says which it is: frozen norms count no batches. A compressed file
+holds folded norms and loads into either.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ OLD_NAMES = {
 
 
 def maskrcnn_groups(model: nn.Module) -> list[Group]:
-    """Permutation groups of the whole network, in its order: backbone, pyramid, region proposals, box head, mask head."""
+    """Permutation groups of the whole network, in its order: backbone, pyramid, region proposals, box head, mask
+    head."""
     body = cast(MaskRCNN, model).backbone.body
     return [
         *resnet_groups(body, BODY, [(inner,) for inner in INNER]),
@@ -64,7 +66,8 @@ def build(n_classes: int) -> nn.Module:
 
 
 def build_frozen(n_classes: int) -> nn.Module:
-    """With frozen batch norms of eps 0, as the published weights were trained; every convolution is trained, the stem too."""
+    """With frozen batch norms of eps 0, as the published weights were trained; every convolution is trained, the stem
+    too."""
     model = MaskRCNN(_backbone(FrozenBatchNorm2d), num_classes=n_classes)
     for module in model.modules():
         if isinstance(module, FrozenBatchNorm2d):
@@ -79,11 +82,12 @@ def _backbone(norm: type[nn.Module]) -> nn.Module:
 def head_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """What all heads give for fixed boxes on `images` (B, 3, H, W), both sides at least 64.
 
-    Everything that follows (proposals, their suppression, detections) is a function of these, and has no weights; with random
-    weights it may leave no detection at all, so that there would be nothing to compare.
+    Everything that follows (proposals, their suppression, detections) is a function of these, and has no weights; with
+    random weights it may leave no detection at all, so that there would be nothing to compare.
 
     Returns:
-        Per level objectness and box offsets of the region proposals; then class logits, box offsets and mask logits of the boxes.
+        Per level objectness and box offsets of the region proposals; then class logits, box offsets and mask logits of
+        the boxes.
     """
     net = cast(MaskRCNN, model)
     height, width = images.shape[-2:]
@@ -100,13 +104,15 @@ def head_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def set_image_size(model: nn.Module, min_size: int, max_size: int) -> None:
-    """Have images scaled so that the short side has `min_size` pixels, or the long side `max_size` where that is smaller."""
+    """Have images scaled so that the short side has `min_size` pixels, or the long side `max_size` where that is
+    smaller."""
     transform = cast(MaskRCNN, model).transform
     transform.min_size, transform.max_size = (min_size,), max_size
 
 
 def set_box_numbers(model: nn.Module, boxes_per_image: int, proposals: int) -> None:
-    """Have a training step learn from `boxes_per_image` boxes of each image, out of at most `proposals` (in training twice as many)."""
+    """Have a training step learn from `boxes_per_image` boxes of each image, out of at most `proposals` (in training
+    twice as many)."""
     net = cast(MaskRCNN, model)
     net.roi_heads.fg_bg_sampler.batch_size_per_image = boxes_per_image
     most = {"training": 2 * proposals, "testing": proposals}

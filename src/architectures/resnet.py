@@ -1,7 +1,7 @@
 """ResNets: construction, published weights, and the layers that share a permutation (paper section 3.2.1, figure 2).
 
-Inside a block every intermediate map has one producer (a convolution and its norm) and one consumer. The residual stream
-of a stage has several of each, since additions join them: they share one permutation.
+Inside a block every intermediate map has one producer (a convolution and its norm) and one consumer. The residual
+stream of a stage has several of each, since additions join them: they share one permutation.
 """
 
 from __future__ import annotations

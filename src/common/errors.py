@@ -1,7 +1,7 @@
 """Errors whose message is written for the person who runs the command.
 
-Everything below the entry modules raises one of these for bad input; `command.run` prints the message without a traceback
-and leaves with `status`. Any other exception is a defect of ours and keeps its traceback.
+Everything below the entry modules raises one of these for bad input; `command.run` prints the message without a
+traceback and leaves with `status`. Any other exception is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -40,4 +40,5 @@ class RunError(UserError):
 
 
 class LostContactError(RunError):
-    """Another process of this run went away. Its own message says why; this one follows only if nobody ends this process first."""
+    """Another process of this run went away. Its own message says why; this one follows only if nobody ends this
+    process first."""

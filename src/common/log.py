@@ -1,7 +1,8 @@
 """The one stream on which a command says what it does: Python's logging, a line per record.
 
-A line without a prefix tells what was done, `note: ` what is worth knowing, `warning: ` what may be wrong. Whoever uses the
-package from a program of their own sees warnings only, unless they set up logging themselves: `logging.getLogger("pqf")`.
+A line without a prefix tells what was done, `note: ` what is worth knowing, `warning: ` what may be wrong. Whoever uses
+the package from a program of their own sees warnings only, unless they set up logging themselves:
+`logging.getLogger("pqf")`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def note(text: str) -> None:
 
 
 class LineHandler(logging.Handler):
-    """Writes every record as a line to the standard output of the moment, whatever its encoding; a closed pipe is an error, not a report."""
+    """Writes every record as a line to the standard output of the moment, whatever its encoding; a closed pipe is an
+    error, not a report."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line, above a progress bar if there is one.

@@ -18,7 +18,8 @@ BINARY_TEMPORARY_SUFFIX = ".part"
 def candidates(path: str | Path) -> list[Path]:
     """Absolute places a relative path may mean: from the current folder, then from the package's own folder (`src/`).
 
-    An installed package carries `config/` and `compressed_models/` inside itself, so that `../config/x.yaml` works there too.
+    An installed package carries `config/` and `compressed_models/` inside itself, so that `../config/x.yaml` works
+    there too.
     """
     path = Path(path).expanduser()
     if path.is_absolute():
@@ -58,8 +59,8 @@ def _exists(place: Path) -> bool:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
-    A reader sees the old file or the new one, never a half of either; on any failure the old file stays and the temporary
-    one is removed.
+    A reader sees the old file or the new one, never a half of either; on any failure the old file stays and the
+    temporary one is removed.
 
     Raises:
         RunError: the disk is full or the folder cannot be written; the message says what was kept.

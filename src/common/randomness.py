@@ -1,8 +1,8 @@
 """Random streams by name.
 
-Every random choice draws from its own generator, derived from the run's one seed and the name of the thing that is drawn
-("codebook of layer1.0.conv1", "augmentation of image 17 in epoch 3"). The result of a run therefore does not depend on the
-order in which layers are processed, nor on the number of loader workers.
+Every random choice draws from its own generator, derived from the run's one seed and the name of the thing that is
+drawn ("codebook of layer1.0.conv1", "augmentation of image 17 in epoch 3"). The result of a run therefore does not
+depend on the order in which layers are processed, nor on the number of loader workers.
 """
 
 from __future__ import annotations

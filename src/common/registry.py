@@ -1,6 +1,8 @@
-"""Names that settings know and files that answer to them: a registry says what there is before anything heavy is imported.
+"""Names that settings know and files that answer to them: a registry says what there is before anything heavy is
+imported.
 
-To add a quantizer, a search, an architecture, a dataset or an engine one writes a file and adds an entry to its registry.
+To add a quantizer, a search, an architecture, a dataset or an engine one writes a file and adds an entry to its
+registry.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from .steps import Row, Step, demonstrate, file_size, folder_and_flags, percent,
 
 USAGE = """usage: python -m src.demo [--output_path FOLDER] [--dotted.key value ...]
 
-Writes scikit-learn's digits as an image folder, trains a dense ResNet-18 on them, compresses and fine-tunes it, and evaluates
-the saved file. FOLDER (output/demo) receives dense/ and compressed/; an earlier demo there is replaced. Other keys go to both
-training runs, for example --epochs 1 for a quick look.
+Writes scikit-learn's digits as an image folder, trains a dense ResNet-18 on them, compresses and fine-tunes it, and
+evaluates the saved file. FOLDER (output/demo) receives dense/ and compressed/; an earlier demo there is replaced. Other
+keys go to both training runs, for example --epochs 1 for a quick look.
 """
 
 

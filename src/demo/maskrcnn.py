@@ -1,7 +1,7 @@
 """The whole method on Mask R-CNN and scenes of handwritten digits, offline: python -m src.demo.maskrcnn.
 
-Trains a ResNet-50 to tell digits apart, a dense Mask R-CNN from it, compresses and fine-tunes that one, evaluates the saved file with
-evaluate_maskrcnn, draws what it finds, and ends with a table.
+Trains a ResNet-50 to tell digits apart, a dense Mask R-CNN from it, compresses and fine-tunes that one, evaluates the
+saved file with evaluate_maskrcnn, draws what it finds, and ends with a table.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .steps import Row, Step, data_flags, demonstrate, file_size, folder_and_fla
 
 USAGE = """usage: python -m src.demo.maskrcnn [--output_path FOLDER] [--dotted.key value ...]
 
-Composes scenes of scikit-learn's digits in COCO's layout, trains a dense Mask R-CNN on them, compresses and fine-tunes it, and
-evaluates the saved file. FOLDER (output/demo_maskrcnn) receives backbone/, dense/, compressed/ and pictures/; an earlier demo there is
-replaced. Other keys go to all training runs, for example --epochs 1 for a quick look.
+Composes scenes of scikit-learn's digits in COCO's layout, trains a dense Mask R-CNN on them, compresses and fine-tunes
+it, and evaluates the saved file. FOLDER (output/demo_maskrcnn) receives backbone/, dense/, compressed/ and pictures/;
+an earlier demo there is replaced. Other keys go to all training runs, for example --epochs 1 for a quick look.
 """
 
 

@@ -81,7 +81,8 @@ def demonstrate(steps: Sequence[Step], folder: Path, rows: Callable[[], Sequence
     if status:
         return status
     print(
-        f"\n{table(folder, rows)}\n\n{time.perf_counter() - started:.0f} seconds in all; the compressed network is {best}"
+        f"\n{table(folder, rows)}\n\n{time.perf_counter() - started:.0f} seconds in all; the compressed network is "
+        f"{best}"
     )
     return 0
 

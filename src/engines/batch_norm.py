@@ -1,7 +1,8 @@
 """Batch norms over the images of all processes together, on any device and under any engine.
 
-torch.nn.SyncBatchNorm and Horovod's refuse tensors on the CPU. In training the mean and variance of a channel are taken over the
-batches of all processes (Ioffe and Szegedy 2015, equations 1 to 4 on the joint batch), and their gradients flow back to all.
+torch.nn.SyncBatchNorm and Horovod's refuse tensors on the CPU. In training the mean and variance of a channel are taken
+over the batches of all processes (Ioffe and Szegedy 2015, equations 1 to 4 on the joint batch), and their gradients
+flow back to all.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from .engine import Engine
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; what one process puts in reaches all of their losses, so the gradient is a sum too."""
+    """The sum over all processes; what one process puts in reaches all of their losses, so the gradient is a sum
+    too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, engine: Engine) -> Tensor:
@@ -30,7 +32,8 @@ class _Sum(torch.autograd.Function):
 
 
 class JointBatchNorm(_BatchNorm):
-    """A batch norm whose statistics in training are those of all processes' batches; same state dict, same evaluation."""
+    """A batch norm whose statistics in training are those of all processes' batches; same state dict, same
+    evaluation."""
 
     engine: Engine
 
@@ -71,7 +74,8 @@ class JointBatchNorm(_BatchNorm):
 
 
 def join_batch_norms(model: nn.Module, engine: Engine) -> nn.Module:
-    """Let every batch norm of `model` (frozen ones left out) count over all processes, in place; parameters stay the same objects."""
+    """Let every batch norm of `model` (frozen ones left out) count over all processes, in place; parameters stay the
+    same objects."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, _BatchNorm):

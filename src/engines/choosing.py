@@ -24,7 +24,8 @@ def pick_device(name: str) -> torch.device:
     missing = {"cuda": not torch.cuda.is_available(), "mps": not has_mps}.get(device.type, False)
     if missing:
         raise SettingsError(
-            f"device: {name} was asked for, but torch {torch.__version__} finds no {device.type} device here; use --device auto or cpu"
+            f"device: {name} was asked for, but torch {torch.__version__} finds no {device.type} device here; use "
+            "--device auto or cpu"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
@@ -49,6 +50,7 @@ def make(name: str, device: torch.device) -> Engine:
             else f"by {started.engine}, as one of {started.world_size}"
         )
         raise SettingsError(
-            f"engine: {name} was asked for, but this process was started {how}. Start it with `{ENGINES.fact(name, 'start')}`, or use --engine auto"
+            f"engine: {name} was asked for, but this process was started {how}. Start it with "
+            f"`{ENGINES.fact(name, 'start')}`, or use --engine auto"
         )
     return ENGINES[started.engine](started, device)

@@ -12,7 +12,10 @@ from ..common.errors import SettingsError
 from .launch import Launch
 from .processes import Processes, device_for
 
-INSTALL = "build and install it with `make horovod` (there are no ready-made packages of it), or start the run with torchrun instead"
+INSTALL = (
+    "build and install it with `make horovod` (there are no ready-made packages of it), or start the run with "
+    "torchrun instead"
+)
 
 
 def _load() -> Any:
@@ -86,11 +89,12 @@ class Horovod(Processes):
 
 
 class _Averaging:
-    """Averages the gradients of a model over the processes: each as soon as it is there, all of them when the backward pass ends.
+    """Averages the gradients of a model over the processes: each as soon as it is there, all of them when the backward
+    pass ends.
 
-    Horovod's own DistributedOptimizer waits in `step`, after a gradient scaler has checked the gradients of this process alone, and
-    refuses gradients that are not contiguous; here the exchange is over when `backward` returns, as it is with
-    DistributedDataParallel.
+    Horovod's own DistributedOptimizer waits in `step`, after a gradient scaler has checked the gradients of this
+    process alone, and refuses gradients that are not contiguous; here the exchange is over when `backward` returns, as
+    it is with DistributedDataParallel.
     """
 
     def __init__(self, library: Any, model: nn.Module) -> None:

@@ -49,7 +49,8 @@ def here(environment: Mapping[str, str] | None = None) -> Launch:
     if len(engines) > 1:
         listing = "; ".join(f"{name}: {', '.join(launcher.variables)}" for name, launcher in found.items())
         raise SettingsError(
-            f"engine: this process was started by {' and '.join(sorted(engines))} at once, as its environment says ({listing}). "
+            f"engine: this process was started by {' and '.join(sorted(engines))} at once, as its environment says "
+            f"({listing}). "
             "Start it with one of them, or unset the variables of the other."
         )
     if not found:
@@ -62,7 +63,8 @@ def here(environment: Mapping[str, str] | None = None) -> Launch:
     )
     if not (0 <= rank < size and 0 <= local_rank < local_size):
         raise SettingsError(
-            f"engine: the environment says process {rank} of {size}, and {local_rank} of {local_size} on this machine, which cannot be "
+            f"engine: the environment says process {rank} of {size}, and {local_rank} of {local_size} on this machine, "
+            "which cannot be "
             f"({launcher.rank}, {launcher.world_size}, {launcher.local_rank}, {launcher.local_size})"
         )
     return Launch(engines.pop(), rank, size, local_rank, local_size)
@@ -74,6 +76,7 @@ def _number(variables: Mapping[str, str], name: str, default: int | None) -> int
     text = variables.get(name, "")
     if not text.isascii() or not text.isdigit():
         raise SettingsError(
-            f"engine: the environment variable {name} is {text!r}, and a number was expected: unset it, or use a launcher"
+            f"engine: the environment variable {name} is {text!r}, and a number was expected: unset it, or use a "
+            "launcher"
         )
     return int(text)

@@ -51,19 +51,23 @@ class Processes(ABC):
 
     @abstractmethod
     def _add(self, values: Tensor) -> Tensor:
-        """Sum over all processes of a contiguous float32, float64, int32 or int64 tensor on the device; it may be overwritten."""
+        """Sum over all processes of a contiguous float32, float64, int32 or int64 tensor on the device; it may be
+        overwritten."""
 
     @abstractmethod
     def _collect(self, values: Tensor) -> list[Tensor]:
-        """The one-dimensional uint8 tensors, of any lengths, of all processes in the order of their ranks, on the CPU."""
+        """The one-dimensional uint8 tensors, of any lengths, of all processes in the order of their ranks, on the
+        CPU."""
 
     @abstractmethod
     def _send(self, values: Tensor, source: int) -> Tensor:
-        """The one-dimensional uint8 tensor of the process `source`, on the device; `values`, of the same length, may be overwritten."""
+        """The one-dimensional uint8 tensor of the process `source`, on the device; `values`, of the same length, may be
+        overwritten."""
 
     @abstractmethod
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """The model to call in training steps, so that gradients are averaged over the processes when a backward pass ends."""
+        """The model to call in training steps, so that gradients are averaged over the processes when a backward pass
+        ends."""
 
     @abstractmethod
     def lost_contact(self, error: Exception) -> bool:
@@ -88,7 +92,8 @@ class Processes(ABC):
         """The rows of all processes, in the order of their ranks, on every process.
 
         Args:
-            rows: objects that JSON can hold (tuples arrive as lists). They travel as text: nothing that arrives is executed.
+            rows: objects that JSON can hold (tuples arrive as lists). They travel as text: nothing that arrives is
+                executed.
         """
         text = json.dumps(list(rows), separators=(",", ":")).encode()
         parts = self._collect(torch.frombuffer(bytearray(text), dtype=torch.uint8))
@@ -111,7 +116,8 @@ class Processes(ABC):
         self._add(torch.zeros(1, device=self.device))
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:  # noqa: ARG002 (of Engine)
-        """`optimizer` itself, as the gradients that it finds are averaged already; a state that it brings along becomes rank 0's."""
+        """`optimizer` itself, as the gradients that it finds are averaged already; a state that it brings along becomes
+        rank 0's."""
         states = [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         self.broadcast([value for state in states for _, value in sorted(state.items()) if isinstance(value, Tensor)])
         return optimizer
@@ -125,7 +131,8 @@ class Processes(ABC):
 
 
 def device_for(launch: Launch, device: torch.device) -> torch.device:
-    """The device of this process: one CUDA device for each process of a machine, or the CPU; threads are shared out alike.
+    """The device of this process: one CUDA device for each process of a machine, or the CPU; threads are shared out
+    alike.
 
     Raises:
         SettingsError: a device that several processes cannot use together, or fewer CUDA devices than processes.
@@ -136,13 +143,15 @@ def device_for(launch: Launch, device: torch.device) -> torch.device:
         n_devices = torch.cuda.device_count()
         if device.index is not None and launch.local_size > 1:
             raise SettingsError(
-                f"device: {device} would be shared by {launch.local_size} processes; use --device cuda, which gives each its own "
+                f"device: {device} would be shared by {launch.local_size} processes; use --device cuda, which gives "
+                "each its own "
                 "(CUDA_VISIBLE_DEVICES chooses among them)"
             )
         index = launch.local_rank if device.index is None else device.index
         if index >= n_devices:
             raise SettingsError(
-                f"device: {launch.local_size} processes were started on this machine, which has {n_devices} CUDA devices; "
+                f"device: {launch.local_size} processes were started on this machine, which has {n_devices} CUDA "
+                "devices; "
                 f"start at most {n_devices} here, or use --device cpu"
             )
         torch.cuda.set_device(index)

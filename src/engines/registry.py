@@ -1,4 +1,5 @@
-"""Engines by name. To add one: a class with (launch, device) as arguments, which is an `engine.Engine`, in a file, and its entry here.
+"""Engines by name. To add one: a class with (launch, device) as arguments, which is an `engine.Engine`, in a file, and
+its entry here.
 
 The fact `start` says how a run is started for it, `launchers` how its processes recognise that.
 """
@@ -17,8 +18,8 @@ class Launcher:
 
     Attributes:
         name: the engine that understands it, and what else tells it apart.
-        rank, world_size, local_rank, local_size: variables that hold this process's number, the number of processes, and the same on
-            this machine.
+        rank, world_size, local_rank, local_size: variables that hold this process's number, the number of processes,
+            and the same on this machine.
         variables: variables that only this launcher sets all of.
     """
 

@@ -1,4 +1,5 @@
-"""Processes started by torchrun (or by anything that sets its variables): torch.distributed and DistributedDataParallel."""
+"""Processes started by torchrun (or by anything that sets its variables): torch.distributed and
+DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class TorchRun(Processes):
         return values
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """`model` in DistributedDataParallel, with rank 0's values; running statistics are averaged once per epoch instead of sent."""
+        """`model` in DistributedDataParallel, with rank 0's values; running statistics are averaged once per epoch
+        instead of sent."""
         wrapper: Any = nn.parallel.DistributedDataParallel
         devices = [self.device.index] if self.device.type == "cuda" else None
         # torch 2.14 renamed the argument
@@ -97,9 +99,11 @@ def _no_meeting(error: Exception, launch: Launch) -> str:
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return (
             f"engine: port {port} of {host} is taken by another program, perhaps another run. Choose another port with "
-            "torchrun --master-port PORT (or the variable MASTER_PORT), or let torchrun --standalone find a free one on one machine"
+            "torchrun --master-port PORT (or the variable MASTER_PORT), or let torchrun --standalone find a free one "
+            "on one machine"
         )
     return (
         f"engine: the {launch.world_size} processes did not meet at {host}:{port} ({said}). Start all of them within "
-        f"{int(MEETING_TIME.total_seconds() // 60)} minutes, with the same address and port, and let the machines reach each other"
+        f"{int(MEETING_TIME.total_seconds() // 60)} minutes, with the same address and port, and let the machines "
+        "reach each other"
     )

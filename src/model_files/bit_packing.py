@@ -1,7 +1,7 @@
 """Whole numbers packed at a given number of bits each, without a gap between them.
 
-Number i occupies the bits [i*w, (i+1)*w) of the stream; bit b is bit b % 8 of byte b // 8, the lowest first. The unused bits of
-the last byte are zero, so that equal numbers give equal bytes.
+Number i occupies the bits [i*w, (i+1)*w) of the stream; bit b is bit b % 8 of byte b // 8, the lowest first. The unused
+bits of the last byte are zero, so that equal numbers give equal bytes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def unpack(packed: Bytes, n: int, width: int) -> Numbers:
     """The `n` numbers of `width` bits in `packed`; the inverse of `pack`.
 
     Raises:
-        ValueError: `packed` has another number of bytes than they need, its unused bits are not zero, or `width` is not in 1 ... 31.
+        ValueError: `packed` has another number of bytes than they need, its unused bits are not zero, or `width` is not
+            in 1 ... 31.
     """
     _check_width(width)
     if packed.size != packed_size(n, width):

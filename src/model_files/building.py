@@ -29,8 +29,8 @@ def build_and_load(
         check: checks the dense network before its layers are replaced.
 
     Raises:
-        CheckpointError: the file does not fit the network. Nothing of the network's size has been allocated then, so that a forged
-            number of classes costs nothing.
+        CheckpointError: the file does not fit the network. Nothing of the network's size has been allocated then, so
+            that a forged number of classes costs nothing.
     """
     with torch.device("meta"):
         model = build()

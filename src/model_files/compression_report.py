@@ -1,4 +1,5 @@
-"""The compression report of a run, `compression.json`: distortion per layer, and the permutations as they were applied."""
+"""The compression report of a run, `compression.json`: distortion per layer, and the permutations as they were
+applied."""
 
 from __future__ import annotations
 

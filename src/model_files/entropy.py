@@ -1,8 +1,8 @@
 """Entropy coding of codes by zlib's Huffman coding: a frequent code gets fewer bits than log2(k).
 
-A stream holds the low bytes of all codes, Huffman coded by zlib (with its checksum), and behind them, where k > 256, the higher
-bits of all codes as they are (`bit_packing`): deflate knows no symbols beyond a byte, and a codebook has no order that would make
-the higher bits alone worth coding.
+A stream holds the low bytes of all codes, Huffman coded by zlib (with its checksum), and behind them, where k > 256,
+the higher bits of all codes as they are (`bit_packing`): deflate knows no symbols beyond a byte, and a codebook has no
+order that would make the higher bits alone worth coding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a model file holds, layer by layer, and what it lost against the dense network; in words, for whoever shows it."""
+"""What a model file holds, layer by layer, and what it lost against the dense network; in words, for whoever shows
+it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Row:
         used: distinct blocks that occur in the weight.
         entropy: of the codes, in bits per code.
         frequencies: how often each code occurs, falling.
-        sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare with.
+        sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare
+            with.
     """
 
     name: str
@@ -117,8 +119,10 @@ def _row(name: str, module: Layer) -> Row | None:
         used = module.codebook.detach().half()[counts > 0]
         n_codes = module.codes_matrix.numel()
         return Row(
-            name, _NAME_OF[type(module)], tuple(module.weight_shape), n_codes * bits_per_code(module.k), module.codebook.numel() * CODEBOOK_BITS,
-            0 if module.bias is None else _bits(module.bias), module.d, module.k, n_codes, int(torch.unique(used, dim=0).shape[0]),
+            name, _NAME_OF[type(module)], tuple(module.weight_shape), n_codes * bits_per_code(module.k),
+            module.codebook.numel() * CODEBOOK_BITS,
+            0 if module.bias is None else _bits(module.bias), module.d, module.k, n_codes,
+            int(torch.unique(used, dim=0).shape[0]),
             float(-(share * share.log2()).sum()) + 0.0, tuple(sorted(counts.tolist(), reverse=True)),
         )  # fmt: skip
     if is_folded_norm(module):

@@ -33,7 +33,8 @@ def composition(found: Inspection) -> Markup:
             else ""
         )
         parts.append(
-            f'<g><title>{name}: {bits:,} bits, {label}</title><rect class="{colour}" x="{x:.1f}" y="4" width="{share * width:.1f}" height="32"/>{shown}</g>'
+            f"<g><title>{name}: {bits:,} bits, {label}</title>"
+            f'<rect class="{colour}" x="{x:.1f}" y="4" width="{share * width:.1f}" height="32"/>{shown}</g>'
         )
         x += share * width
     return _svg(width, height, parts, "codes, codebooks and other bits")
@@ -75,7 +76,9 @@ def _bits_cell(row: Row, x: float, y: float, width: float, largest: float) -> st
         length = width * bits / largest
         if bits:
             parts.append(
-                f'<g><title>{escape(row.name)}, {name}: {bits:,} bits</title><rect class="{colour}" x="{at:.1f}" y="{y + 4}" width="{max(length, 0.5):.1f}" height="{ROW - 8}"/></g>'
+                f"<g><title>{escape(row.name)}, {name}: {bits:,} bits</title>"
+                f'<rect class="{colour}" x="{at:.1f}" y="{y + 4}" '
+                f'width="{max(length, 0.5):.1f}" height="{ROW - 8}"/></g>'
             )
         at += length
     return "".join(parts) + f'<text class="soft" x="{at + 6:.1f}" y="{y + 14}">{row.bits:,}</text>'
@@ -108,7 +111,10 @@ def _frequency_cell(row: Row, x: float, y: float, width: float) -> str:
         level = y + ROW - 2 - high * mean / row.frequencies[0]
         points += [f"{x + width * i / columns:.1f},{level:.1f}", f"{x + width * (i + 1) / columns:.1f},{level:.1f}"]
     points.append(f"{x + width:.1f},{y + ROW - 2}")
-    title = f"{row.name}: most frequent code {row.frequencies[0]:,} times, median {row.frequencies[n // 2]:,}, rarest {row.frequencies[-1]:,}"
+    title = (
+        f"{row.name}: most frequent code {row.frequencies[0]:,} times, median {row.frequencies[n // 2]:,}, rarest "
+        f"{row.frequencies[-1]:,}"
+    )
     return f'<g><title>{escape(title)}</title><polygon class="c4" points="{" ".join(points)}"/></g>'
 
 
@@ -129,5 +135,6 @@ def _short(name: str, most: int = 30) -> str:
 
 def _svg(width: float, height: float, parts: Sequence[str], label: str) -> Markup:
     return Markup(
-        f'<svg role="img" aria-label="{label}" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>'
+        f'<svg role="img" aria-label="{label}" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}">{"".join(parts)}</svg>'
     )  # every text in it was escaped

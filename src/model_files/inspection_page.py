@@ -1,4 +1,5 @@
-"""The inspection of a model file as one HTML page, from the template beside this file: no script, no other file, no network."""
+"""The inspection of a model file as one HTML page, from the template beside this file: no script, no other file, no
+network."""
 
 from __future__ import annotations
 
@@ -63,11 +64,13 @@ def _caption(found: Inspection) -> str:
     parts = ["Bits of each layer; layers that are not quantized and under 1 % of the bits stand in the table only."]
     if found.size.codes:
         parts.append(
-            "Entropy: what a code would cost with the best variable-length code; the grey rest of the bar could be saved."
+            "Entropy: what a code would cost with the best variable-length code; the grey rest of the bar could be "
+            "saved."
         )
         parts.append("Frequencies: how often each code occurs, the most frequent first, relative to it.")
     if found.against:
         parts.append(
-            f"SQNR: power of the weights of {Path(found.against).name} over power of the difference; above 10 dB less than a tenth is lost."
+            f"SQNR: power of the weights of {Path(found.against).name} over power of the difference; above 10 dB less "
+            "than a tenth is lost."
         )
     return " ".join(parts)

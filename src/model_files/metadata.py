@@ -1,4 +1,5 @@
-"""What a packed file says about its model besides the tensors, and the reading of it: JSON that anyone may have written."""
+"""What a packed file says about its model besides the tensors, and the reading of it: JSON that anyone may have
+written."""
 
 from __future__ import annotations
 

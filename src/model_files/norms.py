@@ -1,9 +1,9 @@
 """Batch norms as two vectors, as files hold them and sizes count them.
 
-Folding. With mean mu, variance v, eps e, weight g, bias b a norm computes (x - mu) / sqrt(v + e) * g + b. The file holds
-w = g * sqrt(1 + e) / sqrt(v + e) and b - mu * g / sqrt(v + e), so that the layer with its own eps, mean 0 and variance 1
-computes the same. torchvision sets eps to 0 in frozen norms and builds plain ones with 1e-5 otherwise; a layer with eps 0 is
-therefore folded for, and loaded from, a plain layer's eps.
+Folding. With mean mu, variance v, eps e, weight g, bias b a norm computes (x - mu) / sqrt(v + e) * g + b. The file
+holds w = g * sqrt(1 + e) / sqrt(v + e) and b - mu * g / sqrt(v + e), so that the layer with its own eps, mean 0 and
+variance 1 computes the same. torchvision sets eps to 0 in frozen norms and builds plain ones with 1e-5 otherwise; a
+layer with eps 0 is therefore folded for, and loaded from, a plain layer's eps.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def norm_problem(norm: Layer, weight: Tensor, bias: Tensor) -> str | None:
 
 
 def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor) -> None:
-    """Make `norm`, which has no `norm_problem` with them, compute what the two vectors (C,) of a file stand for; in place."""
+    """Make `norm`, which has no `norm_problem` with them, compute what the two vectors (C,) of a file stand for; in
+    place."""
     eps = float(norm.eps)
     scale = weight.double() / (1 + (eps or PLAIN_EPS)) ** 0.5
     with torch.no_grad():

@@ -1,8 +1,9 @@
-"""ONNX files: the dense network, or the same graph with every quantized weight as codebook and codes, so that the small size survives.
+"""ONNX files: the dense network, or the same graph with every quantized weight as codebook and codes, so that the small
+size survives.
 
-A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape). onnxruntime folds them into the dense
-weight when it loads the file, so that inference costs what it costs densely. Codes take 8 bits where k <= 256, else 16 or 32:
-ONNX has no types between.
+A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape). onnxruntime folds
+them into the dense weight when it loads the file, so that inference costs what it costs densely. Codes take 8 bits
+where k <= 256, else 16 or 32: ONNX has no types between.
 
 The package onnx is needed for writing, onnxruntime for checking: pip install pqf[onnx].
 """
@@ -47,8 +48,10 @@ def dense_graph(model: nn.Module, image_size: int) -> Any:
             "ignore"
         )  # that this exporter is the old one; the new one needs one more package and gives larger graphs
         torch.onnx.export(
-            model.eval(), (torch.zeros(1, 3, image_size, image_size),), buffer, dynamo=False, opset_version=OPSET, input_names=[INPUT],
-            output_names=[OUTPUT], dynamic_axes=free, do_constant_folding=False, training=torch.onnx.TrainingMode.PRESERVE,
+            model.eval(), (torch.zeros(1, 3, image_size, image_size),), buffer, dynamo=False, opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT], dynamic_axes=free, do_constant_folding=False,
+            training=torch.onnx.TrainingMode.PRESERVE,
         )  # fmt: skip
     return onnx.load_from_string(buffer.getvalue())
 
@@ -99,7 +102,8 @@ def put_codes(graph: Any, quantized: nn.Module) -> Any:
 
 
 def write_graph(graph: Any, path: Path, about: dict[str, str], check: Callable[[Path], None]) -> None:
-    """Write a graph with properties that say what it is, atomically, and only if `check` of the written file raises nothing.
+    """Write a graph with properties that say what it is, atomically, and only if `check` of the written file raises
+    nothing.
 
     Raises:
         RunError: as all writing does.
@@ -115,7 +119,8 @@ def write_graph(graph: Any, path: Path, about: dict[str, str], check: Callable[[
 
 
 def difference(path: Path, model: nn.Module, images: Tensor) -> float | None:
-    """Largest difference between onnxruntime's logits for the file and PyTorch's for `model`; None where onnxruntime is missing.
+    """Largest difference between onnxruntime's logits for the file and PyTorch's for `model`; None where onnxruntime is
+    missing.
 
     Raises:
         RunError: the difference is above `TOLERANCE`.
@@ -146,6 +151,7 @@ def _needed(package: str) -> Any:
         import onnx
     except ImportError as error:
         raise SettingsError(
-            f"ONNX files need the package {package}, which is not installed: pip install pqf[onnx], or pip install onnx onnxruntime"
+            f"ONNX files need the package {package}, which is not installed: pip install pqf[onnx], or pip install "
+            "onnx onnxruntime"
         ) from error
     return onnx

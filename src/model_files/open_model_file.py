@@ -1,7 +1,8 @@
 """Any model file in: packed, published or dense; what it is is read from the file itself, not from settings.
 
-A file is read, and its checksum and contents checked, once: `read_model_file`. From what was read a network is built, of the
-architecture that the file names or that its tensors fit: `open_model_file`, or `build_network` where settings say more.
+A file is read, and its checksum and contents checked, once: `read_model_file`. From what was read a network is built,
+of the architecture that the file names or that its tensors fit: `open_model_file`, or `build_network` where settings
+say more.
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def build_network(
     Args:
         file: from `read_model_file`.
         architecture: of the network.
-        plan: dense network -> which of its layers are quantized, and how; None: what the file itself says. Packed files always say it.
+        plan: dense network -> which of its layers are quantized, and how; None: what the file itself says. Packed files
+            always say it.
 
     Raises:
         CheckpointError: the file does not fit the architecture.
@@ -147,7 +149,8 @@ def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture
     if found is None or (task is not None and found.task != task):
         known = ", ".join(sorted(a.name for a in architectures.ARCHITECTURES.values() if task in (None, a.task)))
         raise CheckpointError(
-            f"{packed.source} holds the architecture {str(packed.info.arch)[:60]!r}, which is not known{f' for {task}' if task else ''}; known: {known}"
+            f"{packed.source} holds the architecture {str(packed.info.arch)[:60]!r}, which is not "
+            f"known{f' for {task}' if task else ''}; known: {known}"
         )
     return found
 
@@ -180,7 +183,8 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
         k, d = codebook.shape if fits and codebook is not None else (0, 1)
         if k < 2 or k & (k - 1) or module.weight[0].numel() % d:
             raise CheckpointError(
-                f"{source} does not fit the network: layer {name!r} cannot be a quantized {type(module).__name__} with the codebook that the file holds"
+                f"{source} does not fit the network: layer {name!r} cannot be a quantized {type(module).__name__} with "
+                "the codebook that the file holds"
             )
         layers[name] = LayerPlan(name, d, k, "kmeans", 0)
     return Plan(layers, ())

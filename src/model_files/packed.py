@@ -1,14 +1,15 @@
 """Packed model files: `.safetensors` of the size that is reported, with everything in it that rebuilds the network.
 
 Tensors (L: quantized layer, B: batch norm):
-- `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded (`entropy`; in
-  files of format 1 `L.codes_entropy`, see `rans`);
+- `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded
+  (`entropy`; in files of format 1 `L.codes_entropy`, see `rans`);
 - `L.codebook`: F16 (k, d); `B.weight`, `B.bias`: the folded norm; everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
-Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture, number of
-classes, compression settings and metric, null where not known; `layers`: for each quantized layer type, weight shape, d, k;
-`permutations`: parents, children, width and reshapes of each group; `tied`: names that share the tensors of another name.
+Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
+number of classes, compression settings and metric, null where not known; `layers`: for each quantized layer type,
+weight shape, d, k; `permutations`: parents, children, width and reshapes of each group; `tied`: names that share the
+tensors of another name.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def load_packed(path: Path) -> PackedFile:
         raise CheckpointError(f"{source} is not a packed model: its metadata do not say format {FORMAT}")
     if metadata.get("format_version") not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{source} has the format version {metadata.get('format_version', '?')[:20]!r} (written by {metadata.get('producer', '?')[:40]}); "
+            f"{source} has the format version {metadata.get('format_version', '?')[:20]!r} (written by "
+            f"{metadata.get('producer', '?')[:40]}); "
             f"this program reads versions {' and '.join(READABLE_VERSIONS)}"
         )
     info, layers, tied = describe(source, metadata, tensors.get(PERMUTATIONS))
@@ -161,7 +163,8 @@ def load_packed(path: Path) -> PackedFile:
 
 
 def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
-    """Check that every quantized layer of the file is a layer of that type and shape in `model` (may be on the meta device).
+    """Check that every quantized layer of the file is a layer of that type and shape in `model` (may be on the meta
+    device).
 
     Raises:
         CheckpointError: one is not.
@@ -178,7 +181,8 @@ def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
 
 
 def _check_layers(packed: PackedFile) -> None:
-    """Every quantized layer has one tensor of codes of the right size and a codebook; nothing calls itself codes without a layer."""
+    """Every quantized layer has one tensor of codes of the right size and a codebook; nothing calls itself codes
+    without a layer."""
     names = {**dict.fromkeys(packed.tensors), **dict.fromkeys(packed.tied)}
     for name, owner in packed.tied.items():
         if name in packed.tensors:
@@ -201,7 +205,8 @@ def _check_layers(packed: PackedFile) -> None:
             exact = leaf != PACKED or stored.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
             if stored.dtype != torch.uint8 or stored.dim() != 1 or not exact:
                 raise CheckpointError(
-                    f"{packed.source}: layer {name!r}: {stored.numel()} bytes are not {layer.n_codes} codes below {layer.k}"
+                    f"{packed.source}: layer {name!r}: {stored.numel()} bytes are not {layer.n_codes} codes below "
+                    f"{layer.k}"
                 )
     for name in names:
         prefix, _, leaf = name.rpartition(".")
@@ -253,5 +258,6 @@ def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 __all__ = [
-    "AppliedPermutation", "ModelInfo", "PackedFile", "PackedLayer", "check_layers_of", "is_packed", "load_packed", "save_packed",
+    "AppliedPermutation", "ModelInfo", "PackedFile", "PackedLayer", "check_layers_of", "is_packed", "load_packed",
+    "save_packed",
 ]  # fmt: skip

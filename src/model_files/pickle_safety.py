@@ -1,9 +1,11 @@
-"""What a model file may contain before it is read, and what came out of it: nothing may cost more than the file's size warrants.
+"""What a model file may contain before it is read, and what came out of it: nothing may cost more than the file's size
+warrants.
 
-`torch.load(weights_only=True)` executes no code, but allows calls that fill any amount of memory (`bytearray(10**10)`), compressed
-archives that unpack to a thousand times their size, and tensors that are a number repeated 10^12 times. Nor does it look at the
-checksums of the archive: nearly every flipped bit of a `.pth` file would give a wrong network without a word. (Files in torch's format
-from before version 1.6, the authors' among them, have no checksum; packed files have one of their own.)
+`torch.load(weights_only=True)` executes no code, but allows calls that fill any amount of memory (`bytearray(10**10)`),
+compressed archives that unpack to a thousand times their size, and tensors that are a number repeated 10^12 times. Nor
+does it look at the checksums of the archive: nearly every flipped bit of a `.pth` file would give a wrong network
+without a word. (Files in torch's format from before version 1.6, the authors' among them, have no checksum; packed
+files have one of their own.)
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _FOLDER = 0x10
 _LEGACY_PICKLES = 5
 """Magic number, version, system, contents, storage keys; the storages follow."""
 _CONTAINERS = {
-    "collections OrderedDict", "torch Size", "torch device", "torch.nn.parameter Parameter", "torch._utils _rebuild_tensor",
+    "collections OrderedDict", "torch Size", "torch device", "torch.nn.parameter Parameter",
+    "torch._utils _rebuild_tensor",
     "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
 }  # fmt: skip
 _DTYPES = {f"torch {name}" for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
@@ -38,8 +41,8 @@ def check_pickle_safety(path: Path) -> None:
     """Look through a `.pth` file without building anything from it.
 
     Raises:
-        CheckpointError: its pickle names anything but tensors and containers, it would unpack to far more than its size, or its
-            contents do not have their checksums.
+        CheckpointError: its pickle names anything but tensors and containers, it would unpack to far more than its
+            size, or its contents do not have their checksums.
         Exception: it is damaged; any kind.
     """
     with open(path, "rb") as file:
@@ -59,7 +62,8 @@ def check_pickle_safety(path: Path) -> None:
             damaged = damaged or archive.testzip()
             if damaged is not None:
                 raise CheckpointError(
-                    f"{path} cannot be read: damaged ({damaged[:80]!r} in it is not as torch.save writes it, or does not have its checksum)."
+                    f"{path} cannot be read: damaged ({damaged[:80]!r} in it is not as torch.save writes it, or does "
+                    "not have its checksum)."
                 )
             for entry in entries:
                 if entry.filename.endswith(".pkl"):
@@ -71,7 +75,8 @@ def _check_pickle(file: BinaryIO, path: Path) -> None:
     for operation, argument, _ in pickletools.genops(file):
         if operation.name in ("GLOBAL", "INST") and not _is_known(str(argument)):
             raise CheckpointError(
-                f"{path} was refused: it holds Python objects ({str(argument)[:80]!r}), which could execute code or fill the memory when read. "
+                f"{path} was refused: it holds Python objects ({str(argument)[:80]!r}), which could execute code or "
+                "fill the memory when read. "
                 "Expected a dict of tensors saved with torch.save, or a .safetensors file."
             )
 

@@ -1,11 +1,12 @@
 """Reading and writing model files in the published `.pth` format.
 
 A plain dict of tensors:
-- quantized layer L: `L.codes_matrix` (R x m; uint8 if k <= 256, int16 if k <= 32768, else int32; int16 is read as unsigned),
-  `L.codebook` (k x d, float16), `L.bias` if any;
+- quantized layer L: `L.codes_matrix` (R x m; uint8 if k <= 256, int16 if k <= 32768, else int32; int16 is read as
+  unsigned), `L.codebook` (k x d, float16), `L.bias` if any;
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
-A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. Files are read with `weights_only=True`, always.
+A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. Files are read with
+`weights_only=True`, always.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The six models that the paper's authors publish: fetched and verified.
 
-The files are licensed for non-commercial use, so this repository links and verifies them and does not contain them. Each is
-checked against its git blob id, the SHA-1 of "blob <size>\\0" and the contents.
+The files are licensed for non-commercial use, so this repository links and verifies them and does not contain them.
+Each is checked against its git blob id, the SHA-1 of "blob <size>\\0" and the contents.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def fetch(name: str, folder: Path, base_url: str = BASE_URL) -> bool:
     except (URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise RunError(
-            f"cannot download {url}: {reason}.\n  Without a network here, fetch it elsewhere, put it at {target}, and run this again: it will be verified."
+            f"cannot download {url}: {reason}.\n  Without a network here, fetch it elsewhere, put it at {target}, and "
+            "run this again: it will be verified."
         ) from error
     found = blob_id(contents)
     if found != BLOB_IDS[name]:
         raise RunError(
-            f"{url} is not the published file: its git blob id is {found}, expected {BLOB_IDS[name]}. Nothing was written."
+            f"{url} is not the published file: its git blob id is {found}, expected {BLOB_IDS[name]}. Nothing was "
+            "written."
         )
 
     def write(temporary: Path) -> None:

@@ -1,12 +1,13 @@
-"""Reads the entropy-coded codes of packed files of format 1, of which users have some; nothing writes them any more (see `entropy`).
+"""Reads the entropy-coded codes of packed files of format 1, of which users have some; nothing writes them any more
+(see `entropy`).
 
-Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540) with 32-bit states and 16-bit words, on several interleaved lanes:
-code i belongs to lane i % n_lanes, and one NumPy operation advances all lanes. The stream is
+Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540) with 32-bit states and 16-bit words, on several
+interleaved lanes: code i belongs to lane i % n_lanes, and one NumPy operation advances all lanes. The stream is
 
     one byte w | frequencies of the k codes, w bits each | final state of every lane (4 bytes) | words (2 bytes)
 
-with little-endian numbers. Decoding ends in the known state in which encoding began, with all words used up: a damaged stream is
-found with near certainty even without a checksum.
+with little-endian numbers. Decoding ends in the known state in which encoding began, with all words used up: a damaged
+stream is found with near certainty even without a checksum.
 """
 
 from __future__ import annotations

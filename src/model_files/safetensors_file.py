@@ -1,8 +1,9 @@
 """Safetensors files that are the same whenever their contents are, with a checksum over the whole file.
 
-The safetensors library writes and reads them. It writes metadata in random order, so all of ours stand in one key, `pqf`, as JSON
-with sorted keys; equal models give equal files. Among them is `checksum`: SHA-256 over the file with 64 zeros in the checksum's
-own place. Files of format 1, which a writer of our own made, have the same metadata as keys of their own, and are read too.
+The safetensors library writes and reads them. It writes metadata in random order, so all of ours stand in one key,
+`pqf`, as JSON with sorted keys; equal models give equal files. Among them is `checksum`: SHA-256 over the file with 64
+zeros in the checksum's own place. Files of format 1, which a writer of our own made, have the same metadata as keys of
+their own, and are read too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ KEY = "pqf"
 CHECKSUM = "checksum"
 _NO_CHECKSUM = "0" * 64
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 MOST_HEADER = 4 << 20
@@ -69,8 +71,8 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
 def _save(tensors: dict[str, Tensor], path: Path, texts: dict[str, str]) -> None:
     """Let the library write `path`, which is there already and keeps its permissions.
 
-    The library (0.8) writes to a file of its own beside the one it is given, which only its owner may read and which stays when the
-    process is killed: here in a folder that is removed with the other half-written files.
+    The library (0.8) writes to a file of its own beside the one it is given, which only its owner may read and which
+    stays when the process is killed: here in a folder that is removed with the other half-written files.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.

@@ -45,7 +45,8 @@ class ModelSize:
         """One line with the exact bits, MB and ratio."""
         return (
             f"{self.bits:,} bits (codes {self.codes:,}; codebooks {self.codebooks:,}; other {self.other:,}) "
-            f"= {self.megabytes:.2f} MB, {self.ratio:.2f}x smaller than {self.original:,} bits ({self.original / 8 / 2**20:.2f} MB)"
+            f"= {self.megabytes:.2f} MB, {self.ratio:.2f}x smaller than {self.original:,} bits "
+            f"({self.original / 8 / 2**20:.2f} MB)"
         )
 
 

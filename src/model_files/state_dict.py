@@ -1,4 +1,5 @@
-"""From the tensors of a file to a network that fits them: every key, shape, kind of number and code is checked first."""
+"""From the tensors of a file to a network that fits them: every key, shape, kind of number and code is checked
+first."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     """Check that the tensors of a file fit `model`, which may be on the meta device: nothing is allocated for it yet.
 
     Raises:
-        CheckpointError: keys are missing or left over, shapes or kinds of numbers differ, a code is not below k, or a value is not
-            finite. The message lists every one of them.
+        CheckpointError: keys are missing or left over, shapes or kinds of numbers differ, a code is not below k, or a
+            value is not finite. The message lists every one of them.
     """
     expected, optional, norms = _expected(model, state)
     problems = _key_problems(state, expected, optional)
@@ -158,9 +159,15 @@ def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | 
 def _quantization_advice(layer: str, leaf: str, found: torch.Size, wanted: torch.Size) -> str:
     key = f"--model.compression_parameters.layer_specs.{layer}"
     if leaf == "codebook" and found[0] != wanted[0]:
-        return f": the file was quantized with k = {found[0]} here, the settings give {wanted[0]}; for this file use {key}.k {found[0]}"
+        return (
+            f": the file was quantized with k = {found[0]} here, the settings give {wanted[0]}; for this file use "
+            f"{key}.k {found[0]}"
+        )
     if leaf == "codebook":
-        return f": the file's subvectors have {found[1]} values, the settings give {wanted[1]} (large_subvectors, pw_subvector_size, fc_subvector_size)"
+        return (
+            f": the file's subvectors have {found[1]} values, the settings give {wanted[1]} (large_subvectors, "
+            "pw_subvector_size, fc_subvector_size)"
+        )
     return ": another subvector size (large_subvectors, pw_subvector_size, fc_subvector_size) or another architecture"
 
 
@@ -180,5 +187,6 @@ def check_codes(state: Mapping[str, Tensor], source: str) -> None:
         wide = _unsigned(codes)
         if int(wide.max()) >= codebook.shape[0] or int(wide.min()) < 0:
             raise CheckpointError(
-                f"{source}: layer {prefix!r} holds codes up to {int(wide.max())}, but its codebook has {codebook.shape[0]} centroids; the file is damaged"
+                f"{source}: layer {prefix!r} holds codes up to {int(wide.max())}, but its codebook has "
+                f"{codebook.shape[0]} centroids; the file is damaged"
             )

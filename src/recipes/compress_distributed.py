@@ -1,7 +1,8 @@
-"""Permute and quantize over several processes: each takes its share of groups and layers, and all end with the same network.
+"""Permute and quantize over several processes: each takes its share of groups and layers, and all end with the same
+network.
 
-Every group and every layer draws from a random stream of its own and does not depend on the others, so the result is that of
-one process, bit by bit.
+Every group and every layer draws from a random stream of its own and does not depend on the others, so the result is
+that of one process, bit by bit.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def quantize_together(
 
 
 def _owners(model: nn.Module, plan: Plan, world_size: int) -> dict[str, int]:
-    """Which process codes each layer: the costliest first, always to the one with least to do; layers with one weight stay together."""
+    """Which process codes each layer: the costliest first, always to the one with least to do; layers with one weight
+    stay together."""
     modules = dict(model.named_modules())
     tied: dict[int, list[str]] = {}
     for name in plan.layers:

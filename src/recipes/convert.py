@@ -103,7 +103,8 @@ def _dequantized(file: OpenModelFile) -> nn.Module:
 def _write_onnx(file: OpenModelFile, target: Path, dense: bool, image_size: int) -> None:
     if file.architecture.task != "classification":
         raise SettingsError(
-            f"ONNX files are written for classification networks; {file.architecture.name} is for {file.architecture.task}"
+            f"ONNX files are written for classification networks; {file.architecture.name} is for "
+            f"{file.architecture.task}"
         )
     graph = dense_graph(_dequantized(file), image_size)
     if not dense:

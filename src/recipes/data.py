@@ -26,7 +26,8 @@ def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
     """The wanted splits of `dataloader.imagenet_path`, checked: folders, classes, readable files.
 
     Raises:
-        SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other images.
+        SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other
+            images.
         DataError: the folders do not hold what they should.
     """
     data, engine = job.settings.dataloader, job.engine
@@ -37,7 +38,8 @@ def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
         check_same(engine, f"the list of images in {index.root}", listed, SAME_IMAGES)
         if data.num_classes is not None and len(index.classes) != data.num_classes:
             raise SettingsError(
-                f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} class folders"
+                f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} "
+                "class folders"
             )
     if len(indices) == 2:
         check_same_classes(*indices)
@@ -128,6 +130,7 @@ def workers(wanted: int, engine: Engine) -> int:
     if wanted > share and engine.is_main:
         among = f", shared by {engine.local_size} processes" if engine.local_size > 1 else ""
         note(
-            f"dataloader.num_workers: {share} instead of {wanted}, as this machine has {available_processors()} processors{among}"
+            f"dataloader.num_workers: {share} instead of {wanted}, as this machine has {available_processors()} "
+            f"processors{among}"
         )
     return min(wanted, share)

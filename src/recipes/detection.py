@@ -32,7 +32,8 @@ from .pictures import Pictures
 from .train import Prepared, train
 
 EXAMPLE_SIDE = 64
-"""Pixels of the images that permutations are tried on: the smallest of which the pyramid's levels all have something left."""
+"""Pixels of the images that permutations are tried on: the smallest of which the pyramid's levels all have something
+left."""
 
 
 def train_detection(settings: Settings) -> int:

@@ -8,7 +8,8 @@ from ..common.log import log
 
 
 def verdict(found: Mapping[str, float], expected: Mapping[str, float | None], tolerance: float) -> int:
-    """The exit status: 0 if every found value (percent) is within `tolerance` of what is expected of it, or nothing is; else 1."""
+    """The exit status: 0 if every found value (percent) is within `tolerance` of what is expected of it, or nothing is;
+    else 1."""
     status = 0
     for name, wanted in expected.items():
         if wanted is None:

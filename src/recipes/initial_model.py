@@ -77,7 +77,8 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
 
 
 def load_compressed(path: Path, architecture: Architecture, spec: QuantizationSpec) -> nn.Module:
-    """Build `architecture` for the file's classes and quantization, without clustering anything, and load the file; on the CPU.
+    """Build `architecture` for the file's classes and quantization, without clustering anything, and load the file; on
+    the CPU.
 
     An ordinary state dict gives the dense network.
 
@@ -133,7 +134,8 @@ def _architecture_to_evaluate(settings: Settings, file: ModelFile, task: str) ->
     found = architecture_of(file.packed, task)
     if settings.model.arch != found.name and given_on_command_line(settings, "model.arch"):
         raise SettingsError(
-            f"{file.path} holds a {found.name}, and the command line says --model.arch {settings.model.arch}; leave that out"
+            f"{file.path} holds a {found.name}, and the command line says --model.arch {settings.model.arch}; leave "
+            "that out"
         )
     return found
 

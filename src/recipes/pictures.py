@@ -44,7 +44,8 @@ class Pictures:
     def of(job: Job, architecture: Architecture, n_classes: int) -> Pictures | None:
         """What the settings ask for; None: nothing, or another process draws.
 
-        The dense network is that of `model.weights`. Where it cannot be had, or tells other classes apart, a note says so.
+        The dense network is that of `model.weights`. Where it cannot be had, or tells other classes apart, a note says
+        so.
 
         Raises:
             CheckpointError: `model.weights` is a file that does not fit.
@@ -94,7 +95,8 @@ def _dense(settings: Settings, architecture: Architecture, n_classes: int) -> nn
         return None
     if n_outputs(architecture, dense) != n_classes:
         note(
-            f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not {n_classes}"
+            f"no dense network to draw beside: that of model.weights has {n_outputs(architecture, dense)} classes, not "
+            f"{n_classes}"
         )
         return None
     return dense

@@ -1,4 +1,5 @@
-"""From settings to what the other parts want: plain records without a settings object, layers under their present names."""
+"""From settings to what the other parts want: plain records without a settings object, layers under their present
+names."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ Spec = TypeVar("Spec", LayerSpec, PermutationSection)
 def with_current_names(settings: Settings, architecture: Architecture) -> Settings:
     """The settings with every layer under the name it has in this version of torchvision.
 
-    Users' files list old and new names of one layer: such a layer then stands there once, and what is said under its new name
-    wins.
+    Users' files list old and new names of one layer: such a layer then stands there once, and what is said under its
+    new name wins.
     """
     if not architecture.old_names:
         return settings
@@ -48,7 +49,8 @@ def with_current_names(settings: Settings, architecture: Architecture) -> Settin
 
 
 def _names(architecture: Architecture, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Current names; a layer listed as old and as new stands there once. A name repeated as it is stays, to be complained about."""
+    """Current names; a layer listed as old and as new stands there once. A name repeated as it is stays, to be
+    complained about."""
     listed = set(names)
     return tuple(
         architecture.current_name(name)

@@ -1,4 +1,5 @@
-"""What several processes of a run settle among themselves: who goes first, and that all have the same settings and data."""
+"""What several processes of a run settle among themselves: who goes first, and that all have the same settings and
+data."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from ..settings import Settings
 
 @contextmanager
 def first_here(engine: Engine) -> Iterator[None]:
-    """One process of each machine goes first, the others follow when it is done: for downloads and files that are made once."""
+    """One process of each machine goes first, the others follow when it is done: for downloads and files that are made
+    once."""
     if not engine.is_first_here:
         engine.barrier()
     yield
@@ -90,7 +92,8 @@ def check_same(engine: Engine, what: str, parts: Iterable[str], advice: str) -> 
     other = next((rank for rank, (found, _) in enumerate(rows) if found != rows[0][0]), None)
     if other is not None:
         raise SettingsError(
-            f"{what} is not the same on all processes: process 0 on {rows[0][1]} and process {other} on {rows[other][1]} differ. {advice}"
+            f"{what} is not the same on all processes: process 0 on {rows[0][1]} and process {other} on "
+            f"{rows[other][1]} differ. {advice}"
         )
 
 

@@ -95,7 +95,8 @@ class CheckpointFolder:
         self.unreadable: MutableMapping[str, str] = {}
         """Reason by path of the images that this process leaves out."""
         self.before_keeping: Callable[[], None] = lambda: None
-        """Called on the first process before a checkpoint is written: what was logged until then goes to the disk first."""
+        """Called on the first process before a checkpoint is written: what was logged until then goes to the disk
+        first."""
 
     def keep(self, checkpoint: Checkpoint) -> None:
         """Save a checkpoint, and remove all but the last two."""

@@ -21,7 +21,8 @@ INTERRUPTED = 130
 TERMINATED = 143
 BROKEN_PIPE = 141
 SAME_ERROR_SECONDS = 3.0
-"""How long a process other than the first keeps an error back: if all of them have it, the first one's message ends the run."""
+"""How long a process other than the first keeps an error back: if all of them have it, the first one's message ends the
+run."""
 LOST_CONTACT_SECONDS = 10.0
 """The same for the loss of another process, which has a message of its own."""
 
@@ -44,12 +45,15 @@ def run(
         purpose: what it does, in a sentence, for the help.
         default_config: settings file that is read without `--config`.
         argv: arguments without the program's name; None: those of this process.
-        kind, task: what sort of job it is (`train`, `evaluate`), and on what (`classification`, `detection`): its help lists what
-            such a job reads, and its files and folders are looked for before it starts. None: a job that needs none.
+        kind, task: what sort of job it is (`train`, `evaluate`), and on what (`classification`, `detection`): its help
+            lists what such a job reads, and its files and folders are looked for before it starts. None: a job that
+            needs none.
 
     Returns:
-        The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C, 143 after
-        SIGTERM where the job handles it, 141 when the reader of the output went away. Any other exception is a defect and propagates.
+        The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C,
+            143 after
+        SIGTERM where the job handles it, 141 when the reader of the output went away. Any other exception is a defect
+        and propagates.
     """
 
     def whole() -> int:
@@ -123,7 +127,8 @@ def _whose(error: UserError) -> str:
 
 
 def program(package: str | None, entry: str) -> str:
-    """How the command of the module `entry` was started, for its help: by a name of its own, or as one of the package's commands."""
+    """How the command of the module `entry` was started, for its help: by a name of its own, or as one of the package's
+    commands."""
     started = Path(sys.argv[0]).name
     if started == "pqf":
         return f"pqf {entry.replace('_', '-')}"

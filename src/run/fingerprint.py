@@ -15,11 +15,15 @@ from ..settings import Settings
 from .agreement import flat
 
 WITHOUT_INFLUENCE = (
-    "checkpoint_every_n_steps", "dataloader.coco_path", "dataloader.imagenet_path", "dataloader.num_workers", "dataloader.source",
-    "dataloader.verify_images", "device", "engine", "evaluation.detections", "evaluation.per_category", "evaluation.visualized_images",
-    "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite", "resume", "resume_with_changes", "visualize",
+    "checkpoint_every_n_steps", "dataloader.coco_path", "dataloader.imagenet_path", "dataloader.num_workers",
+    "dataloader.source",
+    "dataloader.verify_images", "device", "engine", "evaluation.detections", "evaluation.per_category",
+    "evaluation.visualized_images",
+    "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite", "resume", "resume_with_changes",
+    "visualize",
 )  # fmt: skip
-"""Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they hold that counts."""
+"""Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
+hold that counts."""
 PROCESSES, WEIGHTS, IMAGES = "(processes)", "(starting weights)", "(training and validation images)"
 OF_THE_NETWORK = ("model.", "seed", "optimizer", WEIGHTS)
 """Keys that cannot change in a run: its network, or the kind of its checkpoints, was made with them."""

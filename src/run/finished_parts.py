@@ -1,4 +1,5 @@
-"""Finished groups of a permutation search and finished clusterings, each in a file of its own, for a run that resumes after a crash.
+"""Finished groups of a permutation search and finished clusterings, each in a file of its own, for a run that resumes
+after a crash.
 
 In several processes each writes what it finished itself, into the one folder that all share.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..common.errors import CheckpointError
 from ..common.paths import write_text
 from ..compression.permute.permute import GroupResult, group_result, group_row
-from ..compression.quantize.kmeans import Clustering
+from ..compression.quantize.clustering import Clustering
 from ..model_files.safetensors_file import read_container, write_container
 from .fingerprint import tensor_digest
 

@@ -1,4 +1,5 @@
-"""The files and folders that a command needs, found and checked before anything heavy is loaded; nothing here loads torch."""
+"""The files and folders that a command needs, found and checked before anything heavy is loaded; nothing here loads
+torch."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ DATA = {
 
 
 def check_inputs(settings: Settings, job: str, task: str) -> None:
-    """Check what a command needs before anything is loaded: architecture, starting weights or model file, output folder, data.
+    """Check what a command needs before anything is loaded: architecture, starting weights or model file, output
+    folder, data.
 
     Raises:
         SettingsError: one is not set, not there, or not known.
@@ -76,14 +78,16 @@ def compressed_file(settings: Settings) -> Path:
 
 
 def detections_file(settings: Settings) -> Path:
-    """The existing file of detections to score. Raises SettingsError: `evaluation.detections` is not set or not there."""
+    """The existing file of detections to score. Raises SettingsError: `evaluation.detections` is not set or not
+    there."""
     return find(
         require(settings, "evaluation.detections"), "evaluation.detections", "Expected a COCO result file (JSON)"
     )
 
 
 def data_folder(settings: Settings, task: str) -> tuple[Path, Sources]:
-    """The folder of the data, which exists unless `dataloader.source` writes it, and the data sets that can be written there.
+    """The folder of the data, which exists unless `dataloader.source` writes it, and the data sets that can be written
+    there.
 
     Raises:
         SettingsError: the path is not set or not there, or there is no such source.

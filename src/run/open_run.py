@@ -74,10 +74,12 @@ class Run(Job):
         self.resume.check(self._fingerprint)
 
     def begin(self, unreadable: MutableMapping[str, str], save: Save, metric_name: str) -> Resumed | None:
-        """Write the first files; until here nothing was written, and everything that can be wrong with the input was found.
+        """Write the first files; until here nothing was written, and everything that can be wrong with the input was
+        found.
 
         Args:
-            unreadable: reason by path of the images that this process leaves out; those that the run left out before are put in.
+            unreadable: reason by path of the images that this process leaves out; those that the run left out before
+                are put in.
             save: writes a model to a path.
             metric_name: the metric that counts.
 
@@ -121,7 +123,8 @@ class Run(Job):
 
 @contextmanager
 def open_run(settings: Settings) -> Iterator[Run]:
-    """A training run with these settings: its processes agree, its folder is free, and what it resumes has the same settings.
+    """A training run with these settings: its processes agree, its folder is free, and what it resumes has the same
+    settings.
 
     Raises:
         SettingsError: the processes, the output folder, or the run to resume do not fit the settings.

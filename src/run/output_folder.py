@@ -86,7 +86,8 @@ class OutputFolder:
             self.close()
             resume = "resume it: --resume auto, or " if self.is_unfinished and files == TRAINING_FILES else ""
             raise SettingsError(
-                f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or {resume}replace that run with --overwrite True"
+                f"output_path: {self.path} already holds a run ({', '.join(held)}). Choose another output_path, or "
+                f"{resume}replace that run with --overwrite True"
             )
 
     @property
@@ -134,8 +135,8 @@ class OutputFolder:
 def take(path: Path, advice: str) -> IO[str] | None:
     """Lock a file, made for it, for as long as it is open and this process lives.
 
-    The lock is the operating system's own: it ends with the process, however that ends, and is not handed down to loader processes.
-    None where the system or the disk has no locks.
+    The lock is the operating system's own: it ends with the process, however that ends, and is not handed down to
+    loader processes. None where the system or the disk has no locks.
 
     Raises:
         SettingsError: another process holds it.

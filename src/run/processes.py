@@ -17,7 +17,8 @@ from .agreement import check_same_settings
 def processes(settings: Settings) -> Iterator[Engine]:
     """The engine of the run, once all processes are known to have the same settings; closed at the end.
 
-    After an error it is not closed, as the others may be waiting for something else: this process ends, and its launcher ends them.
+    After an error it is not closed, as the others may be waiting for something else: this process ends, and its
+    launcher ends them.
 
     Raises:
         SettingsError: the engine does not fit or cannot start, or the settings differ.

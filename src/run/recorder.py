@@ -72,7 +72,8 @@ class RunRecorder:
             yield
         except OSError as error:
             raise RunError(
-                f"cannot write {self._log}: {error.strerror or error}; the models and checkpoints that were saved are kept. "
+                f"cannot write {self._log}: {error.strerror or error}; the models and checkpoints that were saved are "
+                "kept. "
                 "Free some space or choose another output_path."
             ) from error
 

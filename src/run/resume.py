@@ -1,4 +1,5 @@
-"""Whether a run resumes from an earlier one that did not finish, in its own output folder or in another, and from where.
+"""Whether a run resumes from an earlier one that did not finish, in its own output folder or in another, and from
+where.
 
 <output_path>/resume/run.json holds the fingerprint of the unfinished run and when it began; checkpoints lie beside it.
 """
@@ -69,7 +70,8 @@ class UnfinishedRun:
             if found["format"] != FORMAT:
                 other = "a later" if found["format"] > FORMAT else "an earlier"
                 raise CheckpointError(
-                    f"resume: {path} was written by {other} version of pqf ({version}); use that one, or --overwrite True to start over"
+                    f"resume: {path} was written by {other} version of pqf ({version}); use that one, or --overwrite "
+                    "True to start over"
                 )
             return cls(
                 folder=folder,
@@ -119,7 +121,8 @@ class Resume:
         """Compare this run's fingerprint with that of the run to resume.
 
         Raises:
-            SettingsError: something differs that cannot, or that may only where `resume_with_changes` says so. The message names it.
+            SettingsError: something differs that cannot, or that may only where `resume_with_changes` says so. The
+                message names it.
         """
         keys = [] if self.earlier is None else self.earlier.fingerprint.differences(now)
         fixed = [key for key in keys if is_among(key, OF_THE_NETWORK)]
@@ -135,7 +138,8 @@ class Resume:
                 [
                     f"resume: the unfinished run in {self.earlier.output_path} has other settings{which}:",
                     *listing,
-                    f"Use the run's own (its config.yaml), {way}--overwrite True to start over, or another output_path.",
+                    f"Use the run's own (its config.yaml), {way}--overwrite True to start over, or another "
+                    "output_path.",
                 ]
             )
         )

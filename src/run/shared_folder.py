@@ -21,7 +21,8 @@ SHARED_FOLDER_SECONDS = 5.0
 def open_output(
     settings: Settings, engine: Engine, files: Sequence[str] = TRAINING_FILES, may_resume: bool = False
 ) -> OutputFolder:
-    """The run's folder, checked by the first process, and by the others to be the same folder; the run will write `files` into it.
+    """The run's folder, checked by the first process, and by the others to be the same folder; the run will write
+    `files` into it.
 
     With `may_resume` an unfinished run in it is accepted.
 
@@ -53,7 +54,8 @@ def _check_shared(output: OutputFolder, engine: Engine) -> None:
     if missing:
         rank, host, path = missing[0]
         raise SettingsError(
-            f"output_path: {path}, as process {rank} on {host} sees it, is not the folder that process 0 on {_main_host(engine)} writes to. "
+            f"output_path: {path}, as process {rank} on {host} sees it, is not the folder that process 0 on "
+            f"{_main_host(engine)} writes to. "
             "All processes need one folder: give an absolute path on a disk that all machines share"
         )
 

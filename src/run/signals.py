@@ -44,8 +44,8 @@ class Stop:
     @staticmethod
     @contextmanager
     def undisturbed() -> Iterator[None]:
-        """No error of a child process that ends: torch raises an error for it wherever the main process happens to be, in the middle of a
-        step too. Its loader notices a dead process itself when it waits for a batch."""
+        """No error of a child process that ends: torch raises an error for it wherever the main process happens to be,
+        in the middle of a step too. Its loader notices a dead process itself when it waits for a batch."""
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
             yield
             return
@@ -67,7 +67,8 @@ class Stop:
             KeyboardInterrupt: after Ctrl-C, with `why` as its message.
             Terminated: after SIGTERM.
         """
-        _ignore_children()  # the signal may have ended loader processes too, and torch would raise for them on the way out
+        # the signal may have ended loader processes too, and torch would raise for them on the way out
+        _ignore_children()
         raise (Terminated if self._asked == signal.SIGTERM else KeyboardInterrupt)(why)
 
     def handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (of signal handlers)
@@ -90,7 +91,8 @@ def _ignore_children() -> None:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """Handle Ctrl-C and SIGTERM for a while; the old handlers come back at the end. Outside the main thread nothing is handled."""
+    """Handle Ctrl-C and SIGTERM for a while; the old handlers come back at the end. Outside the main thread nothing is
+    handled."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

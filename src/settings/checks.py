@@ -1,4 +1,5 @@
-"""Questions about loaded settings: is a path still a placeholder, which keys take no effect, how do they look as text."""
+"""Questions about loaded settings: is a path still a placeholder, which keys take no effect, how do they look as
+text."""
 
 from __future__ import annotations
 

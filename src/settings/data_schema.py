@@ -1,4 +1,5 @@
-"""Keys about images, the schedule of the learning rate, and what an evaluation checks: type, default and meaning of each."""
+"""Keys about images, the schedule of the learning rate, and what an evaluation checks: type, default and meaning of
+each."""
 
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -58,7 +59,10 @@ class DataSettings(Section):
     )
     num_classes: Annotated[Whole, Ge(2)] | None = Field(
         None,
-        description="Number of class folders to expect (detection: highest category id + 1 of a random network); null: what is there.",
+        description=(
+            "Number of class folders to expect (detection: highest category id + 1 of a random network); null: what "
+            "is there."
+        ),
     )
     skip_unreadable: Flag = Field(
         False, description="Leave unreadable images out, with a warning, instead of stopping."

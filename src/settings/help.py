@@ -42,7 +42,8 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
         lines += [f"  # {meaning}", f"  {prog} {flags.format(config=default_config)}"]
     lines += [
         "",
-        "Every key below can stand in the settings file, or on the command line with its dotted name (--dataloader.batch_size 64).",
+        "Every key below can stand in the settings file, or on the command line with its dotted name "
+        "(--dataloader.batch_size 64).",
         "Values are read as YAML: True, 1e-6, 1_000, [a, b], null. The default is in brackets.",
     ]
     sections: dict[Path, list[tuple[str, FieldInfo]]] = {}

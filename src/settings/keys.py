@@ -54,8 +54,8 @@ def resolve(path: Path) -> tuple[type[Section] | None, FieldInfo | None]:
     """What stands at a path whose layer names are single parts.
 
     Returns:
-        The section and no field where the path ends at a section (or at a layer's); no section and the field where it ends at
-        a value or at a map of layers; twice None where the schema has no such key.
+        The section and no field where the path ends at a section (or at a layer's); no section and the field where it
+        ends at a value or at a map of layers; twice None where the schema has no such key.
     """
     section: type[Section] | None = Settings
     field: FieldInfo | None = None

@@ -29,8 +29,8 @@ def load(config_path: str, overrides: Sequence[str] = ()) -> Settings:
         overrides: `--dotted.key value` and `--dotted.key=value` as they stand on the command line.
 
     Raises:
-        SettingsError: the file is missing or not YAML, or keys or values are wrong; every problem is one line that gives its
-            source, key, value, and what was expected.
+        SettingsError: the file is missing or not YAML, or keys or values are wrong; every problem is one line that
+            gives its source, key, value, and what was expected.
     """
     path = find(config_path, "settings file", "Name another file with --config.")
     tree = parse(_read(path), str(path))

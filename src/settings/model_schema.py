@@ -34,7 +34,10 @@ class CompressionSettings(Section):
     k_means_n_iters: Natural = Field(1000, description="Clustering iterations.")
     k_means_tolerance: RealFromZero = Field(
         0.0,
-        description="Share of the distortion: stop when 10 iterations of kmeans, or one of the short annealings that src then makes, gain less; 0: never.",
+        description=(
+            "Share of the distortion: stop when 10 iterations of kmeans, or one of the short annealings that src then "
+            "makes, gain less; 0: never."
+        ),
     )
     fc_subvector_size: Positive = Field(4, description="Block length in linear layers.")
     pw_subvector_size: Positive = Field(4, description="Block length in 1x1 convolutions.")
@@ -102,7 +105,9 @@ class ModelSettings(Section):
     use_permutations: Flag = Field(True, description="Permute channels before compressing.")
     search: SearchName = Field(
         "best",
-        description="best: all children of a group, until nothing is gained; published: the paper's search, first child only.",
+        description=(
+            "best: all children of a group, until nothing is gained; published: the paper's search, first child only."
+        ),
     )
     search_seconds: RealAboveZero | None = Field(
         None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."

@@ -17,11 +17,15 @@ TASKS = (CLASSIFICATION, DETECTION)
 # a key, or a section with a dot at its end; the longest one that fits counts, and what fits none is read by all
 OF_A_JOB = {
     TRAIN: (
-        "epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "lr_scheduler.", "skip_initial_validation", "resume",
+        "epochs", "optimizer", "learning_rate", "momentum", "weight_decay", "lr_scheduler.", "skip_initial_validation",
+        "resume",
         "resume_with_changes", "checkpoint_every_n_steps", "save_format", "log_every_n_steps", "scale_learning_rate",
-        "sync_batch_norm", "amp", "dataloader.train_shuffle", "dataloader.crop_padding", "dataloader.group_by_aspect_ratio",
-        "dataloader.horizontal_flip", "model.boxes_per_image", "model.use_permutations", "model.search", "model.search_seconds",
-        "model.sls_iterations", "model.permutations", "model.permutation_specs.", "model.compression_parameters.k_means_type",
+        "sync_batch_norm", "amp", "dataloader.train_shuffle", "dataloader.crop_padding",
+        "dataloader.group_by_aspect_ratio",
+        "dataloader.horizontal_flip", "model.boxes_per_image", "model.use_permutations", "model.search",
+        "model.search_seconds",
+        "model.sls_iterations", "model.permutations", "model.permutation_specs.",
+        "model.compression_parameters.k_means_type",
         "model.compression_parameters.k_means_n_iters", "model.compression_parameters.k_means_tolerance",
         "model.compression_parameters.layer_specs.<layer>.k_means_type",
         "model.compression_parameters.layer_specs.<layer>.k_means_n_iters",
@@ -33,11 +37,13 @@ OF_A_JOB = {
 }  # fmt: skip
 OF_A_TASK = {
     CLASSIFICATION: (
-        "dataloader.imagenet_path", "dataloader.resize", "dataloader.image_size", "dataloader.crop_padding", "dataloader.mean",
+        "dataloader.imagenet_path", "dataloader.resize", "dataloader.image_size", "dataloader.crop_padding",
+        "dataloader.mean",
         "dataloader.std", "expected.accuracy",
     ),
     DETECTION: (
-        "dataloader.coco_path", "dataloader.min_size", "dataloader.max_size", "dataloader.group_by_aspect_ratio", "evaluation.",
+        "dataloader.coco_path", "dataloader.min_size", "dataloader.max_size", "dataloader.group_by_aspect_ratio",
+        "evaluation.",
         "visualize", "expected.box_ap", "expected.mask_ap", "model.boxes_per_image", "model.proposals",
     ),
 }  # fmt: skip

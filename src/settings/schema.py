@@ -1,4 +1,5 @@
-"""Every key of a settings file, with those of `data_schema` and `model_schema`: its type, its default and its meaning. Nothing here reads files."""
+"""Every key of a settings file, with those of `data_schema` and `model_schema`: its type, its default and its meaning.
+Nothing here reads files."""
 
 import re
 from typing import Annotated, Literal
@@ -32,7 +33,10 @@ class Settings(Section):
     overwrite: Flag = Field(False, description="Replace a run that output_path already holds.")
     resume: Text = Field(
         "auto",
-        description="auto: resume an unfinished run in output_path; none: never; or the folder (or a checkpoint) of a run to resume from.",
+        description=(
+            "auto: resume an unfinished run in output_path; none: never; or the folder (or a checkpoint) of a run to "
+            "resume from."
+        ),
     )
     resume_with_changes: Flag = Field(
         False, description="Resume a run although settings of its training have changed since."
@@ -42,7 +46,9 @@ class Settings(Section):
     )
     save_format: Literal["pth", "safetensors", "both"] = Field(
         "pth",
-        description="Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both.",
+        description=(
+            "Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both."
+        ),
     )
     log_every_n_steps: Positive = Field(10, description="Training steps between two entries in TensorBoard.")
     seed: Natural = Field(0, description="Seed of every random choice.")

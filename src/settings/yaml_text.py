@@ -61,7 +61,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if tag not in (_INT, _FLOAT, _TIMESTAMP)]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# numbers come back without octal and base 60; nothing here may be wider than PyYAML's own rules, by which `to_yaml` quotes
+# numbers come back without octal and base 60; nothing here may be wider than PyYAML's own rules, by which `to_yaml`
+# quotes
 _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     _FLOAT,

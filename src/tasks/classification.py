@@ -23,14 +23,16 @@ from .transforms import Transform, training_transform, validation_transform
 def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
     """Compare the number of class folders with the outputs of a model.
 
-    A label is a place in the sorted list of folders: with another number of folders the labels would mean other classes.
+    A label is a place in the sorted list of folders: with another number of folders the labels would mean other
+    classes.
 
     Raises:
         DataError: the two differ.
     """
     if n_folders != n_outputs:
         raise DataError(
-            f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs. A label is a place in the sorted list "
+            f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs. A label is a "
+            "place in the sorted list "
             "of folders, so both must agree: use the data the model was trained for, or a model made for these classes."
         )
 
@@ -83,7 +85,8 @@ class Classification:
     ) -> None:
         if images.image_size > images.resize:
             raise SettingsError(
-                f"image_size {images.image_size} is larger than resize {images.resize}: the crop would not fit into the image"
+                f"image_size {images.image_size} is larger than resize {images.resize}: the crop would not fit into "
+                "the image"
             )
         self.engine, self.seed = engine, loading.seed
         self.show_progress = loading.show_progress
@@ -145,8 +148,8 @@ class Classification:
         """Every validation image once over all processes, in float32.
 
         Returns:
-            `accuracy` and `accuracy_top5` in percent (top 5, or as many as the model has outputs), mean `loss`, and the counts
-            `correct`, `correct_top5`, `images`, `skipped` (unreadable, not among `images`).
+            `accuracy` and `accuracy_top5` in percent (top 5, or as many as the model has outputs), mean `loss`, and the
+            counts `correct`, `correct_top5`, `images`, `skipped` (unreadable, not among `images`).
 
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
@@ -194,8 +197,8 @@ class Classification:
 def images_per_process(n_images: int, batch_size: int, world_size: int) -> int:
     """Training images per epoch on each process: the same on all, and never a last batch of a single image.
 
-    A batch norm over one value per channel has no variance, so networks cannot train on a batch of one small image; the one
-    image left over is another one in each shuffled epoch.
+    A batch norm over one value per channel has no variance, so networks cannot train on a batch of one small image; the
+    one image left over is another one in each shuffled epoch.
 
     Raises:
         DataError: there are fewer images than processes.

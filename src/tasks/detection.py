@@ -1,7 +1,7 @@
 """Detection and segmentation: the losses of Mask R-CNN on images with boxes and masks, COCO's average precisions.
 
-The training loss is the sum of the losses that the network returns (paper section 4.2), each of which is logged by its name.
-The metric is box AP plus mask AP, in percent.
+The training loss is the sum of the losses that the network returns (paper section 4.2), each of which is logged by its
+name. The metric is box AP plus mask AP, in percent.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Detection:
             per_process = len(train) // engine.world_size
             if not per_process:
                 raise DataError(
-                    f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start fewer"
+                    f"{KEY}: {len(train):,} training images are too few for {engine.world_size:,} processes; start "
+                    "fewer"
                 )
             self._train_order = EpochOrder(len(train), loading.train_shuffle, *place, per_process)
             self._train_batches = EpochBatches(
@@ -145,13 +146,15 @@ class Detection:
     def training_loss(self, model: nn.Module, batch: DetectionBatch) -> StepLoss:
         """The sum of the network's losses on `batch`, and each by its name with `loss_total`."""
         images, targets = self._images(batch), [self._to_device(target) for target in batch.targets]
-        # torchvision draws the boxes to learn from out of torch's global generator: seeded, so that a step depends on nothing before it
+        # torchvision draws the boxes to learn from out of torch's global generator: seeded, so that a step depends on
+        # nothing before it
         torch.manual_seed(derived_seed(self.seed, "boxes to learn from", self._epoch, *batch.image_ids))
         with torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None):
             losses = model(images, targets)
         losses = {name: value.float() for name, value in losses.items()}
         if not any(len(target["boxes"]) for target in targets):
-            # means over no box at all are not numbers; a zero that reaches all parameters, as other processes wait for their gradients
+            # means over no box at all are not numbers; a zero that reaches all parameters, as other processes wait for
+            # their gradients
             zero = (
                 0
                 * torch.stack(
@@ -164,7 +167,8 @@ class Detection:
         return StepLoss(total, len(batch), {**scalars, "loss_total": total.detach()})
 
     def validate(self, model: nn.Module, label: str) -> dict[str, float]:
-        """COCO's figures in percent over the whole validation set: `BoxAP`, `BoxAP50`, ..., `MaskAP`, ..., their sum, `images`."""
+        """COCO's figures in percent over the whole validation set: `BoxAP`, `BoxAP50`, ..., `MaskAP`, ..., their sum,
+        `images`."""
         rows, image_ids = self.detect(model, label)
         # once: COCO's figures take minutes and much memory
         figures = [score(self.validation, rows, image_ids, self.backend).metrics()] if self.engine.is_main else []
@@ -174,8 +178,8 @@ class Detection:
     def detect(self, model: nn.Module, label: str) -> tuple[list[dict], list[int]]:
         """What `model` finds in every validation image, in float32, over all processes.
 
-        The network sees one image at a time: beside others it would be padded to their size, which changes what is found near its
-        edges, and the result would depend on batch size and number of processes.
+        The network sees one image at a time: beside others it would be padded to their size, which changes what is
+        found near its edges, and the result would depend on batch size and number of processes.
 
         Returns:
             Rows as in a COCO result file, and the ids of the images that were searched, both in the order of the ids.

@@ -1,4 +1,5 @@
-"""Pictures of detections: boxes, masks, labels and scores on the image, the dense network's beside the compressed one's."""
+"""Pictures of detections: boxes, masks, labels and scores on the image, the dense network's beside the compressed
+one's."""
 
 from __future__ import annotations
 

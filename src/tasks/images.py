@@ -1,7 +1,7 @@
 """Folders of images in ImageNet's layout, and whether their files can be read.
 
-`<root>/<split>/<class>/*.jpg`: one folder per class, the label of a class is its place in the sorted list of names (as in
-torchvision's `ImageFolder`). Names that begin with a dot are passed over.
+`<root>/<split>/<class>/*.jpg`: one folder per class, the label of a class is its place in the sorted list of names (as
+in torchvision's `ImageFolder`). Names that begin with a dot are passed over.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def read_folder(root: str | Path, split: str, show_progress: bool = True) -> Ima
     if empty:
         raise DataError(
             f"{KEY}: {len(empty):,} of the {len(classes):,} class folders in {folder} hold no image: {some(empty)}. "
-            f"Expected files ending in {', '.join(EXTENSIONS)}. Add the images, or remove the empty folders from every split."
+            f"Expected files ending in {', '.join(EXTENSIONS)}. Add the images, or remove the empty folders from every "
+            "split."
         )
     return ImageFolderIndex(folder, tuple(classes), paths, labels)
 
@@ -134,7 +135,8 @@ def full_check(path: str) -> str | None:
 
 
 def quick_check(path: str) -> str | None:
-    """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is refused."""
+    """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is
+    refused."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -215,7 +217,8 @@ def leave_out(index: ImageFolderIndex, bad: BadFiles, skip_unreadable: bool) -> 
     if emptied:
         raise DataError(
             f"{KEY}: without its unreadable images nothing is left of {len(emptied):,} class(es) in {index.root}: "
-            f"{some(index.classes[label] for label in emptied)}. For example {bad[0][0]}: {bad[0][1]}. Replace these images."
+            f"{some(index.classes[label] for label in emptied)}. For example {bad[0][0]}: {bad[0][1]}. Replace these "
+            "images."
         )
     return ImageFolderIndex(index.root, index.classes, [path for path, _ in kept], [label for _, label in kept]), bad
 

@@ -38,7 +38,8 @@ class LoaderSpec:
     Attributes:
         batch_size: images per batch and process.
         num_workers: processes that load images (0: the main process does).
-        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each epoch).
+        train_shuffle, validation_shuffle: go through the images in an order drawn from `seed` (for training anew each
+            epoch).
         skip_unreadable: continue without files that turn out to be unreadable; otherwise they end the run.
         seed: the run's seed.
         amp: `none`, `bf16` or `fp16`: the type of the forward pass in training. Validation always computes in float32.
@@ -88,7 +89,8 @@ class ImageDataset(Dataset):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N, 3, H, W) float32, labels (N,) int64, and the files of this batch that could not be read (not counted in N)."""
+    """Images (N, 3, H, W) float32, labels (N,) int64, and the files of this batch that could not be read (not counted
+    in N)."""
 
     images: Tensor
     labels: Tensor
@@ -150,13 +152,14 @@ class UnreadableFiles:
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
-    """The images that this process reads in an epoch, as (epoch, number): every `world_size`-th of a common order, from `rank`.
+    """The images that this process reads in an epoch, as (epoch, number): every `world_size`-th of a common order, from
+    `rank`.
 
     Args:
         n_images: images in the whole split.
         shuffle: a new permutation in each epoch, drawn from (seed, epoch); otherwise the order of the index.
-        per_process: how many images each process takes at most (training: the same number everywhere, so that all processes
-            make the same number of steps); None takes every image exactly once over all processes.
+        per_process: how many images each process takes at most (training: the same number everywhere, so that all
+            processes make the same number of steps); None takes every image exactly once over all processes.
     """
 
     def __init__(
@@ -241,11 +244,14 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
 def loader_death(error: RuntimeError) -> RunError | None:
     """An error for people if `error` is torch's word for a loader process that died.
 
-    Torch raises it wherever the main process happens to be when the system tells it, not only where it waits for a batch.
+    Torch raises it wherever the main process happens to be when the system tells it, not only where it waits for a
+    batch.
     """
     if "DataLoader worker" not in str(error):
         return None
     return RunError(
-        f"a process that loads images died: {str(error).splitlines()[0]}. This is usually a lack of memory or of shared "
-        "memory (/dev/shm): use fewer --dataloader.num_workers (0 loads in the main process) or a smaller --dataloader.batch_size"
+        f"a process that loads images died: {str(error).splitlines()[0]}. This is usually a lack of memory or of "
+        "shared "
+        "memory (/dev/shm): use fewer --dataloader.num_workers (0 loads in the main process) or a smaller "
+        "--dataloader.batch_size"
     )

@@ -1,4 +1,5 @@
-"""Where images come from, by name (`dataloader.source`). To add a dataset: a function that writes it as a folder, and its entry here."""
+"""Where images come from, by name (`dataloader.source`). To add a dataset: a function that writes it as a folder, and
+its entry here."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from ..common.errors import SettingsError
 from ..common.registry import Entry, Registry
 
 Sources = Registry[Callable[[Path], None]]
-"""Functions that fill a folder where it is not yet there. The fact `written`: they do; the user's own folder must exist."""
+"""Functions that fill a folder where it is not yet there. The fact `written`: they do; the user's own folder must
+exist."""
 
 FOLDER = Entry(".tasks.sources:use_folder", "read the path as it is")
 WRITTEN = {"written": True}
@@ -44,6 +46,7 @@ def check(source: str, key: str = "dataloader.source", sources: Sources = SOURCE
 
 
 def prepare(source: str, root: str | Path, key: str = "dataloader.source", sources: Sources = SOURCES) -> None:
-    """Have the folder `root` filled by the source of that name, where it is not yet there. Raises SettingsError as `check`."""
+    """Have the folder `root` filled by the source of that name, where it is not yet there. Raises SettingsError as
+    `check`."""
     check(source, key, sources)
     sources[source](Path(root))

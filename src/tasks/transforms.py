@@ -17,7 +17,8 @@ Transform = Callable[[Image.Image, torch.Generator], Tensor]
 def training_transform(
     resize: int, image_size: int, crop_padding: int, horizontal_flip: bool, mean: Sequence[float], std: Sequence[float]
 ) -> Transform:
-    """Short side to `resize`, `crop_padding` black pixels on each side, a random crop of `image_size`, a flip in half of all cases."""
+    """Short side to `resize`, `crop_padding` black pixels on each side, a random crop of `image_size`, a flip in half
+    of all cases."""
     return partial(_augment, resize, image_size, crop_padding, horizontal_flip, list(mean), list(std))
 
 

@@ -19,7 +19,8 @@ from src.compression.permute.objective import child_objective
 from src.compression.permute.permute import SearchSpec, permute
 from src.compression.permute.registry import SEARCHES, STEPS
 from src.compression.permute.search import search_published
-from src.compression.quantize.kmeans import Clustering, cluster, kmeans
+from src.compression.quantize.clustering import Clustering
+from src.compression.quantize.kmeans import cluster, kmeans
 from src.compression.quantize.registry import QUANTIZERS
 from src.settings import load
 from tests.support.helpers import quantized, spec

@@ -1,4 +1,5 @@
-"""How a process finds out who started it, and what bad starts get: in this process where one is enough, else with two real ones."""
+"""How a process finds out who started it, and what bad starts get: in this process where one is enough, else with two
+real ones."""
 
 from __future__ import annotations
 
@@ -35,8 +36,10 @@ MPI = {
 }
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "5",
+    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
+    "--dataloader.image_size", "32",
+    "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published",
+    "--model.sls_iterations", "5",
     "--model.compression_parameters.k_means_n_iters", "1", "--epochs", "1", "--device", "cpu",
 ]  # fmt: skip
 TRAIN = ["-m", "src.train_resnet", *SMALL]
@@ -142,7 +145,10 @@ def test_an_engine_that_needs_a_launcher_without_one(
 
 
 def test_engine_not_installed(images: Path, tmp_path: Path) -> None:
-    without = "import sys; sys.modules['horovod'] = None; from src import train_resnet; sys.exit(train_resnet.main(sys.argv[1:]))"
+    without = (
+        "import sys; sys.modules['horovod'] = None; from src import train_resnet; "
+        "sys.exit(train_resnet.main(sys.argv[1:]))"
+    )
     each = [
         (
             [sys.executable, "-c", without, *SMALL, *where(images, tmp_path / "out")],

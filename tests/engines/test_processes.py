@@ -28,15 +28,19 @@ from tests.test_entries import scalars
 pytestmark = pytest.mark.timeout(1800)
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "50", "--optimizer", "sgd", "--epochs", "1",
-    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu", "--log_every_n_steps", "1", "--sync_batch_norm", "True",
+    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
+    "--dataloader.image_size", "32",
+    "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "50", "--optimizer",
+    "sgd", "--epochs", "1",
+    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu", "--log_every_n_steps", "1",
+    "--sync_batch_norm", "True",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """3 classes, 24 training and 15 validation images: an odd number, so that one process validates one more than the other."""
+    """3 classes, 24 training and 15 validation images: an odd number, so that one process validates one more than the
+    other."""
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", 3, 8, seed=0)
     write_images(root / "val", 3, 5, seed=1)

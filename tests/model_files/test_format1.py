@@ -13,7 +13,8 @@ from src.model_files.pth import read_tensors
 from tests.conftest import ROOT
 
 DATA = ROOT / "tests" / "data"
-"""A network of convolutions and linear layers, k = 8, 512 and 16, as a packed file, an entropy-coded one and a `.pth`."""
+"""A network of convolutions and linear layers, k = 8, 512 and 16, as a packed file, an entropy-coded one and a
+`.pth`."""
 FILES = ("format1.safetensors", "format1_entropy.safetensors")
 
 

@@ -1,5 +1,5 @@
-"""Hostile input, thousands of cases: whatever is done to a model file, a settings file, a command line or a group, the answer is one
-clear error or the right result: no traceback, no hang, no memory, no executed code, no wrong model."""
+"""Hostile input, thousands of cases: whatever is done to a model file, a settings file, a command line or a group, the
+answer is one clear error or the right result: no traceback, no hang, no memory, no executed code, no wrong model."""
 
 from __future__ import annotations
 
@@ -188,8 +188,10 @@ def test_a_packed_network_truncated_at_every_kilobyte_is_refused(tmp_path: Path)
 
 
 NASTY: list[Any] = [
-    None, True, "", "x", "x" * 3000, "\x00", -1, 0, 1, 3, 2**31, 2**40, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"), [], [0], [1], [-1], [2**62] * 8,
-    [2**30, 2**30], [1] * 300, {}, {"a": 1}, {"": None}, [[]], "F64", "U8", "I64", "BOOL", "Linear", "Conv2d", "resnet50", "maskrcnn",
+    None, True, "", "x", "x" * 3000, "\x00", -1, 0, 1, 3, 2**31, 2**40, 2**63, 2**64, 10**30, 1.5, 1e308, float("nan"),
+    [], [0], [1], [-1], [2**62] * 8,
+    [2**30, 2**30], [1] * 300, {}, {"a": 1}, {"": None}, [[]], "F64", "U8", "I64", "BOOL", "Linear", "Conv2d",
+    "resnet50", "maskrcnn",
 ]  # fmt: skip
 
 
@@ -495,8 +497,10 @@ def test_no_payload_is_executed(protocol: int, suffix: str, wrap: str, whole: di
 
 CONFIGS = sorted((ROOT / "config").rglob("*.yaml"))
 SCRAPS = [
-    ":", "- ", "{", "}", "[", "]", "&a ", "*a", "!!python/object/apply:os.system [id]", "!!int ", "<<: ", "|", "\t", "\x00", "\u2028", "'", '"', "---\n",
-    "null", "~", ".nan", ".inf", "1e999", "-1", "9" * 400, "True", "0x10", "x" * 5000, "../../etc/passwd", "é", "\ud7ff", "%YAML 9.9\n", "? ", "#",
+    ":", "- ", "{", "}", "[", "]", "&a ", "*a", "!!python/object/apply:os.system [id]", "!!int ", "<<: ", "|", "\t",
+    "\x00", "\u2028", "'", '"', "---\n",
+    "null", "~", ".nan", ".inf", "1e999", "-1", "9" * 400, "True", "0x10", "x" * 5000, "../../etc/passwd", "é",
+    "\ud7ff", "%YAML 9.9\n", "? ", "#",
 ]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""What reading model files takes in memory, in a process of its own: no more than the files warrant, whatever they claim."""
+"""What reading model files takes in memory, in a process of its own: no more than the files warrant, whatever they
+claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of packed files: as small as reported, exact, complete, equal for equal models, and refused when anything in them was altered."""
+"""Laws of packed files: as small as reported, exact, complete, equal for equal models, and refused when anything in
+them was altered."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_entropy_coding_is_exact_and_its_length_is_near_the_entropy(
     low = codes & 0xFF
     share = np.bincount(low)[np.bincount(low) > 0] / n
     ideal = -float(n * (share * np.log2(share)).sum())
-    # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the rest goes in as it is
+    # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the rest
+    # goes in as it is
     assert stream.size <= (ideal + n + 14 * min(k, 256)) / 8 + packed_size(n, max(0, bits - 8)) + 32
 
 
@@ -214,7 +216,8 @@ def test_the_published_resnet18_packed_and_back_is_the_same_to_the_bit(published
 def small(n: int = 20) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(16, n),
     )  # fmt: skip
 

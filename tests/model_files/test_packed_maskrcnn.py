@@ -36,7 +36,8 @@ X = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @dataclass(frozen=True)
 class Files:
-    """A dense network with frozen norms and old names, and what became of it: permuted and quantized, as `.pth` and packed."""
+    """A dense network with frozen norms and old names, and what became of it: permuted and quantized, as `.pth` and
+    packed."""
 
     folder: Path
     model: nn.Module

@@ -43,7 +43,8 @@ CLOSE = 1e-5
 def small(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 16, 3), norm(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.ReLU(), nn.Conv2d(8, 16, 3), norm(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(16, 20),
     )  # fmt: skip
 
@@ -154,7 +155,8 @@ def test_a_compressed_network_in_another_precision_survives(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("k", "dtype"), [
-    (2, torch.uint8), (256, torch.uint8), (512, torch.int16), (2048, torch.int16), (32768, torch.int16), (65536, torch.int32),
+    (2, torch.uint8), (256, torch.uint8), (512, torch.int16), (2048, torch.int16), (32768, torch.int16),
+    (65536, torch.int32),
 ])  # fmt: skip
 def test_codes_have_the_smallest_type_and_survive_up_to_the_highest(k: int, dtype: torch.dtype, tmp_path: Path) -> None:
     dense = nn.Linear(8, max(4, k // 4))
@@ -196,9 +198,11 @@ def test_the_file_has_exactly_the_keys_and_types_of_the_format(tmp_path: Path) -
     assert found == {
         "0.codes_matrix": ((8, 3), torch.uint8), "0.codebook": ((4, 9), torch.float16),
         "1.weight": ((8,), torch.float32), "1.bias": ((8,), torch.float32),
-        "3.codes_matrix": ((16, 8), torch.uint8), "3.codebook": ((8, 9), torch.float16), "3.bias": ((16,), torch.float32),
+        "3.codes_matrix": ((16, 8), torch.uint8), "3.codebook": ((8, 9), torch.float16),
+        "3.bias": ((16,), torch.float32),
         "4.weight": ((16,), torch.float32), "4.bias": ((16,), torch.float32),
-        "8.codes_matrix": ((20, 4), torch.uint8), "8.codebook": ((16, 4), torch.float16), "8.bias": ((20,), torch.float32),
+        "8.codes_matrix": ((20, 4), torch.uint8), "8.codebook": ((16, 4), torch.float16),
+        "8.bias": ((20,), torch.float32),
     }  # fmt: skip
 
 

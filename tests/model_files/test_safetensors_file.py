@@ -1,4 +1,5 @@
-"""Laws of the files that the safetensors library writes for us: others may read them, a full disk or a kill leaves nothing, all comes back."""
+"""Laws of the files that the safetensors library writes for us: others may read them, a full disk or a kill leaves
+nothing, all comes back."""
 
 from __future__ import annotations
 

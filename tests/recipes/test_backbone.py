@@ -1,4 +1,5 @@
-"""A Mask R-CNN that starts from a classifier: its backbone is the classifier's, its other layers are new. Numbers of boxes."""
+"""A Mask R-CNN that starts from a classifier: its backbone is the classifier's, its other layers are new. Numbers of
+boxes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Laws of the file commands: conversions compute the same, inspection counts what is there, packed files need no settings."""
+"""Laws of the file commands: conversions compute the same, inspection counts what is there, packed files need no
+settings."""
 
 from __future__ import annotations
 
@@ -359,12 +360,16 @@ def test_the_module_called_inspect_never_hides_python_s_own(files: Path) -> None
 # --- training and evaluation with packed files ---
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "50",
-    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu", "--epochs", "1", "--model.compression_parameters.large_subvectors", "True",
+    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
+    "--dataloader.image_size", "32",
+    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published",
+    "--model.sls_iterations", "50",
+    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu", "--epochs", "1",
+    "--model.compression_parameters.large_subvectors", "True",
 ]  # fmt: skip
 EVALUATE = [
-    "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--device", "cpu",
+    "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.batch_size", "8",
+    "--dataloader.num_workers", "0", "--device", "cpu",
 ]  # fmt: skip
 
 

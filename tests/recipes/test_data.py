@@ -40,7 +40,8 @@ def test_processes_of_one_machine_share_its_processors() -> None:
     code = "from src.engines.machine import own_processors; print(own_processors())"
     for local in (1, 2, 64):
         variables = {
-            "RANK": "0", "WORLD_SIZE": str(local), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "a", "MASTER_PORT": "1",
+            "RANK": "0", "WORLD_SIZE": str(local), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(local),
+            "MASTER_ADDR": "a", "MASTER_PORT": "1",
             "PATH": "/usr/bin:/bin",
         }  # fmt: skip
         done = subprocess.run(

@@ -90,7 +90,10 @@ def test_bad_settings_and_keys_without_effect_are_reported(file: Path, capsys: p
 
 
 def test_a_reader_that_goes_away_leaves_no_noise() -> None:
-    code = "import sys; from src.run.command import run; sys.exit(run(lambda s: 0, prog='p', purpose='q', default_config='r', argv=['-h']))"
+    code = (
+        "import sys; from src.run.command import run; sys.exit(run(lambda s: 0, prog='p', purpose='q', "
+        "default_config='r', argv=['-h']))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

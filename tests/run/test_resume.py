@@ -45,9 +45,12 @@ from tests.test_maskrcnn_entries import paths as coco_paths
 
 CPU = SingleProcess(Launch(), torch.device("cpu"))
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "20",
-    "--model.compression_parameters.k_means_n_iters", "1", "--device", "cpu", "--epochs", "2", "--log_every_n_steps", "1",
+    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
+    "--dataloader.image_size", "32",
+    "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published",
+    "--model.sls_iterations", "20",
+    "--model.compression_parameters.k_means_n_iters", "1", "--device", "cpu", "--epochs", "2", "--log_every_n_steps",
+    "1",
     "--dataloader.crop_padding", "2",
 ]  # fmt: skip
 STEPS = 6
@@ -74,7 +77,8 @@ def whole(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at_step(output: Path, step: int) -> Callable[[], bool]:
-    """Whether the log of the run in `output` is at least at a step: TensorBoard's file is written when a state is saved."""
+    """Whether the log of the run in `output` is at least at a step: TensorBoard's file is written when a state is
+    saved."""
     return lambda: any(position(path) >= step for path in found(output, "resume/checkpoint-*.safetensors"))
 
 
@@ -541,7 +545,8 @@ def test_other_images_or_other_starting_weights_are_noticed(
 def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_state(
     small_images: Path, tmp_path: Path
 ) -> None:
-    """The states from before the change stay what they are: their schedule and batch size are not taken for the new ones."""
+    """The states from before the change stay what they are: their schedule and batch size are not taken for the new
+    ones."""
     rates, outputs = [], [tmp_path / "once", tmp_path / "twice"]
     half_a_run(small_images, outputs[0])
     shutil.copytree(outputs[0], outputs[1])
@@ -944,7 +949,8 @@ int gettimeofday(struct timeval *at, void *zone) {
 
 
 def test_a_clock_that_is_set_back_changes_nothing(small_images: Path, whole: Path, tmp_path: Path) -> None:
-    """A day back in the middle of the training, which is then stopped; it goes on from the newest state, not from the newest date."""
+    """A day back in the middle of the training, which is then stopped; it goes on from the newest state, not from the
+    newest date."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("setting a clock back for one process takes a C compiler")

@@ -1,4 +1,5 @@
-"""Several processes: a run that was stopped under one engine goes on under another, with another number of processes, or under the same."""
+"""Several processes: a run that was stopped under one engine goes on under another, with another number of processes,
+or under the same."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def arguments(images: Path, output: Path) -> list[str]:
 def stopped(
     engine: str, images: Path, output: Path, when: Callable[[], bool], number: signal.Signals
 ) -> tuple[int, str]:
-    """Two processes under an engine; when the time has come the launcher (SIGTERM) or all of them (SIGKILL) get a signal."""
+    """Two processes under an engine; when the time has come the launcher (SIGTERM) or all of them (SIGKILL) get a
+    signal."""
     need(engine)
     mark = uuid.uuid4().hex
     with tempfile.TemporaryFile() as text:

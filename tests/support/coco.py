@@ -18,7 +18,8 @@ def rectangle(number: int, image_id: int, category_id: int, box: list[float], **
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
     return {
-        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": w * h, "iscrowd": 0, "segmentation": [polygon],
+        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": w * h, "iscrowd": 0,
+        "segmentation": [polygon],
         **more,
     }  # fmt: skip
 
@@ -29,7 +30,8 @@ def crowd(number: int, image_id: int, category_id: int, mask: np.ndarray) -> dic
     box = [float(value) for value in mask_codec.toBbox(encoded)]
     runs = {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
     return {
-        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": float(mask.sum()), "iscrowd": 1, "segmentation": runs,
+        "id": number, "image_id": image_id, "category_id": category_id, "bbox": box, "area": float(mask.sum()),
+        "iscrowd": 1, "segmentation": runs,
     }  # fmt: skip
 
 
@@ -50,7 +52,8 @@ def entry(image_id: int, width: int, height: int) -> dict[str, Any]:
 
 
 def write(root: Path, split: str, what: dict[str, Any], pictures: bool = True) -> Path:
-    """Write a split into the folder `root`; returns the annotation file. Objects' boxes are painted in their category's colour."""
+    """Write a split into the folder `root`; returns the annotation file. Objects' boxes are painted in their category's
+    colour."""
     source = root / "annotations" / f"instances_{split}2017.json"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(json.dumps(what))
@@ -69,7 +72,8 @@ def write(root: Path, split: str, what: dict[str, Any], pictures: bool = True) -
 
 
 def small_coco(root: Path) -> Path:
-    """Four training images of two shapes and three for validation (one without objects), with a crowd and a degenerate box each."""
+    """Four training images of two shapes and three for validation (one without objects), with a crowd and a degenerate
+    box each."""
     sizes = {1: (96, 64), 2: (64, 96), 3: (96, 64), 4: (64, 96)}
     annotations = []
     for image_id, (width, height) in sizes.items():
@@ -90,9 +94,9 @@ def small_coco(root: Path) -> Path:
 
 
 def varied_coco(root: Path, n_images: int = 24, seed: int = 0) -> Path:
-    """Two splits like COCO's own in kind: images of many shapes, 5 categories with gaps in their numbers, polygons of several
-    parts, ellipses with holes cut by other objects, crowds as compressed and as plain run lengths, objects without masks' usual
-    order, boxes at the borders, and images without objects."""
+    """Two splits like COCO's own in kind: images of many shapes, 5 categories with gaps in their numbers, polygons of
+    several parts, ellipses with holes cut by other objects, crowds as compressed and as plain run lengths, objects
+    without masks' usual order, boxes at the borders, and images without objects."""
     categories = [{"id": number, "name": name} for number, name in ((1, "a"), (3, "b"), (4, "c"), (18, "d"), (90, "e"))]
     for place, split in enumerate(("train", "val")):
         draw = np.random.default_rng([seed, place])
@@ -129,7 +133,8 @@ def _object(
     points = np.concatenate([np.reshape(part, (-1, 2)) for part in parts])
     (left, top), (right, bottom) = points.min(0), points.max(0)
     return {
-        "id": number, "image_id": image_id, "category_id": category_id, "area": float(mask.sum()), "iscrowd": 0, "segmentation": parts,
+        "id": number, "image_id": image_id, "category_id": category_id, "area": float(mask.sum()), "iscrowd": 0,
+        "segmentation": parts,
         "bbox": [float(left), float(top), float(right - left), float(bottom - top)],
     }  # fmt: skip
 

@@ -19,7 +19,8 @@ NORMS = (_BatchNorm, FrozenBatchNorm2d)
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random norms (negative gains, running statistics, biases) and slopes, so that a forgotten one shows; eval mode."""
+    """Random norms (negative gains, running statistics, biases) and slopes, so that a forgotten one shows; eval
+    mode."""
     draw = stream(seed, "lively")
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:

@@ -1,7 +1,9 @@
-"""Kills a training run with SIGKILL again and again and lets it go on: python -m tests.support.killing FOLDER IMAGES SEED LIVES.
+"""Kills a training run with SIGKILL again and again and lets it go on: python -m tests.support.killing FOLDER IMAGES
+SEED LIVES.
 
-Prints JSON: what was going on at each kill, and a digest of everything that runs left, of the run that was never killed and of those that
-were. The runs are forked from this process, which has loaded torch but computed nothing, so that a life costs no import.
+Prints JSON: what was going on at each kill, and a digest of everything that runs left, of the run that was never killed
+and of those that were. The runs are forked from this process, which has loaded torch but computed nothing, so that a
+life costs no import.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ from src import train_resnet
 from src.recipes import train_classification  # noqa: F401 (so that forked runs have it loaded)
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "1", "--model.search", "published", "--model.sls_iterations", "300",
-    "--model.compression_parameters.k_means_n_iters", "20", "--device", "cpu", "--epochs", "2", "--checkpoint_every_n_steps", "2",
+    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
+    "--dataloader.image_size", "32",
+    "--dataloader.batch_size", "8", "--dataloader.num_workers", "1", "--model.search", "published",
+    "--model.sls_iterations", "300",
+    "--model.compression_parameters.k_means_n_iters", "20", "--device", "cpu", "--epochs", "2",
+    "--checkpoint_every_n_steps", "2",
     "--dataloader.crop_padding", "2", "--lr_scheduler.type", "cosine", "--log_every_n_steps", "1",
 ]  # fmt: skip
 MOST_LIVES = 200
@@ -78,7 +83,8 @@ def newest(run: Path) -> int:
 
 
 def one_life(arguments: list[str], run: Path, awaited: Callable[[Path], bool], draw: random.Random) -> int | None:
-    """Run until the moment (and up to 60 ms more), then kill with all children; returns the status of a run that ended before.
+    """Run until the moment (and up to 60 ms more), then kill with all children; returns the status of a run that ended
+    before.
 
     No life is cut short before it has won something, however slow the machine is: so every chain of lives ends.
     """

@@ -1,4 +1,5 @@
-"""Real launches of several processes on this machine: with a time limit, nothing left behind, and a count of what was."""
+"""Real launches of several processes on this machine: with a time limit, nothing left behind, and a count of what
+was."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ GRACE = 300
 
 @dataclass(frozen=True)
 class Finished:
-    """A launch that ended: status, what all processes printed, seconds, and processes that were still there two seconds later."""
+    """A launch that ended: status, what all processes printed, seconds, and processes that were still there two seconds
+    later."""
 
     status: int
     out: str
@@ -107,7 +109,8 @@ def launch(
 def by_hand(
     each: Sequence[tuple[Sequence[str], Path]], port: int, extra: Mapping[str, str] | None = None, grace: float = GRACE
 ) -> Finished:
-    """Processes with torchrun's variables but without torchrun, as several machines would start them: (arguments, folder) for each."""
+    """Processes with torchrun's variables but without torchrun, as several machines would start them: (arguments,
+    folder) for each."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -169,7 +172,8 @@ def together(
 
 
 def marked(mark: str) -> list[int]:
-    """Numbers of the living processes that inherited the mark of a launch, in whatever group or session they are (Linux's /proc)."""
+    """Numbers of the living processes that inherited the mark of a launch, in whatever group or session they are
+    (Linux's /proc)."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's

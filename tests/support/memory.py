@@ -1,4 +1,5 @@
-"""Peak memory of a piece of code in a process of its own, so that nothing else counts: python -m tests.support.memory NAME [ARGUMENTS]."""
+"""Peak memory of a piece of code in a process of its own, so that nothing else counts: python -m tests.support.memory
+NAME [ARGUMENTS]."""
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def network() -> nn.Sequential:
 
 
 class Diary:
-    """A recorder of every process: losses by step, metrics by epoch, and a digest of the parameters and buffers by epoch."""
+    """A recorder of every process: losses by step, metrics by epoch, and a digest of the parameters and buffers by
+    epoch."""
 
     def __init__(self) -> None:
         self.losses: dict[int, float] = {}
@@ -168,7 +169,8 @@ def detecting(engine: Engine, coco: Path) -> dict:
 
 
 def nothing_here(engine: Engine, coco: Path) -> list[bool]:
-    """Two steps in which the second process has neither objects nor proposals, and so losses that are no numbers: True if all is well."""
+    """Two steps in which the second process has neither objects nor proposals, and so losses that are no numbers: True
+    if all is well."""
     model = detector().train()
     model.rpn.score_thresh = 1.1
     trained = engine.wrap_model(model)
@@ -219,7 +221,8 @@ def exchanges(engine: Engine) -> dict:
 
 
 def gradients(engine: Engine, both: bool = False) -> dict:
-    """Averaged gradients of parameters of several kinds, and how many bytes of them went out; `both`: what two processes should find."""
+    """Averaged gradients of parameters of several kinds, and how many bytes of them went out; `both`: what two
+    processes should find."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1).to(memory_format=torch.channels_last), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2)
@@ -267,7 +270,8 @@ def counting(engine: Engine, model: nn.Module) -> tuple[nn.Module, list[int]]:
 
 
 def some_not_reached(engine: Engine) -> list:
-    """Gradients where a loss reaches one layer in the first process only (Horovod; DistributedDataParallel refuses such a model)."""
+    """Gradients where a loss reaches one layer in the first process only (Horovod; DistributedDataParallel refuses such
+    a model)."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1).to(torch.bfloat16)])
     engine.wrap_model(model)

@@ -249,7 +249,8 @@ class Oracle(nn.Module):
                 target for known, target in self.known if known.shape == image.shape and torch.equal(known, image)
             )
             found.append({
-                "boxes": target["boxes"], "labels": target["labels"], "scores": torch.linspace(1, 0.9, len(target["labels"])),
+                "boxes": target["boxes"], "labels": target["labels"],
+                "scores": torch.linspace(1, 0.9, len(target["labels"])),
                 "masks": target["masks"][:, None].float(),
             })  # fmt: skip
         return found

@@ -52,9 +52,12 @@ def write_noise(root: Path) -> None:
 
 def test_one_entry_makes_a_data_set_known_to_the_command(tmp_path: Path) -> None:
     flags = [
-        "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--model.use_compression", "False", "--epochs", "1",
-        "--dataloader.imagenet_path", str(tmp_path / "noise"), "--dataloader.source", "noise", "--dataloader.num_workers", "0",
-        "--dataloader.batch_size", "4", "--dataloader.resize", "32", "--dataloader.image_size", "32", "--output_path", str(tmp_path / "run"),
+        "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--model.use_compression", "False",
+        "--epochs", "1",
+        "--dataloader.imagenet_path", str(tmp_path / "noise"), "--dataloader.source", "noise",
+        "--dataloader.num_workers", "0",
+        "--dataloader.batch_size", "4", "--dataloader.resize", "32", "--dataloader.image_size", "32", "--output_path",
+        str(tmp_path / "run"),
     ]  # fmt: skip
     assert train_resnet.main(flags) == 2  # not known
     with SOURCES.added("noise", Entry("tests.tasks.test_registry:write_noise", "noise", {"written": True})):

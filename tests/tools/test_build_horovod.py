@@ -1,4 +1,5 @@
-"""The script that builds Horovod: what a build depends on, what it says when it cannot, and how it patches. CI runs the build itself."""
+"""The script that builds Horovod: what a build depends on, what it says when it cannot, and how it patches. CI runs the
+build itself."""
 
 from __future__ import annotations
 

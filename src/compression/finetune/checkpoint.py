@@ -1,4 +1,5 @@
-"""The whole state of a training: everything that the next step depends on, so that it can resume as if it had never stopped."""
+"""The whole state of a training: everything that the next step depends on, so that it can resume as if it had never
+stopped."""
 
 from __future__ import annotations
 
@@ -124,7 +125,8 @@ def restore(checkpoint: Checkpoint, training: Training, position: Position, *, s
         checkpoint: from `take`.
         training: changed in place.
         position: the checkpoint's own, or where else to resume.
-        same_schedule: False: the learning rate is that of the new schedule at this position, as if it had been so from the start.
+        same_schedule: False: the learning rate is that of the new schedule at this position, as if it had been so from
+            the start.
 
     Raises:
         CheckpointError: it is that of another network or optimizer, or damaged.
@@ -163,7 +165,8 @@ def _unfit(error: Exception) -> CheckpointError:
 
 
 def restore_own(checkpoint: Checkpoint, training: Training, engine: Engine) -> None:
-    """Put back what each process has of its own: random states and running statistics; after an engine has wrapped the network.
+    """Put back what each process has of its own: random states and running statistics; after an engine has wrapped the
+    network.
 
     Raises:
         CheckpointError: the checkpoint is damaged.

@@ -36,7 +36,8 @@ class GradientWatch:
 
     @torch.no_grad()
     def check(self, step: int) -> Tensor:
-        """Check the gradients of step `step` (from 1), after its backward pass; a truth value on the device: all are finite."""
+        """Check the gradients of step `step` (from 1), after its backward pass; a truth value on the device: all are
+        finite."""
         gradients = [self._zero if p.grad is None else p.grad for p in self._parameters.values()]
         # all norms in a few launches, as clip_grad_norm_ takes them; isfinite would be eight times slower on the CPU
         norms = torch.stack([value.float() for value in torch._foreach_norm(gradients, 2.0)])
@@ -45,7 +46,8 @@ class GradientWatch:
         return ~bad.any()
 
     def first(self) -> tuple[int, str] | None:
-        """The first step with a gradient that is not finite, and of its gradients the one that the backward pass reached first."""
+        """The first step with a gradient that is not finite, and of its gradients the one that the backward pass
+        reached first."""
         steps = dict(zip(self._parameters, self._since.tolist(), strict=True))
         spoilt = {name: step for name, step in steps.items() if step}
         if not spoilt:

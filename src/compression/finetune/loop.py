@@ -74,7 +74,8 @@ def finetune(
         keeper: receives a checkpoint before the first step, every `checkpoint_every_n_steps`, and before and after each
             validation. None: nothing is saved.
         signals: say when to stop. None: never.
-        resumed: checkpoint to resume from; the result is that of a training that was never interrupted, bit by bit on the CPU.
+        resumed: checkpoint to resume from; the result is that of a training that was never interrupted, bit by bit on
+            the CPU.
 
     Raises:
         RunError: the loss or a gradient is not a number; what was saved is kept.
@@ -86,7 +87,8 @@ def finetune(
     training = Training(model, optimizer, schedule, scaler)
     if resumed is not None:
         restore(resumed.checkpoint, training, _where(resumed, task), same_schedule=resumed.same_schedule)
-    # the optimizer's state goes to the other processes before the parameters: the other way round they would differ afterwards
+    # the optimizer's state goes to the other processes before the parameters: the other way round they would differ
+    # afterwards
     optimizer = engine.wrap_optimizer(optimizer, model)
     trained = engine.wrap_model(model)
     if resumed is not None:
@@ -241,7 +243,8 @@ class _Loop:
         return StepLoss(loss.loss.detach(), loss.n_images, loss.scalars)
 
     def _over_processes(self, loss: StepLoss) -> tuple[dict[str, float], float, bool]:
-        """The figures of a step as means over the images of all processes, the number of these images, and whether one is to stop."""
+        """The figures of a step as means over the images of all processes, the number of these images, and whether one
+        is to stop."""
         values = torch.stack([value.detach().cpu().double() for value in (loss.loss, *loss.scalars.values())])
         own = torch.cat([values, torch.ones(1, dtype=torch.float64)]) * loss.n_images
         stop = torch.tensor([float(self.signals.wanted)], dtype=torch.float64)

@@ -109,7 +109,8 @@ MOVING = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "co
 class Schedule:
     """A learning-rate schedule, told of every step and every epoch.
 
-    `last_epoch` continues a schedule: the number of its last step (batches for cosine, epochs for multistep), -1 for a new one.
+    `last_epoch` continues a schedule: the number of its last step (batches for cosine, epochs for multistep), -1 for a
+    new one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, spec: ScheduleSpec, epochs: int, steps_per_epoch: int) -> None:
@@ -140,7 +141,8 @@ class Schedule:
             part.load_state_dict({**part.state_dict(), **state[name]})
 
     def go_to(self, step: int, epoch: int) -> None:
-        """Go to the rate after `step` steps and `epoch` epochs of a new schedule (plateau: its first rate, as metrics are not repeated)."""
+        """Go to the rate after `step` steps and `epoch` epochs of a new schedule (plateau: its first rate, as metrics
+        are not repeated)."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped meanwhile
             for part, times in ((self._per_step, step), (self._per_epoch, epoch)):

@@ -38,10 +38,12 @@ class Task(Protocol):
     """Batches per epoch on this process."""
 
     position: int
-    """Batches of the epoch that were taken so far, those included that were left out or had nothing readable in them."""
+    """Batches of the epoch that were taken so far, those included that were left out or had nothing readable in
+    them."""
 
     def training_batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of epoch `epoch` (from 1) after the first `start`, in an order that depends on the run's seed and the epoch alone."""
+        """The batches of epoch `epoch` (from 1) after the first `start`, in an order that depends on the run's seed and
+        the epoch alone."""
 
     def training_loss(self, model: nn.Module, batch: Any) -> StepLoss:
         """Loss of `model` (in training mode) on `batch`; moves the batch to the device itself."""
@@ -52,7 +54,8 @@ class Task(Protocol):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every module gets its own mode back, so that norms that were frozen stay frozen."""
+    """Eval mode for a while; afterwards every module gets its own mode back, so that norms that were frozen stay
+    frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

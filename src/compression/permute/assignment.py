@@ -1,15 +1,17 @@
-"""A descent step over many channels at once: exchange the channels at one place of many subvectors by linear assignment.
+"""A descent step over many channels at once: exchange the channels at one place of many subvectors by linear
+assignment.
 
 log det is concave in the covariance, so its linearisation at the present covariance S,
 
     log det(S') <= log det(S) + trace(S^-1 (S' - S)),
 
-is an upper bound (majorisation). Take every B-th position, beginning at one of the first B, where B is a common multiple of all
-children's channels per subvector: these positions lie in different subvectors of every child, always at the same place. Moving
-their channels among each other changes neither the mean nor the diagonal blocks of the covariance, only the products of these
-channels with their neighbours; for each channel those depend on where it goes itself and on nothing else. The bound is therefore
-a sum of costs (channel, position), which a linear assignment minimises exactly. The score cannot rise; repeated for all B
-beginnings it falls until no such exchange lowers the bound.
+is an upper bound (majorisation). Take every B-th position, beginning at one of the first B, where B is a common
+multiple of all children's channels per subvector: these positions lie in different subvectors of every child, always at
+the same place. Moving their channels among each other changes neither the mean nor the diagonal blocks of the
+covariance, only the products of these channels with their neighbours; for each channel those depend on where it goes
+itself and on nothing else. The bound is therefore a sum of costs (channel, position), which a linear assignment
+minimises exactly. The score cannot rise; repeated for all B beginnings it falls until no such exchange lowers the
+bound.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def assign_channels(objective: GroupObjective, order: Ints, rounds: int, toleran
 
 
 def positions(objective: GroupObjective) -> int:
-    """B, the common multiple of the children's channels per subvector; 0 where subvectors do not hold whole channels."""
+    """B, the common multiple of the children's channels per subvector; 0 where subvectors do not hold whole
+    channels."""
     stride = 1
     for child in objective.children:
         if child.d % child.area:
@@ -71,11 +74,12 @@ def positions(objective: GroupObjective) -> int:
 
 
 def linearised(child: ChildObjective, places: Ints) -> Floats:
-    """(S, S) cost [x, s] of putting the channel now at places[x] to places[s]: the part of the linearised log det that depends on it.
+    """(S, S) cost [x, s] of putting the channel now at places[x] to places[s]: the part of the linearised log det that
+    depends on it.
 
-    trace(S^-1 S') summed over the entries that change: twice (the covariance is symmetric) the precision S^-1 [u, v] times the
-    inner product of column u of the channel with column v of a neighbour at places[s]. The sum over a new arrangement minus that
-    over the present one bounds the change of the score from above.
+    trace(S^-1 S') summed over the entries that change: twice (the covariance is symmetric) the precision S^-1 [u, v]
+    times the inner product of column u of the channel with column v of a neighbour at places[s]. The sum over a new
+    arrangement minus that over the present one bounds the change of the score from above.
 
     Args:
         child: without convolution groups; its subvectors hold whole channels.

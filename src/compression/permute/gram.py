@@ -16,10 +16,11 @@ Floats = NDArray[np.float64]
 
 
 def upper_gram(columns: Floats, scale: float) -> Floats:
-    """(W, W) with `scale` times the inner products of columns (R, W) on and above the diagonal, half the arithmetic of a whole product.
+    """(W, W) with `scale` times the inner products of columns (R, W) on and above the diagonal, half the arithmetic of
+    a whole product.
 
-    Entries below the diagonal are undefined: that half of the memory is never touched. Python's lock is released meanwhile, so
-    that other threads run.
+    Entries below the diagonal are undefined: that half of the memory is never touched. Python's lock is released
+    meanwhile, so that other threads run.
     """
     columns = np.ascontiguousarray(columns, dtype=np.float64)
     rows, width = columns.shape
@@ -27,7 +28,8 @@ def upper_gram(columns: Floats, scale: float) -> Floats:
     routine = _without_lock()
     if routine is None:
         return dsyrk(scale, columns.T, beta=0.0, c=room.T, lower=1, overwrite_c=1).T
-    # Fortran's arrays are column by column: it reads `columns` as columns.T and fills the lower triangle of the result's transpose
+    # Fortran's arrays are column by column: it reads `columns` as columns.T and fills the lower triangle of the
+    # result's transpose
     lower, plain = ctypes.create_string_buffer(b"L"), ctypes.create_string_buffer(b"N")
     sizes, factors = np.array([width, rows], dtype=np.intc), np.array([scale, 0.0])
     n, k = sizes.ctypes.data, sizes.ctypes.data + sizes.itemsize

@@ -1,8 +1,9 @@
 """The score of a permutation over several children: sum over children of weight * log det(Cov) (paper equation 6).
 
-All consumers of a group's channels share one permutation, so what is good for one child may be bad for another. The weight of
-a child says how much its distortion changes with its own log det(Cov) (`permute` chooses the weights); one child with weight 1
-is the published score. The swaps are tried by the compiled kernel; without numba the same is done in NumPy, with the same result.
+All consumers of a group's channels share one permutation, so what is good for one child may be bad for another. The
+weight of a child says how much its distortion changes with its own log det(Cov) (`permute` chooses the weights); one
+child with weight 1 is the published score. The swaps are tried by the compiled kernel; without numba the same is done
+in NumPy, with the same result.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ except ImportError:  # numba is not there for every platform and Python version
     kernel = None
 
 REFRESH = 4096
-"""Swaps tried between two computations of moment and mean from all subvectors: rounding errors of the updates must not add up."""
+"""Swaps tried between two computations of moment and mean from all subvectors: rounding errors of the updates must not
+add up."""
 
 NOTHING = np.empty(0)
 
@@ -66,10 +68,12 @@ class GroupObjective:
         return float(sum(w * child.evaluate(permutation) for w, child in zip(self.weights, self.children, strict=True)))
 
     def run(self, first: Ints, second: Ints, temperatures: Floats = NOTHING, draws: Floats = NOTHING) -> int:
-        """Try to swap the channels at positions first[t] and second[t] (T,) one after the other; returns how many swaps were made.
+        """Try to swap the channels at positions first[t] and second[t] (T,) one after the other; returns how many swaps
+        were made.
 
-        A swap is made if the score falls, or, where temperatures (T,) are given, with probability exp(-rise / temperature),
-        decided by draws (T,) from [0, 1). With temperatures the result is the best permutation met, not the last one.
+        A swap is made if the score falls, or, where temperatures (T,) are given, with probability exp(-rise /
+        temperature), decided by draws (T,) from [0, 1). With temperatures the result is the best permutation met, not
+        the last one.
         """
         made = 0
         annealing = temperatures.size > 0
@@ -86,7 +90,8 @@ class GroupObjective:
         return made
 
     def _run_part(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
-        """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps made."""
+        """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps
+        made."""
         if not self.compiled:
             return self._run_numpy(first, second, temperatures, draws)
         permutation = self.permutation.copy()
@@ -126,7 +131,8 @@ class GroupObjective:
         return lowest, best, made
 
     def _flatten(self) -> None:
-        """Prepare what the kernel reads and never changes: the arrays of all children one after the other, and where each begins."""
+        """Prepare what the kernel reads and never changes: the arrays of all children one after the other, and where
+        each begins."""
 
         def starts(lengths: list[int]) -> Ints:
             return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)

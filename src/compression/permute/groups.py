@@ -78,7 +78,8 @@ def resolve(
         reshapes: `permutation_specs.<layer>.reshape` of linear layers that consume a flattened feature map.
 
     Raises:
-        GroupError: unknown layer, a type that cannot be permuted, widths that differ, or a layer permuted twice on one side.
+        GroupError: unknown layer, a type that cannot be permuted, widths that differ, or a layer permuted twice on one
+            side.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     reshapes = reshapes or {}
@@ -130,7 +131,8 @@ def _check_once(label: str, member: Member, role: str, seen: dict[tuple[int, str
     key = (id(weight) if weight is not None else id(member.module), role)
     if key in seen:
         raise GroupError(
-            f"model.{label}: the {role} of {member.name} would be permuted twice, here and as {seen[key]}; a layer's {role} belongs to one group"
+            f"model.{label}: the {role} of {member.name} would be permuted twice, here and as {seen[key]}; a layer's "
+            f"{role} belongs to one group"
         )
     seen[key] = f"{member.name} in {label.split(' ')[0]}"
 
@@ -142,7 +144,10 @@ def _check_width(label: str, first: str, width: int, member: Member) -> None:
     hint = ""
     if isinstance(member.module, nn.Linear) and member.reshape is None and other % width == 0 and other > width:
         side = other // width
-        hint = f"; if it reads a flattened map, set permutation_specs.{member.name}.reshape: [{member.module.out_features}, {width}, h, w] with h*w = {side}"
+        hint = (
+            f"; if it reads a flattened map, set permutation_specs.{member.name}.reshape: "
+            f"[{member.module.out_features}, {width}, h, w] with h*w = {side}"
+        )
     raise GroupError(
         f"model.{label}: {member.name} has {other} channels on the side that is permuted, but {first} has {width}{hint}"
     )
@@ -153,12 +158,14 @@ def _common_blocks(label: str, counts: list[tuple[str, int]], width: int) -> int
     for name, count in counts:
         if largest % count:
             raise GroupError(
-                f"model.{label}: {name} has {count} convolution groups, which do not nest in the {largest} of another layer; leave one of them out"
+                f"model.{label}: {name} has {count} convolution groups, which do not nest in the {largest} of another "
+                "layer; leave one of them out"
             )
     if largest >= width:
         name = next(name for name, count in counts if count == largest)
         raise GroupError(
-            f"model.{label}: {name} has {largest} convolution groups for {width} channels, so no channel can be moved; take this group out"
+            f"model.{label}: {name} has {largest} convolution groups for {width} channels, so no channel can be moved; "
+            "take this group out"
         )
     return largest
 
@@ -188,8 +195,8 @@ def check_function(
 ) -> None:
     """Try random permutations of all groups on a float64 copy of the network and compare its output.
 
-    A group that names existing layers of equal width can still be wrong (a consumer forgotten, a norm left out); permuting it
-    would break the network silently. This finds it before any work, and names the group.
+    A group that names existing layers of equal width can still be wrong (a consumer forgotten, a norm left out);
+    permuting it would break the network silently. This finds it before any work, and names the group.
 
     Args:
         model: the dense network; not changed.
@@ -197,7 +204,8 @@ def check_function(
         example: one batch of inputs (B, ...), any values.
         reshapes: as for `resolve`.
         seed: of the random permutations.
-        outputs: the tensors to compare, for networks that do not take `example` as it is or whose output shows too little.
+        outputs: the tensors to compare, for networks that do not take `example` as it is or whose output shows too
+            little.
 
     Raises:
         GroupError: a group changes one of the outputs by more than 1e-6 of its norm.
@@ -211,8 +219,10 @@ def check_function(
         if change > 1e-6:
             group = groups[number]
             raise GroupError(
-                f"model.permutations[{number}]: permuting this group changes the network's output (by {change:.1e} of its norm): "
-                f"a layer that produces or consumes these channels is missing or wrong.\n  parents: {', '.join(group.parents)}\n  children: {', '.join(group.children)}"
+                f"model.permutations[{number}]: permuting this group changes the network's output (by {change:.1e} of "
+                "its norm): "
+                "a layer that produces or consumes these channels is missing or wrong.\n  parents: "
+                f"{', '.join(group.parents)}\n  children: {', '.join(group.children)}"
             )
     raise GroupError(
         "model.permutations: the groups together change the network's output, although each alone does not"

@@ -1,40 +1,42 @@
 """The inner loop of the permutation search, compiled by numba: a candidate swap costs a fraction of a microsecond.
 
-Several children are scored together: the score is the sum over children of weight * log det(Cov). `ChildObjective` does the
-same for one child in NumPy, and says what the Gram matrix is.
+Several children are scored together: the score is the sum over children of weight * log det(Cov). `ChildObjective` does
+the same for one child in NumPy, and says what the Gram matrix is.
 
-What a swap changes. Every row of the weight is cut into m subvectors, and the v-th of them takes its values, in every row, from
-the same d columns u_v(0), ..., u_v(d-1). Over all n = R*m subvectors of R rows the second moment is therefore a sum of m blocks
-(d x d) of the Gram matrix of columns, and the mean a sum of m slices of the column sums:
+What a swap changes. Every row of the weight is cut into m subvectors, and the v-th of them takes its values, in every
+row, from the same d columns u_v(0), ..., u_v(d-1). Over all n = R*m subvectors of R rows the second moment is therefore
+a sum of m blocks (d x d) of the Gram matrix of columns, and the mean a sum of m slices of the column sums:
 
     moment[p, q] = (1/n) sum over subvectors x of x_p x_q = sum over v of gram[u_v(p), u_v(q)]
     mean[p]      = (1/n) sum over subvectors x of x_p     = sum over v of column_sum[u_v(p)]
     Cov          = moment - mean mean^T
 
-(gram and column_sum are divided by n beforehand; with convolution groups v runs over the subvectors of all groups, each with the
-Gram matrix of its group's rows.) Swapping two channels of a values each replaces columns in those v that hold one of them: in two
-where d is a multiple of a, in at most 2 * (ceil((a-1)/d) + 1) otherwise. A column replaced at place p changes row p and column p
-of the block of v and nothing else: a symmetric update of rank two, e_p w^T + w e_p^T. Added up over the replaced columns,
+(gram and column_sum are divided by n beforehand; with convolution groups v runs over the subvectors of all groups, each
+with the Gram matrix of its group's rows.) Swapping two channels of a values each replaces columns in those v that hold
+one of them: in two where d is a multiple of a, in at most 2 * (ceil((a-1)/d) + 1) otherwise. A column replaced at place
+p changes row p and column p of the block of v and nothing else: a symmetric update of rank two, e_p w^T + w e_p^T.
+Added up over the replaced columns,
 
     moment += sum over the touched v of (gram[new, new] - gram[old, old])
     mean   += sum over the touched v of (column_sum[new] - column_sum[old])
 
-Costs. A touched v adds at most d(d+1)/2 differences of two entries of the Gram matrix: O(d^2), whatever the numbers of rows and of
-channels. The log-determinant of the d x d result is computed anew by elimination, d^3/3 operations, and d is small.
+Costs. A touched v adds at most d(d+1)/2 differences of two entries of the Gram matrix: O(d^2), whatever the numbers of
+rows and of channels. The log-determinant of the d x d result is computed anew by elimination, d^3/3 operations, and d
+is small.
 
-Exactness. Nothing is approximated: up to rounding, each score is the log-determinant of the covariance of the permuted weight.
-Rounding errors of accepted swaps add up, so the caller runs the kernel on a few thousand swaps at a time (`REFRESH`) and
-computes moment and mean anew in between.
+Exactness. Nothing is approximated: up to rounding, each score is the log-determinant of the covariance of the permuted
+weight. Rounding errors of accepted swaps add up, so the caller runs the kernel on a few thousand swaps at a time
+(`REFRESH`) and computes moment and mean anew in between.
 
 Invariants between two swaps, for every child c:
   - columns holds, for each place of each subvector, the column that stands there under `permutation`;
   - moment (lower triangle) and mean are the sums above for these columns, and logdet[c] belongs to them;
   - what the new_* arrays hold belongs to the last swap tried and is never read before it is written.
 
-Arrays. Everything of variable size lies in flat arrays; the numbers of child c begin at x_at[c] in array x: gram (G_c blocks of
-W_c x W_c, of which the upper triangle is read), column_sum, columns (d_c per subvector), moment (d_c x d_c), mean (d_c).
-shape[c] = (area, d, W, tail): a values per channel, d, columns of a row, and the tail of `ChildObjective`, with which gram holds
-the entries of `ChildObjective.table` instead.
+Arrays. Everything of variable size lies in flat arrays; the numbers of child c begin at x_at[c] in array x: gram (G_c
+blocks of W_c x W_c, of which the upper triangle is read), column_sum, columns (d_c per subvector), moment (d_c x d_c),
+mean (d_c). shape[c] = (area, d, W, tail): a values per channel, d, columns of a row, and the tail of `ChildObjective`,
+with which gram holds the entries of `ChildObjective.table` instead.
 """
 
 from __future__ import annotations
@@ -51,9 +53,10 @@ Ints = NDArray[np.int64]
 def logdet_of(moment: Floats, mean: Floats, ridge: float, d: int, work: Floats) -> float:
     """log det(moment - mean mean^T + ridge I) by symmetric elimination; infinity where it is not positive definite.
 
-    Gaussian elimination without pivoting (that of Cholesky, L D L^T): the determinant is the product of the pivots, and the
-    matrix is positive definite if and only if all of them are positive. `moment` holds the lower triangle; `work` (d*d) receives
-    the upper one, so that the innermost loop runs along a row, which the compiler turns into vector instructions.
+    Gaussian elimination without pivoting (that of Cholesky, L D L^T): the determinant is the product of the pivots, and
+    the matrix is positive definite if and only if all of them are positive. `moment` holds the lower triangle; `work`
+    (d*d) receives the upper one, so that the innermost loop runs along a row, which the compiler turns into vector
+    instructions.
     """
     for p in range(d):
         for q in range(p + 1):
@@ -82,11 +85,11 @@ def inner_product(
 ) -> float:
     """Inner product of the columns at two places of one subvector, place `later` not before place `earlier`.
 
-    Without a tail the entry of a whole Gram matrix, of which only the part on and above the diagonal is filled; `first_column` is
-    the first column of the convolution group. With a tail `gram` holds two tables (see `ChildObjective`): the columns of one
-    channel with each other, and behind them, at width * area, the last columns of every channel with the first of every channel.
-    There a subvector spans two neighbouring channels at most: `earlier` is one of the last columns of the first, `later` one of
-    the first columns of the second.
+    Without a tail the entry of a whole Gram matrix, of which only the part on and above the diagonal is filled;
+    `first_column` is the first column of the convolution group. With a tail `gram` holds two tables (see
+    `ChildObjective`): the columns of one channel with each other, and behind them, at width * area, the last columns of
+    every channel with the first of every channel. There a subvector spans two neighbouring channels at most: `earlier`
+    is one of the last columns of the first, `later` one of the first columns of the second.
     """
     if tail == 0:
         row, column = min(later, earlier) - first_column, max(later, earlier) - first_column
@@ -124,9 +127,9 @@ def run_swaps(
 ) -> tuple[float, float, int]:
     """Try to swap the channels at positions first[t] and second[t], for every t, updating the arrays in place.
 
-    A swap is accepted if the score falls by more than 1e-12 (otherwise swaps of equal score would follow each other for ever),
-    or, at temperature T > 0, with probability exp(-rise / T): draws[t] is uniform in [0, 1). Without temperatures only the
-    former. A covariance that is not positive definite scores infinity and is never accepted.
+    A swap is accepted if the score falls by more than 1e-12 (otherwise swaps of equal score would follow each other for
+    ever), or, at temperature T > 0, with probability exp(-rise / T): draws[t] is uniform in [0, 1). Without
+    temperatures only the former. A covariance that is not positive definite scores infinity and is never accepted.
 
     Args:
         first, second: (T,) positions; first[t] differs from second[t].
@@ -160,7 +163,8 @@ def run_swaps(
                 new_mean[a0 + p] = mean[a0 + p]
                 for q in range(p + 1):
                     new_moment[m0 + p * d + q] = moment[m0 + p * d + q]
-            # position i covers values i*area ... (i+1)*area - 1 of all rows, which lie in the subvectors v = from_i ... to_i
+            # position i covers values i*area ... (i+1)*area - 1 of all rows, which lie in the subvectors v = from_i ...
+            # to_i
             from_i, to_i = i * area // d, ((i + 1) * area - 1) // d
             from_j, to_j = j * area // d, ((j + 1) * area - 1) // d
             n_i = to_i - from_i + 1

@@ -1,20 +1,20 @@
 """The score of a permutation: log det of the covariance of a child's subvectors (paper section 3.2.2, equation 6).
 
-Why this score. For a Gaussian source in d dimensions, coded with b bits per vector, rate-distortion theory bounds the squared
-error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the permutation is, so the
-permutation of the smallest determinant promises the smallest error. A determinant is small where variances are unequal and
-values correlated: exactly what a codebook can make use of. The score is the logarithm, because the determinant itself underflows
-in float64 at d = 98, because small ratios become sums that can be weighted over children, and because log det is concave in the
-covariance (`assignment`).
+Why this score. For a Gaussian source in d dimensions, coded with b bits per vector, rate-distortion theory bounds the
+squared error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the permutation
+is, so the permutation of the smallest determinant promises the smallest error. A determinant is small where variances
+are unequal and values correlated: exactly what a codebook can make use of. The score is the logarithm, because the
+determinant itself underflows in float64 at d = 98, because small ratios become sums that can be weighted over children,
+and because log det is concave in the covariance (`assignment`).
 
-Why the Gram matrix. A permutation only decides which columns of the weight stand together in a subvector. All second moments
-that can ever be needed are the inner products of pairs of columns: they are computed once, by one matrix product. For a
-permutation the d x d second moment of the subvectors is a sum of entries of this Gram matrix, and
+Why the Gram matrix. A permutation only decides which columns of the weight stand together in a subvector. All second
+moments that can ever be needed are the inner products of pairs of columns: they are computed once, by one matrix
+product. For a permutation the d x d second moment of the subvectors is a sum of entries of this Gram matrix, and
 
     Cov = second moment - mean mean^T + ridge * I
 
-follows without reading the weight again. A swap of two channels changes only the terms of the few subvectors that hold them
-(`kernel`, which does the same for several children at once, has the formulas).
+follows without reading the weight again. A swap of two channels changes only the terms of the few subvectors that hold
+them (`kernel`, which does the same for several children at once, has the formulas).
 
 Notation: R rows, C channels, a = h*w values per channel, d subvector length, m subvectors per row, n = R*m subvectors.
 A *column* is one input value of a row: column c*a + q is value q of channel c.
@@ -37,8 +37,8 @@ Proposal = tuple[int, int, Ints, Ints, Floats, Floats, float]
 """Positions i and j, subvectors touched, their columns, second moment, mean and score after the swap."""
 
 RIDGE = 1e-10
-"""Added to the diagonal, relative to the mean square of the weight: with it dead or equal channels have a finite score. It does not
-depend on the permutation, so that scores can be compared."""
+"""Added to the diagonal, relative to the mean square of the weight: with it dead or equal channels have a finite score.
+It does not depend on the permutation, so that scores can be compared."""
 
 
 class ChildObjective:
@@ -49,11 +49,12 @@ class ChildObjective:
         value: log det of the covariance at `permutation`.
         area, d, n_channels, n_subvectors: a, d, C and n.
         width: W, columns of a row (of a convolution group).
-        gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n; only entries on
-            and above the diagonal are filled, `products` reads them. Where a subvector holds values of two neighbouring
-            channels at most (1 < d <= a), only products of columns that can meet in a subvector are computed, in two views of
-            `table`: `within` (C, a, a), of the columns of one channel, and `cross` (C*(d-1), C*(d-1)), of the last d-1 columns of
-            every channel with the first d-1 of every channel; `gram` then has no entries.
+        gram: (G, W, W), inner products of the columns of each convolution group over its rows, divided by n; only
+            entries on and above the diagonal are filled, `products` reads them. Where a subvector holds values of two
+            neighbouring channels at most (1 < d <= a), only products of columns that can meet in a subvector are
+            computed, in two views of `table`: `within` (C, a, a), of the columns of one channel, and `cross` (C*(d-1),
+            C*(d-1)), of the last d-1 columns of every channel with the first d-1 of every channel; `gram` then has no
+            entries.
         table: all of these, flat.
         tail: d-1 in that case, else 0.
         column_sum: (G*W,), sums of the columns, divided by n.
@@ -178,7 +179,8 @@ class ChildObjective:
         return np.linalg.slogdet(covariances + ridge)[1]
 
     def products(self, group: Ints, first: Ints, second: Ints) -> Floats:
-        """Inner products of columns `first` and `second` of convolution groups `group`, all of them broadcast against each other."""
+        """Inner products of columns `first` and `second` of convolution groups `group`, all of them broadcast against
+        each other."""
         return self.gram[group, np.minimum(first, second), np.maximum(first, second)]
 
     def _subvectors_of(self, i: int, j: int) -> Ints:

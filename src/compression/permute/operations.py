@@ -1,10 +1,10 @@
 """What a permutation of channels does to each type of layer: one table, keyed by type.
 
 A *parent* produces the permuted channels: its output axis (and bias, and a norm's statistics) is indexed by p.
-A *child* consumes them: its input axis is indexed by p. A depthwise convolution and a norm map channel i to channel i, so
-they stand among the parents. A convolution with groups can take part where p leaves every channel within its group
-(`blocks` gives their number). All indexing is done in place and without gradients: parameters stay the same objects, with
-the same `requires_grad`, device and dtype.
+A *child* consumes them: its input axis is indexed by p. A depthwise convolution and a norm map channel i to channel i,
+so they stand among the parents. A convolution with groups can take part where p leaves every channel within its group
+(`blocks` gives their number). All indexing is done in place and without gradients: parameters stay the same objects,
+with the same `requires_grad`, device and dtype.
 
 Shapes: C_out, C_in channels, h, w kernel; F = C_in*h*w inputs of a linear layer that consumes a flattened feature map.
 """
@@ -137,7 +137,8 @@ INPUT_SIDE: dict[type, Side] = {
 
 
 def flattened_input(reshape: tuple[int, ...]) -> Side:
-    """The input of a linear layer that consumes a flattened feature map: h*w neighbouring inputs move with each channel."""
+    """The input of a linear layer that consumes a flattened feature map: h*w neighbouring inputs move with each
+    channel."""
 
     def permute(module: Layer, p: Tensor) -> None:
         view = module.weight.data.view(reshape)
@@ -157,7 +158,8 @@ def side_of(name: str, module: Layer, role: str) -> Side:
         if isinstance(module, kind):
             if role == "child" and is_depthwise(module):
                 raise GroupError(
-                    f"{name} is a depthwise convolution: it maps channel i to channel i, so list it (and its norm) under parents"
+                    f"{name} is a depthwise convolution: it maps channel i to channel i, so list it (and its norm) "
+                    "under parents"
                 )
             return side
     known = ", ".join(sorted({"BatchNorm" if kind is _BatchNorm else kind.__name__ for kind in table}))
@@ -172,12 +174,15 @@ def check_reshape(name: str, module: Layer, reshape: tuple[int, ...]) -> None:
     """
     if not isinstance(module, nn.Linear):
         raise GroupError(
-            f"permutation_specs.{name}.reshape is for linear layers that read a flattened map; {name} is a {type(module).__name__}"
+            f"permutation_specs.{name}.reshape is for linear layers that read a flattened map; {name} is a "
+            f"{type(module).__name__}"
         )
     if len(reshape) < 3 or reshape[0] != module.out_features or math.prod(reshape[1:]) != module.in_features:
         raise GroupError(
-            f"permutation_specs.{name}.reshape: {list(reshape)} does not fit the weight ({module.out_features}, {module.in_features}) of {name}; "
-            f"expected [{module.out_features}, channels, height, width] with channels*height*width = {module.in_features}"
+            f"permutation_specs.{name}.reshape: {list(reshape)} does not fit the weight ({module.out_features}, "
+            f"{module.in_features}) of {name}; "
+            f"expected [{module.out_features}, channels, height, width] with channels*height*width = "
+            f"{module.in_features}"
         )
 
 

@@ -28,7 +28,8 @@ from .registry import SEARCHES
 from .search import search
 
 LayerMeasure = Callable[[str, Tensor], Floats | None]
-"""(name of a child, its subvectors (n, d)) -> estimates of its distortion, always as many; None: rely on the score instead."""
+"""(name of a child, its subvectors (n, d)) -> estimates of its distortion, always as many; None: rely on the score
+instead."""
 
 MOST_WORKERS = 8
 """Groups searched at a time: each holds the Gram matrices of its children."""
@@ -47,10 +48,12 @@ class SearchSpec:
     """How permutations are searched; the names are those of the settings (`model.<name>`).
 
     Attributes:
-        search: `best` scores all children of a group together and searches until nothing is gained; `published` is the paper's
-            procedure: greedy start, then `sls_iterations` swaps, scored on the first child that depends on the permutation.
+        search: `best` scores all children of a group together and searches until nothing is gained; `published` is the
+            paper's procedure: greedy start, then `sls_iterations` swaps, scored on the first child that depends on the
+            permutation.
         sls_iterations: swaps tried per group by `published`, and for the published candidate of `best`.
-        search_seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no limit.
+        search_seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no
+            limit.
         permutation_specs: by name of the child.
     """
 
@@ -125,8 +128,8 @@ def permute(
 ) -> list[GroupResult]:
     """Choose and apply the permutation of every group, in place; the network's function stays the same.
 
-    Groups are searched independently of each other: what another group does to a layer is to permute its rows, and the score
-    of its subvectors does not depend on the order of rows.
+    Groups are searched independently of each other: what another group does to a layer is to permute its rows, and the
+    score of its subvectors does not depend on the order of rows.
 
     Args:
         model: the dense network.
@@ -134,7 +137,8 @@ def permute(
         sizes: subvector length d of every layer that will be quantized, by name.
         spec: how to search; None: the defaults.
         seed: the run's seed; each group draws from its own stream.
-        measure: estimates the distortion of a child's subvectors. With it `best` compares its candidates again, see `search_best`.
+        measure: estimates the distortion of a child's subvectors. With it `best` compares its candidates again, see
+            `search_best`.
         show_progress: show a progress bar.
         finished: asked for the result of every group before it is searched, and given every new one.
 
@@ -217,7 +221,8 @@ class _GroupSearch:
         )
 
     def _optimisable_children(self, group: ResolvedGroup, most: int | None) -> list[tuple[Member, ChildObjective]]:
-        """The (first `most`) children that will be quantized and whose subvectors depend on the permutation, with their objectives."""
+        """The (first `most`) children that will be quantized and whose subvectors depend on the permutation, with their
+        objectives."""
         found: list[tuple[Member, ChildObjective]] = []
         for child in group.children:
             if most is not None and len(found) == most:
@@ -234,7 +239,8 @@ class _GroupSearch:
 def _measured(
     children: Sequence[Member], sizes: Mapping[str, int], measure: LayerMeasure, permutation: Ints
 ) -> Floats | None:
-    """The estimates of all children's distortion after `permutation`, added up; None where `measure` has none for one of them."""
+    """The estimates of all children's distortion after `permutation`, added up; None where `measure` has none for one
+    of them."""
     total: Floats = np.zeros(1)
     for child in children:
         layer: Layer = copy.deepcopy(child.module)
@@ -249,9 +255,9 @@ def _measured(
 def _weighted(children: Sequence[ChildObjective]) -> GroupObjective:
     """The children's scores added up so that the sum follows the change of their distortion.
 
-    At a given rate the distortion of a child is about D = n d det(Cov)^(1/d) = n d exp(logdet / d), whose derivative with
-    respect to logdet is D / d = n exp(logdet / d): the weight of the child, taken at the identity. The weights are divided by
-    their sum, so that the score remains a log-determinant.
+    At a given rate the distortion of a child is about D = n d det(Cov)^(1/d) = n d exp(logdet / d), whose derivative
+    with respect to logdet is D / d = n exp(logdet / d): the weight of the child, taken at the identity. The weights are
+    divided by their sum, so that the score remains a log-determinant.
     """
     weights = [child.n_subvectors * math.exp(child.value / child.d) for child in children]
     total = sum(weights)

@@ -1,8 +1,8 @@
 """Searches for the permutation of a group by name. To add one: a function in a file, and its entry here.
 
-`SEARCHES` (`model.search`) holds whole searches, of the type `search.GroupSearch`; the fact `children` says on how many of a group's
-children they are scored (None: all). `STEPS` (`permutation_specs.<layer>.optimization`) holds what a search can be put together
-from, of the type `search.Step`.
+`SEARCHES` (`model.search`) holds whole searches, of the type `search.GroupSearch`; the fact `children` says on how many
+of a group's children they are scored (None: all). `STEPS` (`permutation_specs.<layer>.optimization`) holds what a
+search can be put together from, of the type `search.Step`.
 """
 
 from __future__ import annotations

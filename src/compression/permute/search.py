@@ -1,7 +1,8 @@
 """Searching the permutation of one group (paper section 3.2.3): greedy start, stochastic local search, and beyond.
 
 A search is a function (objective, n_blocks, n_tries, generator) -> None that leaves its result in the objective's
-permutation. To add one: write it and register it under the name that users write in `permutation_specs.<layer>.optimization`.
+permutation. To add one: write it and register it under the name that users write in
+`permutation_specs.<layer>.optimization`.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class SearchResult:
 def greedy(objective: GroupObjective, n_blocks: int, _n_tries: int, _generator: torch.Generator) -> None:
     """Very unequal variances per position: sort the channels by falling variance, cut into b runs, interleave them.
 
-    With b = d/a channels per subvector, run j supplies position j of every subvector. By Hadamard's inequality the product of
-    the variances bounds det(Cov) from above, and for a given sum of variances that product is smallest where they are most
-    unequal. The first child decides. Where a subvector does not hold a whole number of channels there are no such positions,
-    and the permutation stays as it is.
+    With b = d/a channels per subvector, run j supplies position j of every subvector. By Hadamard's inequality the
+    product of the variances bounds det(Cov) from above, and for a given sum of variances that product is smallest where
+    they are most unequal. The first child decides. Where a subvector does not hold a whole number of channels there are
+    no such positions, and the permutation stays as it is.
     """
     child = objective.children[0]
     if child.d % child.area:
@@ -103,22 +104,25 @@ def search(
 
 CHUNK_PER_CHANNEL = 200
 SMALL_GAIN = 1e-5
-"""A local search tries swaps in chunks of so many per channel, and ends after a chunk that gains less than this per subvector.
-The score is a sum over children of weight * log det: the gain is divided by the sum of the weights."""
+"""A local search tries swaps in chunks of so many per channel, and ends after a chunk that gains less than this per
+subvector. The score is a sum over children of weight * log det: the gain is divided by the sum of the weights."""
 
 ANNEALING_PER_CHANNEL = 4000
 MOST_TRIES = 1_600_000
 MOST_WORK = 80_000_000
-"""Swaps of an annealing: so many per channel, at most so many in all, and fewer where one is expensive: a swap costs about the
-sum over children of d^2, and tries * that sum stays below the last number. The two limits hold for a local search too."""
+"""Swaps of an annealing: so many per channel, at most so many in all, and fewer where one is expensive: a swap costs
+about the sum over children of d^2, and tries * that sum stays below the last number. The two limits hold for a local
+search too."""
 
 HOTTEST, COLDEST = 3.0, 0.1
-"""Temperatures at which an annealing starts and ends, in units of the mean |change| of the score over random swaps. A swap that
-raises the score by that unit is accepted with probability exp(-1/3) = 0.72 at the start, and exp(-10) = 5e-5 at the end."""
+"""Temperatures at which an annealing starts and ends, in units of the mean |change| of the score over random swaps. A
+swap that raises the score by that unit is accepted with probability exp(-1/3) = 0.72 at the start, and exp(-10) = 5e-5
+at the end."""
 
 CandidateMeasure = Callable[[Ints], Floats | None]
-"""Permutation -> estimates of the distortion that it leaves: several, each made in the same way for every permutation, so that two
-permutations can be compared pair by pair. None, then for all permutations: the score is close enough to the distortion."""
+"""Permutation -> estimates of the distortion that it leaves: several, each made in the same way for every permutation,
+so that two permutations can be compared pair by pair. None, then for all permutations: the score is close enough to the
+distortion."""
 
 
 GroupSearch = Callable[
@@ -150,14 +154,17 @@ def search_best(
     """As good a permutation as swaps, assignments and annealing find; stops when they no longer gain.
 
     1. The published candidate: the greedy start with `n_tries` swaps, but scored on all children.
-    2. A descent from the identity: linear assignments, which move many channels at once, then swaps, until a chunk of them gains
+    2. A descent from the identity: linear assignments, which move many channels at once, then swaps, until a chunk of
+    them gains
        next to nothing. It may end in another local minimum than the first.
-    3. Simulated annealing of the better of the two, which leaves their local minima, and a descent from the best that it met.
-    4. The candidate of the lowest score is taken. The score is exact for Gaussian subvectors only, and real ones are not: with
-       `measure` the distortion of that candidate is compared with those of the published candidate and of the identity, and one
-       of these replaces it where it is better by more than the standard error.
+    3. Simulated annealing of the better of the two, which leaves their local minima, and a descent from the best that
+    it met. 4. The candidate of the lowest score is taken. The score is exact for Gaussian subvectors only, and real
+    ones are not: with
+       `measure` the distortion of that candidate is compared with those of the published candidate and of the identity,
+       and one of these replaces it where it is better by more than the standard error.
 
-    How many swaps are tried depends on the group alone: the same seed gives the same result, unless a `deadline` cuts it short.
+    How many swaps are tried depends on the group alone: the same seed gives the same result, unless a `deadline` cuts
+    it short.
 
     Args:
         objective: the score; its permutation is the result afterwards.
@@ -200,8 +207,8 @@ def search_best(
 def _best_measured(candidates: Sequence[Ints], measure: CandidateMeasure) -> Ints:
     """The candidate of the least distortion; the first one unless another is better by more than the standard error.
 
-    The estimates of two candidates are paired, so the error is that of the mean of their differences: s / sqrt(m - 1) for m
-    differences of standard deviation s (computed with divisor m).
+    The estimates of two candidates are paired, so the error is that of the mean of their differences: s / sqrt(m - 1)
+    for m differences of standard deviation s (computed with divisor m).
     """
     chosen, largest_gain = candidates[0], 0.0
     first = measure(chosen)

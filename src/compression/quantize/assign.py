@@ -1,8 +1,8 @@
 """The nearest centroid of every vector, the inner loop of clustering: exact, and never n x k distances in memory.
 
-On the CPU in float32 this is faiss's flat search, whose fused kernels were the fastest exact ones tried, ahead of a chunked
-matrix product with argmin and of a kernel compiled by numba. Elsewhere, and without faiss, chunks of the product are reduced
-one after the other.
+On the CPU in float32 this is faiss's flat search, whose fused kernels were the fastest exact ones tried, ahead of a
+chunked matrix product with argmin and of a kernel compiled by numba. Elsewhere, and without faiss, chunks of the
+product are reduced one after the other.
 
 Shapes: n vectors of length d, k centroids.
 """
@@ -80,7 +80,8 @@ def _faiss() -> Any:
         import faiss
     except ImportError:  # there is no wheel for every platform and Python version
         return None
-    # n * d below which faiss compares vectors one by one (its default, 128,000, holds most layers of a ResNet): with the one nearest
+    # n * d below which faiss compares vectors one by one (its default, 128,000, holds most layers of a ResNet): with
+    # the one nearest
     # centroid asked for, its fused kernels are 6 to 30 times as fast at every size
     faiss.cvar.distance_compute_blas_threshold = 0
     return faiss

@@ -18,7 +18,8 @@ from ...common.progress import bar
 from ...common.randomness import stream
 from ...engines.machine import own_processors
 from .assign import one_thread
-from .kmeans import Clustering, cluster
+from .clustering import Clustering
+from .kmeans import cluster
 from .layers import CODES_DTYPE, QUANTIZED_LAYERS, QuantizedLayer
 from .plan import LayerPlan, Plan
 from .subvectors import Layer, to_subvectors
@@ -107,15 +108,17 @@ def compress(
 
 MANY_VECTORS = 1024
 CANDIDATE_STARTS, CANDIDATE_VISITS, CANDIDATE_ITERATIONS = 4, 1500, (6, 60)
-"""A candidate's measure of a layer with fewer subvectors per centroid than the first: clusterings; subvectors times iterations of each, per
-centroid; at least and at most so many iterations."""
+"""A candidate's measure of a layer with fewer subvectors per centroid than the first: clusterings; subvectors times
+iterations of each, per centroid; at least and at most so many iterations."""
 
 
 def candidate_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArray[np.float64] | None]:
-    """A measure of how well a layer of `plan` would be quantized: (name, subvectors (n, d)) -> about its distortion, (`CANDIDATE_STARTS`,).
+    """A measure of how well a layer of `plan` would be quantized: (name, subvectors (n, d)) -> about its distortion,
+    (`CANDIDATE_STARTS`,).
 
-    Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal terms. None
-    for a layer with `MANY_VECTORS` per centroid or more: there the score of the search is close enough, and the look costs more.
+    Short annealings from as many starts, always the same ones, so that two orders of the channels are compared on equal
+    terms. None for a layer with `MANY_VECTORS` per centroid or more: there the score of the search is close enough, and
+    the look costs more.
     """
 
     def measure(name: str, vectors: Tensor) -> NDArray[np.float64] | None:
@@ -144,8 +147,9 @@ def _cluster_layers(
 ) -> dict[str, Clustering]:
     """The clustering of every planned layer, of tied ones the first, by name.
 
-    On the CPU as many layers at a time as this process has processors, each on one of them, the longest first: small layers would not keep
-    more than one busy. The result of a layer depends on its weight and the seed alone. Elsewhere one after the other.
+    On the CPU as many layers at a time as this process has processors, each on one of them, the longest first: small
+    layers would not keep more than one busy. The result of a layer depends on its weight and the seed alone. Elsewhere
+    one after the other.
     """
     modules = dict(model.named_modules())
     jobs = list({id(modules[name].weight): plan.layers[name] for name in reversed(list(plan.layers))}.values())

@@ -8,7 +8,8 @@ from .layers import QuantizedLayer
 
 
 def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the dense network that computes what `model` computes in evaluation: every codebook and its codes as a weight."""
+    """The state dict of the dense network that computes what `model` computes in evaluation: every codebook and its
+    codes as a weight."""
     state = dict(model.state_dict())
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer):

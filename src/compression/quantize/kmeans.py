@@ -2,17 +2,17 @@
 
 Shapes: n training vectors (here: subvectors), d their length, k centroids. X (n, d), codebook C (k, d), codes (n,).
 
-`src` is the stochastic relaxation of the codebook, SR-C (Zeger, Vaisey, Gersho 1992): before the mean update of iteration t
-the training set is perturbed by Gaussian noise whose standard deviation per dimension is that of the training set, scaled
-by (1 - t/T)^0.5. Given the codes, the mean of n_c perturbed vectors is their mean plus Gaussian noise of standard deviation
-scale * sigma_j / sqrt(n_c), independent between centroids: exactly the same law with k*d random numbers instead of n*d.
+`src` is the stochastic relaxation of the codebook, SR-C (Zeger, Vaisey, Gersho 1992): before the mean update of
+iteration t the training set is perturbed by Gaussian noise whose standard deviation per dimension is that of the
+training set, scaled by (1 - t/T)^0.5. Given the codes, the mean of n_c perturbed vectors is their mean plus Gaussian
+noise of standard deviation scale * sigma_j / sqrt(n_c), independent between centroids: exactly the same law with k*d
+random numbers instead of n*d.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .assign import assign
+from .clustering import Clustering
 from .members import Members
 from .registry import QUANTIZERS
 
@@ -36,13 +37,15 @@ PATIENCE = 10
 """Updates of Lloyd's k-means over which the distortion must fall by more than the tolerance."""
 
 RELAXATION = 1.8
-"""How far an update of `src` with a tolerance goes, in units of the way to the mean (over-relaxation; below 2, where Lloyd's stays stable)."""
+"""How far an update of `src` with a tolerance goes, in units of the way to the mean (over-relaxation; below 2, where
+Lloyd's stays stable)."""
 
 QUIET = 3
 """Plain updates without noise at the end of each annealing of `src` with a tolerance."""
 
 VISITS = 12_800
-"""Vectors per centroid that one annealing of `src` with a tolerance visits: small layers need more iterations, and can afford them."""
+"""Vectors per centroid that one annealing of `src` with a tolerance visits: small layers need more iterations, and can
+afford them."""
 
 SHORTEST, LONGEST = 50, 400
 """Iterations of one annealing, whatever `VISITS` asks for."""
@@ -53,25 +56,9 @@ def never() -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class Clustering:
-    """A codebook and the code of every training vector.
-
-    Attributes:
-        codebook: (k, d), values that 16-bit floats hold exactly.
-        codes: (n,) int64, the nearest centroid of each vector.
-        distortion: mean squared error per vector, |x - c|^2 / n summed.
-        iterations: mean updates made.
-    """
-
-    codebook: Tensor
-    codes: Tensor
-    distortion: float
-    iterations: int
-
-
 def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum-of-members divided by count for every centroid, (k, d), and the counts (k,); empty ones come back as zeros."""
+    """Sum-of-members divided by count for every centroid, (k, d), and the counts (k,); empty ones come back as
+    zeros."""
     if vectors.device.type == "cpu" and vectors.dtype == torch.float32 and accumulate is not None:
         total, members = np.zeros((k, vectors.shape[1])), np.zeros(k, dtype=np.int64)
         accumulate(vectors.contiguous().numpy(), codes.numpy(), total, members)
@@ -91,7 +78,8 @@ def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor,
 
     Crowds of equal vectors that come first can hide the others; `thorough` looks behind them, however many they are.
 
-    Returns the number that was moved: fewer than were empty only where there are not enough distinct badly quantized vectors.
+    Returns the number that was moved: fewer than were empty only where there are not enough distinct badly quantized
+    vectors.
     """
     empty = torch.nonzero(counts == 0).flatten()
     if empty.numel() == 0:
@@ -108,7 +96,8 @@ def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor,
 
 
 def _worst(vectors: Tensor, distances: Tensor, most: int) -> Tensor:
-    """The distinct ones among the `most` worst quantized vectors, worst first; those at distance 0 are not among them."""
+    """The distinct ones among the `most` worst quantized vectors, worst first; those at distance 0 are not among
+    them."""
     found = torch.topk(distances, min(most, distances.numel()))
     # equal distances in the order of the vectors, which topk does not promise
     order = found.indices.sort().values
@@ -170,9 +159,9 @@ def _iterate(
 def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
     """Round the codebook to 16 bits and code every vector with its nearest centroid; no empty cluster is left.
 
-    Two centroids can become one by the rounding; the second of them then has no members. A moved centroid may take the last
-    member of another, so this is repeated; every round codes at least one vector as well as 16 bits can, and a bound guards
-    against ties.
+    Two centroids can become one by the rounding; the second of them then has no members. A moved centroid may take the
+    last member of another, so this is repeated; every round codes at least one vector as well as 16 bits can, and a
+    bound guards against ties.
     """
     codebook = _to_half(codebook)
     codes, distances = assign(vectors, codebook)
@@ -236,9 +225,9 @@ def src(
 ) -> Clustering:
     """Annealed k-means, SR-C, with T = `iterations`; the last update is noise-free. Arguments as for `kmeans`.
 
-    With a tolerance, shorter annealings follow each other, each from the codebook that the one before reached, until one gains
-    less than `tolerance` or T iterations are spent; their updates are over-relaxed. The length depends on n/k: with many vectors per centroid the noise of a mean is small, and little is
-    left for a long annealing to find.
+    With a tolerance, shorter annealings follow each other, each from the codebook that the one before reached, until
+    one gains less than `tolerance` or T iterations are spent; their updates are over-relaxed. The length depends on
+    n/k: with many vectors per centroid the noise of a mean is small, and little is left for a long annealing to find.
     """
     noise = partial(_noise, vectors.std(dim=0, correction=0), generator)
     codebook = _start(vectors, k, generator)

@@ -1,9 +1,9 @@
 """Layers whose weight is a codebook and codes.
 
-The codebook is the only trained parameter of a quantized layer besides its bias; the codes are a buffer and never change.
-In training the weight is dequantized in every forward pass, and the gradient of a centroid is the sum of the gradients of the
-subvectors that use it (paper section 3.4). Where no gradient is needed the dequantized weight is kept, so that inference runs
-at the speed of the dense layer.
+The codebook is the only trained parameter of a quantized layer besides its bias; the codes are a buffer and never
+change. In training the weight is dequantized in every forward pass, and the gradient of a centroid is the sum of the
+gradients of the subvectors that use it (paper section 3.4). Where no gradient is needed the dequantized weight is kept,
+so that inference runs at the speed of the dense layer.
 
 Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d).
 """
@@ -16,31 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .members import Members
+from .members import Dequantize, Members
 from .subvectors import Layer, bits_per_code, from_subvectors
 
 CODES_DTYPE = torch.int32
-
-
-class _Dequantize(torch.autograd.Function):
-    """codebook[codes]; the gradient of a centroid is the sum over its members, which are sorted once: codes do not change."""
-
-    @staticmethod
-    def forward(ctx: Any, codebook: Tensor, codes: Tensor, members: Members | None) -> Tensor:
-        ctx.codes, ctx.members, ctx.k = codes, members, codebook.shape[0]
-        return codebook.index_select(0, codes)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        # half-precision sums over thousands of members would lose their small terms
-        wide = gradient.float() if gradient.dtype in (torch.float16, torch.bfloat16) else gradient
-        if Members.serve(wide.device):
-            total = ctx.members.sums(wide)
-        else:
-            total = torch.zeros(ctx.k, wide.shape[1], dtype=wide.dtype, device=wide.device).index_add_(
-                0, ctx.codes.long(), wide
-            )
-        return total.to(gradient.dtype), None, None
 
 
 def _version(tensor: Tensor) -> tuple[Any, ...]:
@@ -121,7 +100,8 @@ class QuantizedLayer(nn.Module):
         """
         if codebook.shape != self.codebook.shape or codes.numel() != self.codes_matrix.numel():
             raise ValueError(
-                f"expected codebook {tuple(self.codebook.shape)} and {self.codes_matrix.numel()} codes, got {tuple(codebook.shape)} and {codes.numel()}"
+                f"expected codebook {tuple(self.codebook.shape)} and {self.codes_matrix.numel()} codes, got "
+                f"{tuple(codebook.shape)} and {codes.numel()}"
             )
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.k):
             raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} for {self.k} centroids")
@@ -136,7 +116,7 @@ class QuantizedLayer(nn.Module):
 
     def _dequantize(self, codebook: Tensor) -> Tensor:
         members = self.members() if torch.is_grad_enabled() and codebook.requires_grad else None
-        weight = from_subvectors(_Dequantize.apply(codebook, self.codes_matrix.view(-1), members), self.weight_shape)
+        weight = from_subvectors(Dequantize.apply(codebook, self.codes_matrix.view(-1), members), self.weight_shape)
         return weight.contiguous(memory_format=self.memory_format) if weight.dim() == 4 else weight
 
     def members(self) -> Members:
@@ -151,8 +131,8 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight to compute with.
 
-        Training: dequantized anew. Eval: dequantized from the codebook as a file stores it (16-bit floats), so that what is measured is
-        what is saved, and kept while codebook and codes do not change.
+        Training: dequantized anew. Eval: dequantized from the codebook as a file stores it (16-bit floats), so that
+        what is measured is what is saved, and kept while codebook and codes do not change.
         """
         if self.training:
             self._kept = None
@@ -221,7 +201,10 @@ class QuantizedConv2d(QuantizedLayer):
 
     def extra_repr(self) -> str:
         """Geometry and coding."""
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, {self._coded_repr()}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, "
+            f"{self._coded_repr()}"
+        )
 
 
 class QuantizedConvTranspose2d(QuantizedLayer):
@@ -256,7 +239,10 @@ class QuantizedConvTranspose2d(QuantizedLayer):
 
     def extra_repr(self) -> str:
         """Geometry and coding."""
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, {self._coded_repr()}"
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, "
+            f"{self._coded_repr()}"
+        )
 
 
 class QuantizedLinear(QuantizedLayer):

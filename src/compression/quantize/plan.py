@@ -72,8 +72,8 @@ class Plan:
 def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
     """Resolve `spec` for every layer of `model`.
 
-    Names in `ignored_modules` and `layer_specs` that the network does not have are noted, not refused: users' files list the
-    old and new names of one layer.
+    Names in `ignored_modules` and `layer_specs` that the network does not have are noted, not refused: users' files
+    list the old and new names of one layer.
 
     Raises:
         PlanError: a layer cannot be quantized as asked, for example because d does not divide its rows.
@@ -118,7 +118,8 @@ def _plan_layer(
         bits_per_code(k)
     except PlanError as error:
         raise PlanError(
-            f"layer {name!r} {tuple(weight_shape(module))}: {error}. Set {where}.subvector_size, or add it to model.compression_parameters.ignored_modules"
+            f"layer {name!r} {tuple(weight_shape(module))}: {error}. Set {where}.subvector_size, or add it to "
+            "model.compression_parameters.ignored_modules"
         ) from None
     clamped = clamp_centroids(k, weight_shape(module).numel() // d)
     if clamped == 0:
@@ -132,7 +133,10 @@ def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Map
     unknown = [name for name in names if name not in modules]
     if not unknown:
         return None
-    return f"model.compression_parameters.{key} names layers that this network does not have, they take no effect: {', '.join(unknown)}"
+    return (
+        f"model.compression_parameters.{key} names layers that this network does not have, they take no effect: "
+        f"{', '.join(unknown)}"
+    )
 
 
 def _tied_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, LayerPlan]) -> dict[str, str]:

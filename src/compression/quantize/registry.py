@@ -1,4 +1,5 @@
-"""Quantizers by name (`k_means_type`). To add one: a function of the type `kmeans.Quantizer` in a file, and its entry here."""
+"""Quantizers by name (`k_means_type`). To add one: a function of the type `kmeans.Quantizer` in a file, and its entry
+here."""
 
 from __future__ import annotations
 

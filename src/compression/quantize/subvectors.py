@@ -29,7 +29,8 @@ QUANTIZABLE_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 def can_be_quantized(module: Layer) -> bool:
     """Whether `module` is exactly one of the layer types that can be quantized, with a weight of its own.
 
-    A weight that hooks compute from other parameters (older weight and spectral norm, pruning) is not a parameter itself.
+    A weight that hooks compute from other parameters (older weight and spectral norm, pruning) is not a parameter
+    itself.
     """
     return type(module) in QUANTIZABLE_TYPES and module._parameters.get("weight") is not None
 
@@ -65,7 +66,8 @@ def from_subvectors(subvectors: Tensor, shape: torch.Size | tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class BlockRule:
-    """Subvector lengths of the three kinds of layers (spec: `pw_subvector_size`, `fc_subvector_size`, `large_subvectors`)."""
+    """Subvector lengths of the three kinds of layers (spec: `pw_subvector_size`, `fc_subvector_size`,
+    `large_subvectors`)."""
 
     fc_subvector_size: int = 4
     pw_subvector_size: int = 4
@@ -75,8 +77,9 @@ class BlockRule:
 def subvector_size(module: Layer, rule: BlockRule, override: int | None = None) -> tuple[int, str | None]:
     """The subvector length d of a layer, and a note where the rule could not be followed.
 
-    Linear: `fc_subvector_size`. 1x1 convolution: `pw_subvector_size`. Other convolutions: h*w, or 2*h*w with large blocks
-    (h*w where the channels cannot be paired). `override` (layer_specs) replaces d of a linear layer or 1x1 convolution.
+    Linear: `fc_subvector_size`. 1x1 convolution: `pw_subvector_size`. Other convolutions: h*w, or 2*h*w with large
+    blocks (h*w where the channels cannot be paired). `override` (layer_specs) replaces d of a linear layer or 1x1
+    convolution.
 
     Raises:
         PlanError: d does not divide the row length, or `override` is given for a spatial convolution.
@@ -87,13 +90,15 @@ def subvector_size(module: Layer, rule: BlockRule, override: int | None = None) 
         if override is not None and override not in (area, 2 * area):
             raise PlanError(
                 f"subvector_size {override} was given for a {'x'.join(map(str, module.kernel_size))} convolution, "
-                f"whose subvectors have {area} (small blocks) or {2 * area} values (large blocks); use large_subvectors: True or False instead"
+                f"whose subvectors have {area} (small blocks) or {2 * area} values (large blocks); use "
+                "large_subvectors: True or False instead"
             )
         large = rule.large_subvectors if override is None else override == 2 * area
         if large and row % (2 * area):
             return (
                 area,
-                f"an odd number of channels ({row // area}) cannot be paired: small blocks (d = {area}) are used instead of large ones",
+                f"an odd number of channels ({row // area}) cannot be paired: small blocks (d = {area}) are used "
+                "instead of large ones",
             )
         return (2 * area if large else area), None
     d = (
@@ -104,7 +109,8 @@ def subvector_size(module: Layer, rule: BlockRule, override: int | None = None) 
     if row % d:
         divisors = [n for n in range(2, min(row, 32) + 1) if row % n == 0] or [1]
         raise PlanError(
-            f"subvector size {d} does not divide its {row} inputs per output; possible sizes: {', '.join(map(str, divisors))}"
+            f"subvector size {d} does not divide its {row} inputs per output; possible sizes: "
+            f"{', '.join(map(str, divisors))}"
         )
     return d, None
 

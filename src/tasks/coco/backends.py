@@ -1,5 +1,5 @@
-"""What computes COCO's figures, by name (`evaluation.backend`). To add one: a function that gives a class with the interface of
-pycocotools' COCOeval, and its entry here."""
+"""What computes COCO's figures, by name (`evaluation.backend`). To add one: a function that gives a class with the
+interface of pycocotools' COCOeval, and its entry here."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from ..images import some
 
 LISTS = ("images", "annotations", "categories")
 BEYOND = 0.05
-"""Share of a side by which a polygon may reach beyond the image: labelling tools overshoot; more means another image's mask."""
+"""Share of a side by which a polygon may reach beyond the image: labelling tools overshoot; more means another image's
+mask."""
 
 
 def check_lists(contents: object, source: Path) -> None:
@@ -115,7 +116,10 @@ def _mask_problem(mask: Any, width: int, height: int) -> str | None:
         return None
     if isinstance(mask, dict):
         if mask.get("size") != [height, width]:
-            return f"the mask is for an image of size {mask.get('size')!r}, but its image has [{height}, {width}] (height, width)"
+            return (
+                f"the mask is for an image of size {mask.get('size')!r}, but its image has [{height}, {width}] "
+                "(height, width)"
+            )
         return _run_length_problem(mask.get("counts"), width * height)
     if not isinstance(mask, list):
         return "segmentation is neither polygons nor a run-length encoding"
@@ -124,7 +128,10 @@ def _mask_problem(mask: Any, width: int, height: int) -> str | None:
             return "a polygon of the mask is not a list [x1, y1, x2, y2, ...] of at least three points"
         for values, side in ((polygon[0::2], width), (polygon[1::2], height)):
             if min(values) < -BEYOND * side or max(values) > (1 + BEYOND) * side:
-                return f"the mask does not fit the image: a polygon reaches from {min(values):g} to {max(values):g} where the image has {side} pixels"
+                return (
+                    f"the mask does not fit the image: a polygon reaches from {min(values):g} to {max(values):g} where "
+                    f"the image has {side} pixels"
+                )
     return None
 
 
@@ -147,7 +154,8 @@ def _run_length_problem(counts: Any, n_pixels: int) -> str | None:
 
 
 def decoded_counts(text: str) -> list[int]:
-    """The runs of a compressed run-length encoding, read as COCO defines it: 5 bits a character, differences from the third run on.
+    """The runs of a compressed run-length encoding, read as COCO defines it: 5 bits a character, differences from the
+    third run on.
 
     pycocotools decodes without looking at bounds, so that a damaged text would write where it should not.
 

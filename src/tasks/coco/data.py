@@ -1,7 +1,7 @@
 """Objects in images in COCO's layout: what the annotations say, checked before any work.
 
-`<root>/annotations/instances_{train,val}2017.json` and the images in `<root>/{train,val}2017`. The file is read once; it
-becomes a `pycocotools` COCO, whose rules for masks and crowds hold everywhere.
+`<root>/annotations/instances_{train,val}2017.json` and the images in `<root>/{train,val}2017`. The file is read once;
+it becomes a `pycocotools` COCO, whose rules for masks and crowds hold everywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Dropped:
 
     def __str__(self) -> str:
         return (
-            f"{self.crowds:,} crowds, {self.degenerate_boxes:,} degenerate boxes, {self.without_mask:,} objects without a mask, "
+            f"{self.crowds:,} crowds, {self.degenerate_boxes:,} degenerate boxes, {self.without_mask:,} objects "
+            "without a mask, "
             f"{self.images_without_annotations:,} images without usable annotations"
         )
 
@@ -104,12 +105,12 @@ class CocoSplit:
 def read_coco(root: str | Path, split: str) -> CocoSplit:
     """The `train` or `val` split of the COCO folder `root`.
 
-    For training, crowds, degenerate boxes and objects without a mask are left out, and images of which nothing remains; for
-    validation every image stays.
+    For training, crowds, degenerate boxes and objects without a mask are left out, and images of which nothing remains;
+    for validation every image stays.
 
     Raises:
-        DataError: the folder or the file is missing, the file is not JSON, not COCO's, or contradicts itself; nothing is left to
-            train on, or nothing is there to find.
+        DataError: the folder or the file is missing, the file is not JSON, not COCO's, or contradicts itself; nothing
+            is left to train on, or nothing is there to find.
     """
     root = Path(os.path.abspath(Path(root).expanduser()))
     folder, source = root / SPLITS[split], root / "annotations" / f"instances_{SPLITS[split]}.json"
@@ -237,6 +238,8 @@ def check_categories(split: CocoSplit, n_classes: int) -> None:
     if beyond:
         listing = some(f"{number} ({names[number]})" for number in beyond)
         raise DataError(
-            f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. The head has {n_classes} "
-            f"classes, which are ids 1 to {n_classes - 1} and the background, 0. Use the data the model was trained for, or a model made for these."
+            f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. "
+            f"The head has {n_classes} "
+            f"classes, which are ids 1 to {n_classes - 1} and the background, 0. Use the data the model was trained "
+            "for, or a model made for these."
         )

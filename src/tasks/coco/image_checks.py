@@ -16,7 +16,8 @@ def require_images(
 ) -> tuple[CocoSplit, BadFiles]:
     """The split with its readable images, and what was left out of it (always empty unless `skip_unreadable`).
 
-    An image whose size is not what the annotations say is as bad as an unreadable one: its boxes and masks would not fit.
+    An image whose size is not what the annotations say is as bad as an unreadable one: its boxes and masks would not
+    fit.
 
     Args:
         split: of which every image is checked.
@@ -58,7 +59,8 @@ def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[Coc
     missing = [path for path, why in bad if why == MISSING]
     if missing and not skip_unreadable:
         raise DataError(
-            f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: {some(missing)}. "
+            f"{KEY}: {len(missing):,} of the {len(split):,} images that {split.source} names are missing: "
+            f"{some(missing)}. "
             "Add them, or continue without them: --dataloader.skip_unreadable True"
         )
     if not skip_unreadable:

@@ -1,7 +1,7 @@
 """From COCO's images and annotations to batches in the form that torchvision's detection networks take.
 
-A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (category ids), masks (N, H, W)
-uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image) alone.
+A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (category ids), masks (N, H,
+W) uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image) alone.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ def ratio_groups(split: CocoSplit) -> list[int]:
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """The batches of an epoch as lists of (epoch, number), each of images of one group as far as the numbers allow.
 
-    The images come in the order of `order`. A group's images fill its batches in that order; what is left of all groups is put together,
-    neighbouring groups first. There are as many batches as without groups, every image is in one of them, and they come in the
-    order of their first images, so that groups do not follow each other.
+    The images come in the order of `order`. A group's images fill its batches in that order; what is left of all groups
+    is put together, neighbouring groups first. There are as many batches as without groups, every image is in one of
+    them, and they come in the order of their first images, so that groups do not follow each other.
 
     Args:
         order: the images that this process reads.

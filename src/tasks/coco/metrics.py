@@ -1,7 +1,7 @@
 """COCO's average precision and recall of boxes and masks, as pycocotools counts them.
 
-https://cocodataset.org/#detection-eval: over ten IoU thresholds from 0.50 to 0.95, by size of the object, and with at most 1, 10
-and 100 detections per image. Detections in a crowd region are not counted as false.
+https://cocodataset.org/#detection-eval: over ten IoU thresholds from 0.50 to 0.95, by size of the object, and with at
+most 1, 10 and 100 detections per image. Detections in a crowd region are not counted as false.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class CocoFigures:
 
     Attributes:
         kind: `bbox` or `segm`.
-        stats: COCO's twelve figures by name, in percent; nan where there is no such object, or for masks of detections that have none.
+        stats: COCO's twelve figures by name, in percent; nan where there is no such object, or for masks of detections
+            that have none.
         per_category: AP in percent by the category's name; empty if not asked for.
     """
 
@@ -79,7 +80,8 @@ def coco_figures(
 ) -> CocoFigures:
     """Compare detections with the annotations of `image_ids`.
 
-    The size of a detection, which decides where a false one counts by size, is that of its box for boxes and of its mask for masks.
+    The size of a detection, which decides where a false one counts by size, is that of its box for boxes and of its
+    mask for masks.
 
     Args:
         api: the annotations; not changed.
@@ -134,10 +136,12 @@ def _by_category(entries: Iterable[Row]) -> dict[int, list[Row]]:
 def _one_category(
     evaluator: Any, api: COCO, category_id: int, objects: Sequence[Row], rows: Sequence[Row], kind: Kind
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (thresholds, recalls, 1, sizes, detections) and recall (thresholds, 1, sizes, detections) of a category.
+    """Precision (thresholds, recalls, 1, sizes, detections) and recall (thresholds, 1, sizes, detections) of a
+    category.
 
-    pycocotools keeps several arrays for every image, category and size at once: gigabytes for COCO's 5,000 images. Categories do not
-    depend on each other, so one at a time gives the same figures; an image without the category adds nothing to them.
+    pycocotools keeps several arrays for every image, category and size at once: gigabytes for COCO's 5,000 images.
+    Categories do not depend on each other, so one at a time gives the same figures; an image without the category adds
+    nothing to them.
     """
     image_ids = sorted({entry["image_id"] for entry in (*objects, *rows)}) or sorted(api.imgs)[:1]
     truth = [dict(annotation) for annotation in objects]  # copies, which an evaluator may write into
@@ -154,7 +158,8 @@ def _one_category(
 def _detected(rows: Sequence[Row], kind: Kind) -> list[Row]:
     """What pycocotools' loadRes makes of `rows`, also where there are none, and without copying the masks.
 
-    loadRes takes the area of the box for that of a mask wherever there is a box; COCO's definition, and other evaluators, take the mask's.
+    loadRes takes the area of the box for that of a mask wherever there is a box; COCO's definition, and other
+    evaluators, take the mask's.
     """
     found = []
     for number, row in enumerate(rows, start=1):

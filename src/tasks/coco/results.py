@@ -20,18 +20,23 @@ from ..images import some
 from .masks import check_rle, encode_masks
 
 Row = dict[str, Any]
-"""One detection: image_id, category_id, bbox [x, y, width, height], score and, with a mask, segmentation {size, counts}."""
+"""One detection: image_id, category_id, bbox [x, y, width, height], score and, with a mask, segmentation {size,
+counts}."""
 
 MASK_THRESHOLD = 0.5
 """A pixel more probable than this belongs to the object (the threshold of torchvision and of COCO's baselines)."""
-FORM = "Expected COCO's result form: a list of {image_id, category_id, score, bbox [x, y, width, height], segmentation {size, counts}}"
+FORM = (
+    "Expected COCO's result form: a list of {image_id, category_id, score, bbox [x, y, width, height], segmentation "
+    "{size, counts}}"
+)
 
 
 class Detections:
     """What a network found. Only run lengths of the masks are kept: some hundred bytes each.
 
-    The rows are kept as text in one growing buffer. As objects of their own they would lie between the large tensors that come and go with
-    every image, and the allocator could not use the place of those again: gigabytes more, measured by benchmarks/coco_memory.py.
+    The rows are kept as text in one growing buffer. As objects of their own they would lie between the large tensors
+    that come and go with every image, and the allocator could not use the place of those again: gigabytes more,
+    measured by benchmarks/coco_memory.py.
     """
 
     def __init__(self) -> None:
@@ -43,8 +48,8 @@ class Detections:
 
         Args:
             image_id: COCO's id of the image.
-            output: as torchvision's networks give it: `boxes` (N, 4) left, top, right, bottom in pixels, `scores` (N,), `labels` (N,)
-                category ids and, from networks that find masks, `masks` (N, 1, H, W) probabilities.
+            output: as torchvision's networks give it: `boxes` (N, 4) left, top, right, bottom in pixels, `scores` (N,),
+                `labels` (N,) category ids and, from networks that find masks, `masks` (N, 1, H, W) probabilities.
         """
         boxes = output["boxes"].detach().cpu().double()
         sizes = boxes[:, 2:] - boxes[:, :2]
@@ -100,7 +105,8 @@ def read_results(path: str | Path, api: COCO) -> list[Row]:
         api: the annotations of the images that the detections are in.
 
     Raises:
-        DataError: not JSON, or a row is not in COCO's result form, or is for an image, a category or a size that `api` does not have.
+        DataError: not JSON, or a row is not in COCO's result form, or is for an image, a category or a size that `api`
+            does not have.
     """
     try:
         contents = json.loads(Path(path).read_bytes())
@@ -113,7 +119,8 @@ def read_results(path: str | Path, api: COCO) -> list[Row]:
     strangers = list(_strangers(contents, api))
     if strangers:
         raise DataError(
-            f"{path}: {len(strangers):,} of its {len(contents):,} detections are in images that the annotations do not have: "
+            f"{path}: {len(strangers):,} of its {len(contents):,} detections are in images that the annotations do not "
+            "have: "
             f"{some(f'image_id {stranger!r}' for stranger in strangers)}. These are results for other images."
         )
     problems = [
@@ -123,7 +130,8 @@ def read_results(path: str | Path, api: COCO) -> list[Row]:
     ]
     if problems:
         raise DataError(
-            f"{path}: {len(problems):,} of its {len(contents):,} detections cannot be used:\n  {some(problems, chr(10) + '  ')}\n{FORM}"
+            f"{path}: {len(problems):,} of its {len(contents):,} detections cannot be used:\n  "
+            f"{some(problems, chr(10) + '  ')}\n{FORM}"
         )
     _require_alike(path, contents)
     return contents
@@ -140,7 +148,8 @@ def _strangers(contents: Sequence[object], api: COCO) -> Iterator[object]:
 
 
 def _take(row: object, api: COCO) -> str | None:
-    """What is wrong with a row whose image is known; a good one's mask is brought to the compressed form, and gives the box if there is none."""
+    """What is wrong with a row whose image is known; a good one's mask is brought to the compressed form, and gives the
+    box if there is none."""
     if not isinstance(row, dict):
         return "not a map"
     missing = [key for key in ("image_id", "category_id", "score") if key not in row]

@@ -1,4 +1,5 @@
-"""The digits of the digit scenes, cut out of them, as an image folder: a backbone learns from these before it learns to detect."""
+"""The digits of the digit scenes, cut out of them, as an image folder: a backbone learns from these before it learns to
+detect."""
 
 from __future__ import annotations
 

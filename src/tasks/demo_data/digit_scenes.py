@@ -1,8 +1,9 @@
-"""Scenes of scikit-learn's handwritten digits in COCO's folder and JSON layout: boxes and exact masks without a download.
+"""Scenes of scikit-learn's handwritten digits in COCO's folder and JSON layout: boxes and exact masks without a
+download.
 
-A scene is a canvas with several digits, each scaled, coloured and placed at random; a later digit hides what is below it. An annotation
-covers the visible part of its digit, to the pixel. Category ids are 1 to 10, for the digits 0 to 9. The digits of the
-training scenes and of the validation scenes are disjoint.
+A scene is a canvas with several digits, each scaled, coloured and placed at random; a later digit hides what is below
+it. An annotation covers the visible part of its digit, to the pixel. Category ids are 1 to 10, for the digits 0 to 9.
+The digits of the training scenes and of the validation scenes are disjoint.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Scene:
 
 
 def write_digit_scenes(root: Path) -> None:
-    """Write `<root>/annotations/instances_{train,val}2017.json` and the scenes of `<root>/{train,val}2017/` as PNG files.
+    """Write `<root>/annotations/instances_{train,val}2017.json` and the scenes of `<root>/{train,val}2017/` as PNG
+    files.
 
     The folder appears all at once or not at all; if it is already complete nothing happens.
 
@@ -66,7 +68,10 @@ def write_digit_scenes(root: Path) -> None:
         DataError: `root` holds something else, or cannot be written.
         SettingsError: scikit-learn is not installed.
     """
-    description = f"the digit scenes folder ({N_SCENES['train']:,} PNG files in train2017, {N_SCENES['val']:,} in val2017, and annotations)"
+    description = (
+        f"the digit scenes folder ({N_SCENES['train']:,} PNG files in train2017, {N_SCENES['val']:,} in val2017, and "
+        "annotations)"
+    )
     write_folder_at_once(root, "digit_scenes", description, _is_complete, _write)
 
 
@@ -138,7 +143,8 @@ def _canvas(draw: np.random.Generator) -> tuple[np.ndarray, float]:
 
 
 def _colour(canvas: float, others: list[np.ndarray], draw: np.random.Generator) -> np.ndarray:
-    """A colour (3,) unlike `others`, if one is found soon: a level 0.35 or more from the canvas's brightness, and often a tint around it."""
+    """A colour (3,) unlike `others`, if one is found soon: a level 0.35 or more from the canvas's brightness, and often
+    a tint around it."""
     for _ in range(TRIES):
         level = draw.uniform(canvas + 0.35, 1.0) if canvas < 0.5 else draw.uniform(0.0, canvas - 0.35)
         colour = np.clip(level + draw.uniform(-0.25, 0.25, 3), 0, 1) if draw.random() < 0.7 else np.full(3, level)

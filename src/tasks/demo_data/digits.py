@@ -1,4 +1,5 @@
-"""The handwritten digits that come with scikit-learn, as a small image folder for trying things out without a download."""
+"""The handwritten digits that come with scikit-learn, as a small image folder for trying things out without a
+download."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ N_IMAGES = 1797
 
 
 def write_digits(root: Path) -> None:
-    """Write 1,797 digits as 64x64 RGB files `<root>/{train,val}/<digit>/<number>.png`; every fifth of a class goes to `val`.
+    """Write 1,797 digits as 64x64 RGB files `<root>/{train,val}/<digit>/<number>.png`; every fifth of a class goes to
+    `val`.
 
     The folder appears all at once or not at all; if it is already complete nothing happens.
 
@@ -34,7 +36,8 @@ def write_digits(root: Path) -> None:
 def write_folder_at_once(
     root: Path, name: str, description: str, is_complete: Callable[[Path], bool], write: Callable[[Path], None]
 ) -> None:
-    """Have `write` fill a temporary folder beside `root`, then rename it to `root`; nothing happens if `root` is already complete.
+    """Have `write` fill a temporary folder beside `root`, then rename it to `root`; nothing happens if `root` is
+    already complete.
 
     Args:
         root: the folder wanted; missing, empty or complete.
@@ -51,7 +54,8 @@ def write_folder_at_once(
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise DataError(
-            f"{name}: {root} exists but is not {description}. Remove it to have it written again, or choose another folder."
+            f"{name}: {root} exists but is not {description}. Remove it to have it written again, or choose another "
+            "folder."
         )
     temporary: Path | None = None
     try:

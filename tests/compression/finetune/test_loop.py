@@ -237,7 +237,8 @@ def test_a_loss_that_is_no_number_stops_the_run_naming_the_step_before_the_model
     ("spoilt", "value"), [("0.codebook", float("nan")), ("3.codebook", float("inf")), ("1.weight", float("-inf"))]
 )
 def test_the_layer_whose_gradient_went_first_is_named_and_the_step_is_not_taken(spoilt: str, value: float) -> None:
-    """A gradient is spoilt in step 8 while the loss is still a number: after a step with it the network would be lost."""
+    """A gradient is spoilt in step 8 while the loss is still a number: after a step with it the network would be
+    lost."""
     model, task, passes = network(), Blobs(), []
     parameter = model.get_parameter(spoilt)
 
@@ -274,7 +275,7 @@ def test_where_looking_has_to_wait_the_first_step_is_still_known() -> None:
                 model[0].bias.grad[0] = torch.nan
             if step > 3:
                 model[1].weight.grad[0] = torch.inf
-        watch.look(step)
+        watch.check(step)
     assert watch.first() == (3, "0.bias")
 
 

@@ -27,7 +27,8 @@ from src.compression.quantize.plan import make_plan
 from tests.support.helpers import lively, outputs, relative, spec
 
 CHANNELS = 24
-# (values per channel, subvector length, convolution groups): 1x1, large 3x3, straddling, grouped, straddling within two channels and more
+# (values per channel, subvector length, convolution groups): 1x1, large 3x3, straddling, grouped, straddling within two
+# channels and more
 KINDS = [(1, 4, 1), (9, 18, 1), (9, 6, 1), (1, 2, 2), (9, 27, 1), (4, 8, 2), (10, 4, 1), (7, 6, 1), (10, 12, 1)]
 
 
@@ -79,7 +80,8 @@ def test_the_kernel_equals_numpy_and_both_equal_the_score_recomputed(
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_swaps_are_made_for_every_kind_of_child(kind: tuple[int, int, int]) -> None:
-    """So that the equality above is not one of searches that do nothing; a few drawn groups start at a local optimum."""
+    """So that the equality above is not one of searches that do nothing; a few drawn groups start at a local
+    optimum."""
     made = [together([kind], seed).run(*pairs(300, kind[2], seed)) for seed in range(5)]
     assert sum(made) > 20
 
@@ -130,7 +132,8 @@ def test_subvectors_that_split_channels_have_no_positions_to_assign() -> None:
 
 
 def test_the_best_search_finds_pairs_that_were_torn_apart() -> None:
-    """Channels in equal pairs: the best permutation puts each pair into one subvector, and the score falls without bound."""
+    """Channels in equal pairs: the best permutation puts each pair into one subvector, and the score falls without
+    bound."""
     draw = np.random.default_rng(0)
     weight = np.concatenate([base := draw.normal(0, 1, (200, 12)), base + 0.01 * draw.normal(0, 1, base.shape)], axis=1)
     objective = GroupObjective([ChildObjective(weight, 24, 2)], [1.0])
@@ -209,7 +212,8 @@ def test_every_kind_scores_what_the_covariance_of_the_permuted_weight_says(kind:
 
 
 def test_measured_distortions_overrule_the_score_only_where_they_differ_clearly() -> None:
-    """Estimates that prefer the identity by less than their standard error change nothing; those that prefer it by far decide."""
+    """Estimates that prefer the identity by less than their standard error change nothing; those that prefer it by far
+    decide."""
     identity = np.arange(CHANNELS)
     scatter = np.array([-0.02, 0.03, 0.0, -0.01])
 
@@ -226,7 +230,8 @@ def test_measured_distortions_overrule_the_score_only_where_they_differ_clearly(
 
 @pytest.mark.parametrize("released", [True, False])
 def test_half_a_gram_matrix_is_that_of_a_plain_product(released: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the routine that other threads do not wait for, and without it; also for columns that do not lie one after the other."""
+    """Through the routine that other threads do not wait for, and without it; also for columns that do not lie one
+    after the other."""
     routine = gram._without_lock()
     assert routine is not None  # else this test compares the same function twice
     monkeypatch.setattr(gram, "_without_lock", lambda: routine if released else None)

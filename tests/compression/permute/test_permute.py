@@ -18,7 +18,8 @@ from tests.conftest import ROOT
 from tests.support.helpers import lively, outputs, relative, shuffle
 
 EXACT = 1e-9
-"""Only the order of additions changes: float64 keeps about 1e-16 per addition, and at most some 1e4 of them follow each other."""
+"""Only the order of additions changes: float64 keeps about 1e-16 per addition, and at most some 1e4 of them follow each
+other."""
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -66,7 +67,8 @@ def test_the_groups_written_in_the_settings_files_are_the_architectures(depth: i
 def grouped() -> nn.Module:
     """Convolutions with groups as child, as parent and as both."""
     return nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.PReLU(12), nn.Conv2d(12, 24, 3, groups=4), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.PReLU(12), nn.Conv2d(12, 24, 3, groups=4), nn.BatchNorm2d(24),
+        nn.ReLU(),
         nn.Conv2d(24, 16, 3, groups=2), nn.ReLU(), nn.Conv2d(16, 5, 1),
     )  # fmt: skip
 

@@ -33,7 +33,8 @@ def published(n_tries: int) -> SearchSpec:
 
 
 def plain_score(weight: Tensor, p: np.ndarray, d: int, groups: int = 1) -> float:
-    """log det of torch.cov of the subvectors of the permuted weight (R, C/groups, a), from scratch, with the documented ridge."""
+    """log det of torch.cov of the subvectors of the permuted weight (R, C/groups, a), from scratch, with the documented
+    ridge."""
     rows, per_group, _ = weight.shape
     permutation = torch.as_tensor(p)
     parts = []
@@ -47,7 +48,8 @@ def plain_score(weight: Tensor, p: np.ndarray, d: int, groups: int = 1) -> float
 
 
 SHAPES = [
-    # (channels per group, values per channel, d): whole channels per subvector, and (last ones) channels that straddle two subvectors
+    # (channels per group, values per channel, d): whole channels per subvector, and (last ones) channels that straddle
+    # two subvectors
     (8, 1, 4), (12, 1, 1), (6, 4, 8), (4, 9, 18), (9, 2, 6), (4, 9, 6), (6, 9, 6), (8, 49, 8), (4, 3, 2), (16, 9, 16),
 ]  # fmt: skip
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from src.common.randomness import stream
 from src.compression.quantize import kmeans as kmeans_module
 from src.compression.quantize.assign import assign, assign_in_chunks
-from src.compression.quantize.kmeans import Clustering, cluster
+from src.compression.quantize.clustering import Clustering
+from src.compression.quantize.kmeans import cluster
 
 both = pytest.mark.parametrize("kind", ["kmeans", "src"])
 
@@ -78,7 +79,8 @@ def test_one_crowd_and_a_few_outliers_fill_every_cluster(kind: str, iterations: 
     vectors = torch.cat([torch.full((5000, 2), 0.5), outliers])
     found = run(kind, vectors, 32, iterations)
     check(vectors, 32, found)
-    # a start is off by N(0, 1e-5); the noise of src can leave two outliers in one cluster, but never the crowd with one of them
+    # a start is off by N(0, 1e-5); the noise of src can leave two outliers in one cluster, but never the crowd with one
+    # of them
     assert found.distortion < (0.01 if kind == "src" else 1e-8)
 
 
@@ -87,7 +89,8 @@ def test_one_crowd_and_a_few_outliers_fill_every_cluster(kind: str, iterations: 
 def test_large_vectors_that_16_bits_cannot_hold_do_not_keep_centroids_from_small_ones(
     kind: str, iterations: int
 ) -> None:
-    """Rounding leaves every large vector with an error that no centroid can remove; the small ones still need theirs."""
+    """Rounding leaves every large vector with an error that no centroid can remove; the small ones still need
+    theirs."""
     large = 1000.3 + torch.arange(40.0)[:, None] * 1e-3  # between the 16-bit values 1000 and 1000.5
     small = torch.arange(1, 16)[:, None] / 64
     vectors = torch.cat([large, small.repeat(30, 1)])
@@ -185,8 +188,8 @@ def test_src_is_not_worse_than_kmeans_on_gaussian_data(seed: int) -> None:
 def test_the_noise_of_src_has_the_variance_that_a_noisy_training_set_gives_the_means() -> None:
     """scale^2 sigma^2 / n_c per centroid, seen through the codes that the second of two iterations assigns.
 
-    On a grid of n values in (0, 1) two clusters are cut at the midpoint of two centroids. Iteration 1 of T = 2 moves each by
-    noise of scale (1 - 1/2)^0.5; iteration 2 assigns, and its noise-free means tell where the cut was.
+    On a grid of n values in (0, 1) two clusters are cut at the midpoint of two centroids. Iteration 1 of T = 2 moves
+    each by noise of scale (1 - 1/2)^0.5; iteration 2 assigns, and its noise-free means tell where the cut was.
     """
     n = 50
     grid = (torch.arange(n) + 0.5) / n
@@ -206,7 +209,8 @@ def test_the_noise_of_src_has_the_variance_that_a_noisy_training_set_gives_the_m
         normalised.append((cut - float(expected_cut)) / (variance + rounding) ** 0.5)
     values = np.array(normalised)
     assert len(values) > 500
-    # the standard error of a variance from N normal values is (2/N)^0.5, here below 0.06; a wrong exponent gives 0.5 or 2
+    # the standard error of a variance from N normal values is (2/N)^0.5, here below 0.06; a wrong exponent gives 0.5 or
+    # 2
     assert values.var() == pytest.approx(1, abs=0.2)
     assert abs(values.mean()) < 0.15
 
@@ -309,6 +313,7 @@ def test_a_tolerance_stops_early_and_costs_little(kind: str) -> None:
     early = cluster(kind, vectors, 64, 1000, torch.Generator().manual_seed(1), 5e-3)
     assert whole.iterations == 1000
     assert early.iterations < 1000
-    # Lloyd's stops in a slow stretch; the annealings are asked to be as good as the tolerance says, and a tenth more for chance
+    # Lloyd's stops in a slow stretch; the annealings are asked to be as good as the tolerance says, and a tenth more
+    # for chance
     assert early.distortion < (1.03 if kind == "kmeans" else 1.0055) * whole.distortion
     assert int(torch.bincount(early.codes, minlength=64).min()) > 0

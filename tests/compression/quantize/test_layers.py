@@ -39,7 +39,8 @@ K = 8
 def make(
     dense: nn.Module, d: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[QuantizedLayer, nn.Module]:
-    """A quantized layer with random codes and codebook (16-bit values), and the dense layer with the same weight; in eval mode."""
+    """A quantized layer with random codes and codebook (16-bit values), and the dense layer with the same weight; in
+    eval mode."""
     draw = torch.Generator().manual_seed(seed)
     dense = copy.deepcopy(dense).to(dtype).eval()
     layer = QUANTIZED_LAYERS[type(dense)](copy.deepcopy(dense), d, K)
@@ -215,7 +216,8 @@ def to_half_and_step(layer: QuantizedLayer) -> None:
 
 
 CHANGES = [
-    step, fused_step, load, load_by_assignment, load_in_inference_mode, new_codes, codes_in_place, new_codebook_in_inference_mode,
+    step, fused_step, load, load_by_assignment, load_in_inference_mode, new_codes, codes_in_place,
+    new_codebook_in_inference_mode,
     to_double, to_half_and_step,
 ]  # fmt: skip
 

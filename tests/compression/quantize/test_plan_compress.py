@@ -21,7 +21,8 @@ from tests.support.helpers import lively, outputs, quantized, spec
 def small() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(16, 12),
     )  # fmt: skip
 
@@ -378,7 +379,8 @@ def test_a_layer_that_cannot_be_clustered_ends_the_others_too(monkeypatch: pytes
 
 
 def test_a_quick_look_ranks_orders_as_a_whole_clustering_does() -> None:
-    """Equal channels side by side are quantized better than shuffled ones; layers with many subvectors per centroid are left to the score."""
+    """Equal channels side by side are quantized better than shuffled ones; layers with many subvectors per centroid are
+    left to the score."""
     torch.manual_seed(0)
     base = torch.randn(64, 8)
     paired = torch.stack([base, base + 0.01 * torch.randn_like(base)], dim=2).reshape(64, 16)

@@ -35,7 +35,8 @@ def make_api(contents: dict) -> COCO:
 
 
 def scene(annotations: list[dict], side: int = 100) -> COCO:
-    """One image of `side` pixels with rectangles; each annotation gives bbox and what differs from an ordinary object of category 1."""
+    """One image of `side` pixels with rectangles; each annotation gives bbox and what differs from an ordinary object
+    of category 1."""
     for number, annotation in enumerate(annotations, start=1):
         x, y, w, h = annotation["bbox"]
         polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
@@ -84,7 +85,8 @@ def rows(tiny) -> list[dict]:
 
 
 def noisy(api: COCO, image_ids: list[int], seed: int = 0) -> list[dict]:
-    """Detections that are more or less right: shifted and resized boxes, shifted masks, wrong labels, doubles, inventions, misses."""
+    """Detections that are more or less right: shifted and resized boxes, shifted masks, wrong labels, doubles,
+    inventions, misses."""
     draw = np.random.default_rng(seed)
     found = Detections()
     categories = api.getCatIds()
@@ -185,7 +187,8 @@ def test_nothing_to_find():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_detections_in_a_crowd_are_not_false(kind, backend):
-    """Two detections of higher score in a crowd region do not count; were it an ordinary object they would cost precision."""
+    """Two detections of higher score in a crowd region do not count; were it an ordinary object they would cost
+    precision."""
     crowd = {"bbox": [50, 0, 50, 100], "iscrowd": 1, "segmentation": {"size": [100, 100], "counts": [5000, 5000]}}
     rows = [box(7, 1, [10, 10, 20, 20], 0.5), box(7, 1, [55, 10, 10, 10], 0.9), box(7, 1, [70, 40, 20, 20], 0.8)]
     for row in rows:

@@ -1,4 +1,5 @@
-"""The digit scenes: COCO's layout, exact masks of what is visible, disjoint digits, the same every time, all or nothing."""
+"""The digit scenes: COCO's layout, exact masks of what is visible, disjoint digits, the same every time, all or
+nothing."""
 
 from __future__ import annotations
 
@@ -97,12 +98,14 @@ def test_laws_of_a_scene(digits, seed):
         # not at the edge, which is blended: where little of a digit is left to be seen, that is most of it
         inner = mask & np.all([np.roll(mask, step, axis) for step in (-1, 1) for axis in (0, 1)], axis=0)
         if inner.any():
-            # a colour's level is 0.35 from the canvas, each channel up to 0.25 from that, and the canvas is tinted by up to 0.05
+            # a colour's level is 0.35 from the canvas, each channel up to 0.25 from that, and the canvas is tinted by
+            # up to 0.05
             assert np.abs(scene.image[inner].mean(0) - canvas).max() > 0.05 * 255
 
 
 def test_digits_overlap_somewhere_and_vary_in_size(written):
-    """Overlap is what makes a visible part differ from a whole digit; without it the masks would be no harder than the boxes."""
+    """Overlap is what makes a visible part differ from a whole digit; without it the masks would be no harder than the
+    boxes."""
     api = api_of(written, "train")
     heights = [annotation["bbox"][3] for annotation in api.anns.values()]
     assert max(heights) > 1.6 * min(heights)
