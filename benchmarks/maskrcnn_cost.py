@@ -6,7 +6,7 @@ Claims: (a) evaluation takes at most 1.03 times as long; (b) a training step (fo
     python -m benchmarks.maskrcnn_cost [--size 320] [--repeats 7]
 
 Dense and quantized run in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. The
-dense network has the decoded weights of the quantized one, so that both propose and detect the same boxes: the work
+dense network has the dequantized weights of the quantized one, so that both propose and detect the same boxes: the work
 after the backbone depends on their number. Weights and images are random; the norms' statistics are those of the
 network's own activations, and boxes count from score 0, so that evaluation draws 100 masks per image. In training the
 norms are frozen, as with the published weights.

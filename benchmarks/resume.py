@@ -1,6 +1,6 @@
-"""What it costs that a run can go on after a crash.
+"""What it costs that a run can resume after a crash.
 
-Claim: taking and writing the states that a run goes on from costs less than 2 % of the training time at the default
+Claim: taking and writing the checkpoints that a run resumes from costs less than 2 % of the training time at the default
 interval (`checkpoint_every_n_steps`). Measured besides: the watch over gradients that are no numbers, and reading a
 state back.
 
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{options.batch} images of {options.size}x{options.size}, a state every {Settings().checkpoint_every_n_steps} "
         "steps"
     )
-    print_table(f"states to go on from: {sizes}", header, table)
+    print_table(f"checkpoints: {sizes}", header, table)
     write_json(options.json, {"machine": about, "limit": LIMIT, "epoch_steps": EPOCH_STEPS, "results": rows})
 
 

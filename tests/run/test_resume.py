@@ -1,4 +1,4 @@
-"""A run goes on where it was stopped, however it was stopped, and ends as if it had not been; or says why it cannot."""
+"""A run resumes where it was stopped, however it was stopped, and ends as if it had not been; or says why it cannot."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def whole(small_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def at_step(output: Path, step: int) -> Callable[[], bool]:
-    """Whether the log of the run in `output` is at least at a step: TensorBoard's file is written when a state is
+    """Whether the log of the run in `output` is at least at a step: TensorBoard's file is written when a checkpoint is
     saved."""
     return lambda: any(position(path) >= step for path in found(output, "resume/checkpoint-*.safetensors"))
 
@@ -110,7 +110,7 @@ def stopped(arguments: list[str], number: signal.Signals, when: Callable[[], boo
 
 
 def half_a_run(images: Path, output: Path, *flags: str) -> None:
-    """A run that was stopped in its first epoch, after a state had been saved."""
+    """A run that was stopped in its first epoch, after a checkpoint had been saved."""
     arguments = [*SMALL, *paths(images, output), "--checkpoint_every_n_steps", "1", *flags]
     assert stopped(arguments, signal.SIGINT, at_step(output, 2)) == 130
     assert not (output / "results.json").exists()
@@ -138,7 +138,7 @@ def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(seed: in
     report = json.loads(done.stdout)
     phases = [found for _, found in report["phases"]]
     assert len(phases) >= kills
-    for wanted in ("clustering", "training or validating", "writing a group or layer", "writing a state"):
+    for wanted in ("clustering", "training or validating", "writing a group or layer", "writing a checkpoint"):
         assert wanted in phases, phases
     assert {awaited for awaited, _ in report["phases"]} >= {
         "searching",
@@ -224,7 +224,7 @@ SCHEDULES = {
     schedule=st.sampled_from(sorted(SCHEDULES)),
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_state_leads_to_the_same_end(amp: str, at: int, every: int, optimizer: str, schedule: str) -> None:
+def test_any_checkpoint_leads_to_the_same_end(amp: str, at: int, every: int, optimizer: str, schedule: str) -> None:
     model, outcome, notes = train(StopsAt(every), None, optimizer, SCHEDULES[schedule], amp)
     keeper = StopsAt(every, at)
     with contextlib.suppress(Stops):
@@ -250,7 +250,7 @@ def test_a_changed_schedule_is_as_if_it_had_been_so_from_the_start() -> None:
     assert max(longer.rates) == 30
 
 
-def test_a_state_of_another_network_or_a_damaged_one_is_refused() -> None:
+def test_a_checkpoint_of_another_network_or_a_damaged_one_is_refused() -> None:
     keeper = StopsAt(1, 4)
     with pytest.raises(Stops):
         train(keeper, None, "adam", SCHEDULES["cosine"])
@@ -365,10 +365,10 @@ def test_kept_layers_of_other_weights_and_damaged_ones_are_clustered_again(
     assert digest(output) == digest(whole)
 
 
-# --- which runs go on ---
+# --- which runs resume ---
 
 
-def test_auto_goes_on_and_leaves_the_same_as_a_run_that_was_not_stopped(
+def test_auto_resumes_and_leaves_the_same_as_a_run_that_was_not_stopped(
     small_images: Path, whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -382,7 +382,7 @@ def test_auto_goes_on_and_leaves_the_same_as_a_run_that_was_not_stopped(
     assert json.loads((output / "results.json").read_text())["start"] == began
 
 
-def test_none_refuses_overwrite_begins_anew_and_a_finished_run_is_not_touched(
+def test_none_refuses_overwrite_starts_over_and_a_finished_run_is_not_touched(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
@@ -409,7 +409,7 @@ def test_none_refuses_overwrite_begins_anew_and_a_finished_run_is_not_touched(
         )
 
 
-def test_another_folder_goes_on_from_a_run_or_from_one_of_its_states(
+def test_another_folder_resumes_from_a_run_or_from_one_of_its_checkpoints(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tmp_path / "first"
@@ -428,7 +428,7 @@ def test_another_folder_goes_on_from_a_run_or_from_one_of_its_states(
     assert digest(first) == digest(whole)
 
 
-def test_the_same_command_goes_on_when_it_went_on_from_another_folder_and_was_stopped_again(
+def test_the_same_command_resumes_when_it_resumed_from_another_folder_and_was_stopped_again(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, output = tmp_path / "first", tmp_path / "second"
@@ -446,7 +446,7 @@ def test_the_same_command_goes_on_when_it_went_on_from_another_folder_and_was_st
     assert digest(output) == digest(whole)
 
 
-def test_where_there_is_nothing_to_go_on_from(
+def test_where_there_is_nothing_to_resume_from(
     small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*SMALL, *paths(small_images, tmp_path / "run")]
@@ -542,10 +542,10 @@ def test_other_images_or_other_starting_weights_are_noticed(
     assert train_resnet.main([*arguments, "--model.weights", str(same)]) == 0
 
 
-def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_state(
+def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_checkpoint(
     small_images: Path, tmp_path: Path
 ) -> None:
-    """The states from before the change stay what they are: their schedule and batch size are not taken for the new
+    """The checkpoints from before the change stay what they are: their schedule and batch size are not taken for the new
     ones."""
     rates, outputs = [], [tmp_path / "once", tmp_path / "twice"]
     half_a_run(small_images, outputs[0])
@@ -584,7 +584,7 @@ def test_accepted_changes_hold_when_the_run_stops_again_before_the_next_state(
     assert digest(outputs[0])["3.pth"] == digest(outputs[1])["3.pth"]
 
 
-def test_another_batch_size_goes_on_at_the_same_images(
+def test_another_batch_size_resumes_at_the_same_images(
     small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
@@ -599,7 +599,7 @@ def test_another_batch_size_goes_on_at_the_same_images(
 # --- what is damaged ---
 
 
-def test_a_damaged_state_is_passed_over_for_the_one_before_it(
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
@@ -628,7 +628,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_it(
 
 
 @pytest.fixture(scope="module")
-def state_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+def checkpoint_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """A place for a state, and what stands in a good one."""
     keeper = StopsAt(1, 3)
     with pytest.raises(Stops):
@@ -644,10 +644,10 @@ def state_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 @given(place=st.floats(0, 1, exclude_max=True), change=st.integers(0, 255))
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-def test_a_state_with_a_byte_changed_or_cut_off_is_never_taken_for_one(
-    state_file: tuple[Path, bytes], place: float, change: int
+def test_a_checkpoint_with_a_byte_changed_or_cut_off_is_never_taken_for_one(
+    checkpoint_file: tuple[Path, bytes], place: float, change: int
 ) -> None:
-    path, whole = state_file
+    path, whole = checkpoint_file
     at = int(place * len(whole))
     path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :] if change else whole[:at])
     assert isinstance(StoredCheckpoint.read(path), CheckpointError)
@@ -664,7 +664,7 @@ def tolerant(text: str) -> object:
     "values",
     ["", "[]", "{}", '{"position": {}}', '{"position": {"epoch": -1}}', '{"position": {"epoch": "x"}}', "[" * 9999],
 )
-def test_a_whole_file_that_is_no_state(values: str, tmp_path: Path) -> None:
+def test_a_whole_file_that_is_no_checkpoint(values: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-000001.safetensors"
     good = {
         "values": '{"position": {}}',
@@ -727,7 +727,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(
     small_images: Path, whole: Path, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Filled while models, states, or the log are written; when there is room again, the run goes on."""
+    """Filled while models, states, or the log are written; when there is room again, the run resumes."""
     for free in (100, 1_500, 2_600, 3_800):  # kB: less than a file of every kind in turn
         place = disk("size=40m")
         output = place / "run"
@@ -791,7 +791,7 @@ def test_a_folder_that_can_only_be_read(
         )
 
 
-def test_a_run_on_a_disk_that_becomes_read_only_goes_on_elsewhere(
+def test_a_run_on_a_disk_that_becomes_read_only_resumes_elsewhere(
     small_images: Path, whole: Path, tmp_path: Path, disk: Callable[[str], Path]
 ) -> None:
     place = disk("size=40m")
@@ -842,7 +842,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
     assert digest(output) == digest(whole)
 
 
-def test_an_image_that_becomes_unreadable_in_an_epoch_ends_the_run_and_it_goes_on_when_it_is_back(
+def test_an_image_that_becomes_unreadable_in_an_epoch_ends_the_run_and_it_resumes_when_it_is_back(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, images = tmp_path / "run", shutil.copytree(small_images, tmp_path / "images")
@@ -949,7 +949,7 @@ int gettimeofday(struct timeval *at, void *zone) {
 
 
 def test_a_clock_that_is_set_back_changes_nothing(small_images: Path, whole: Path, tmp_path: Path) -> None:
-    """A day back in the middle of the training, which is then stopped; it goes on from the newest state, not from the
+    """A day back in the middle of the training, which is then stopped; it resumes from the newest checkpoint, not from the
     newest date."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -1011,7 +1011,7 @@ def test_two_runs_in_the_same_folder(
 
 
 @pytest.mark.slow
-def test_mask_r_cnn_goes_on_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mask_r_cnn_resumes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     coco = small_coco(tmp_path / "coco")
     outputs = [tmp_path / name for name in ("whole", "stopped")]
     flags = [*QUICK_DETECTION, "--epochs", "1", "--dataloader.batch_size", "1", "--checkpoint_every_n_steps", "1"]

@@ -1,4 +1,4 @@
-"""Several processes: a run that was stopped under one engine goes on under another, with another number of processes,
+"""Several processes: a run that was stopped under one engine resumes under another, with another number of processes,
 or under the same."""
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_like(output: Path, whole: Path, exactly: bool) -> None:
     assert [sorted(history) for history in histories] == [["0", "1", "2"]] * 2
 
 
-def test_a_launched_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
+def test_a_launched_run_that_is_asked_to_stop_saves_and_resumes_exactly(
     small_images: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Each process gets its own running statistics and random states back."""
@@ -110,7 +110,7 @@ def test_a_launched_run_that_is_asked_to_stop_saves_and_goes_on_exactly(
 @pytest.mark.parametrize(
     ("first", "second"), [("torchrun", "horovod"), pytest.param("horovod", "torchrun", marks=pytest.mark.slow)]
 )
-def test_a_run_killed_in_one_engine_goes_on_in_another(
+def test_a_run_killed_in_one_engine_resumes_in_another(
     first: str, second: str, small_images: Path, whole: Path, tmp_path: Path
 ) -> None:
     need(second)

@@ -1,4 +1,4 @@
-"""Kills a training run with SIGKILL again and again and lets it go on: python -m tests.support.killing FOLDER IMAGES
+"""Kills a training run with SIGKILL again and again and lets it resume: python -m tests.support.killing FOLDER IMAGES
 SEED LIVES.
 
 Prints JSON: what was going on at each kill, and a digest of everything that runs left, of the run that was never killed
@@ -71,7 +71,7 @@ def moments(draw: random.Random) -> Iterator[tuple[str, Callable[[Path], bool]]]
         yield "searching", lambda run, n=groups: count(run, "resume/groups/*.json") >= n
         yield "clustering", lambda run, n=layers: count(run, "resume/layers/*.safetensors") >= n
         yield "writing a layer", lambda run: count(run, "resume/layers/.*.part") > 0
-        yield "writing a state", lambda run: count(run, "resume/.*.part") > 0
+        yield "writing a checkpoint", lambda run: count(run, "resume/.*.part") > 0
         yield "training", lambda run, n=state: newest(run) >= n
         yield "validating", lambda run: (run / "trained_models" / "1.pth").exists()
         yield "writing a model", lambda run: count(run, "trained_models/.*.part") > 0
@@ -115,7 +115,7 @@ def one_life(arguments: list[str], run: Path, awaited: Callable[[Path], bool], d
 def phase(run: Path) -> str:
     """What a killed run was doing, from what it left."""
     if count(run, "resume/.*.part"):
-        return "writing a state"
+        return "writing a checkpoint"
     if count(run, "trained_models/.*.part"):
         return "writing a model"
     if count(run, "resume/*/.*.part"):
