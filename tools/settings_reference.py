@@ -8,7 +8,7 @@ from pathlib import Path
 
 from src.settings.help import default_of
 from src.settings.reach import JOBS, TASKS, Key, keys
-from src.settings.values import short_kind
+from src.settings.values import meaning_of, short_kind
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
@@ -50,7 +50,7 @@ def reference() -> str:
             title = ".".join(section) or "At the top"
             lines += [f"\n## {title}\n", "| key | values | default | read by | |", "|---|---|---|---|---|"]
         kind, default = (text.replace("|", "\\|") for text in (short_kind(key.field), default_of(key.field)))
-        meaning = (key.field.description or "").replace("|", "\\|")
+        meaning = meaning_of(key.field).replace("|", "\\|")
         lines.append(f"| `{key.path[-1]}` | {kind} | {default} | {read_by(key)} | {meaning} |")
     return "\n".join(lines) + "\n"
 

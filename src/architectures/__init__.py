@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..common.errors import SettingsError
-from ..common.registry import Entry, Registry
+from ..common.registry import Entry, Registry, did_you_mean
 
 if TYPE_CHECKING:
     from .architecture import Architecture
@@ -32,8 +32,9 @@ def check(name: str, task: str) -> None:
         SettingsError: unknown, or for another task; lists what exists.
     """
     if ARCHITECTURES.fact(name, "task") != task:
-        known = ", ".join(sorted(ARCHITECTURES.names(task=task)))
-        raise SettingsError(f"model.arch: {name!r} is not known for {task}; known: {known}")
+        known = sorted(ARCHITECTURES.names(task=task))
+        listing = ", ".join(known) + did_you_mean(name, known)
+        raise SettingsError(f"model.arch: {name!r} is not known for {task}; known: {listing}")
 
 
 def get(name: str, task: str) -> Architecture:

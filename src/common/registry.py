@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from .errors import SettingsError
 
 T = TypeVar("T")
 ROOT = __package__.rpartition(".")[0]
@@ -25,8 +27,9 @@ class Entry:
 
     Attributes:
         place: `module:attribute`; a module that begins with a dot is one of this package.
-        about: what it is, in a few words.
-        facts: further properties, by name.
+        about: what it is, in a few words; the help shows them.
+        facts: further properties, by name. `reads` lists the settings, of those that only some entries of its registry
+            read, that this one does; without it an entry is taken to read all of them.
     """
 
     place: str
@@ -39,6 +42,20 @@ class Entry:
         return getattr(importlib.import_module(module, ROOT), attribute)
 
 
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """The end of a message about a wrong name: the one of `names` that is most like it; empty where none is."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+class UnknownNameError(SettingsError, KeyError):
+    """A name that is in no entry; the message lists those that are."""
+
+    def __str__(self) -> str:
+        """The message; a KeyError would put quotes around it."""
+        return str(self.args[0])
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """Things by name, each imported when it is asked for."""
 
@@ -48,7 +65,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self.entries = dict(entries)
 
     def __getitem__(self, name: str) -> T:
-        found: T = self.entries[name].load()
+        found: T = self.entry(name).load()
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -66,6 +83,28 @@ class Registry(Mapping[str, T], Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
+    def entry(self, name: str) -> Entry:
+        """The entry of a name, nothing imported.
+
+        Raises:
+            UnknownNameError: there is none; a KeyError, and a SettingsError with a message for people.
+        """
+        if name not in self.entries:
+            raise self.unknown(name)
+        return self.entries[name]
+
+    def unknown(self, name: str, subject: str = "", more: Sequence[str] = ()) -> UnknownNameError:
+        """The error for a name that is not there: what there is, and which of that is nearest.
+
+        Args:
+            name: the wrong name.
+            subject: what the message says before it; empty: the kind of thing.
+            more: further names that would have been right.
+        """
+        names = [*more, *self.entries]
+        listing = ", ".join(names) + did_you_mean(name, names)
+        return UnknownNameError(f"{subject or f'the {self.what}'} {name!r} is not known; there are {listing}")
+
     def fact(self, name: str, key: str) -> Any:
         """A property of an entry; None where there is no such entry, or it does not have it."""
         return self.entries[name].facts.get(key) if name in self.entries else None
@@ -74,9 +113,15 @@ class Registry(Mapping[str, T], Generic[T]):
         """The names of all entries that have these properties."""
         return [name for name in self.entries if all(self.fact(name, key) == value for key, value in facts.items())]
 
-    def nearest(self, name: str) -> str | None:
-        """The name most like a wrong one, if any is like it."""
-        return next(iter(difflib.get_close_matches(name, self.entries, 1)), None)
+    def readers(self, setting: str) -> list[str]:
+        """The entries that read a setting which only some of them read."""
+        return [name for name, entry in self.entries.items() if setting in entry.facts.get("reads", (setting,))]
+
+    def unread(self, name: str) -> list[str]:
+        """The settings that other entries read and this one does not; none where it does not say what it reads."""
+        own = self.fact(name, "reads")
+        mentioned = dict.fromkeys(key for entry in self.entries.values() for key in entry.facts.get("reads", ()))
+        return [] if own is None else [key for key in mentioned if key not in own]
 
     @contextmanager
     def added(self, name: str, entry: Entry) -> Iterator[None]:

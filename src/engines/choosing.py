@@ -42,12 +42,12 @@ def make(name: str, device: torch.device) -> Engine:
     """
     started = launch.here()
     if name not in ("auto", *ENGINES):
-        raise SettingsError(f"engine: {name!r} is not known; there are auto, {', '.join(ENGINES)}")
+        raise ENGINES.unknown(name, "engine:", more=("auto",))
     if name not in ("auto", started.engine):
         how = (
-            "on its own, without a launcher"
-            if started.engine == "single"
-            else f"by {started.engine}, as one of {started.world_size}"
+            f"by {started.engine}, as one of {started.world_size}"
+            if ENGINES.fact(started.engine, "launchers")
+            else "on its own, without a launcher"
         )
         raise SettingsError(
             f"engine: {name} was asked for, but this process was started {how}. Start it with "

@@ -1,7 +1,8 @@
 """Engines by name. To add one: a class with (launch, device) as arguments, which is an `engine.Engine`, in a file, and
 its entry here.
 
-The fact `start` says how a run is started for it, `launchers` how its processes recognise that.
+The fact `start` says how a run is started for it, `launchers` how its processes recognise that, `reads` which settings
+of several processes it reads.
 """
 
 from __future__ import annotations
@@ -57,19 +58,21 @@ HOROVOD_MPI = Launcher(
     variables=("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
 )
 
+OF_SEVERAL = ("scale_learning_rate", "sync_batch_norm")
+
 ENGINES: Registry[Any] = Registry(
     "engine",
     {
-        "single": Entry(".engines.single:SingleProcess", "one process", {"start": "python -m ..."}),
+        "single": Entry(".engines.single:SingleProcess", "one process", {"start": "python -m ...", "reads": ()}),
         "torchrun": Entry(
             ".engines.torchrun:TorchRun",
             "torch.distributed",
-            {"start": "torchrun --nproc-per-node N -m ...", "launchers": (TORCHRUN,)},
+            {"start": "torchrun --nproc-per-node N -m ...", "launchers": (TORCHRUN,), "reads": OF_SEVERAL},
         ),
         "horovod": Entry(
             ".engines.horovod:Horovod",
             "Horovod",
-            {"start": "horovodrun -np N python -m ...", "launchers": (HOROVOD, HOROVOD_MPI)},
+            {"start": "horovodrun -np N python -m ...", "launchers": (HOROVOD, HOROVOD_MPI), "reads": OF_SEVERAL},
         ),
     },
 )

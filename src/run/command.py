@@ -63,7 +63,7 @@ def run(
             return 0
         config, overrides = split_config(arguments, default_config)
         settings = load(config, overrides)
-        for warning in ineffective(settings, kind):
+        for warning in ineffective(settings, kind, task):
             log.warning("%s", warning)
         if kind is not None and task is not None:
             check_inputs(settings, kind, task)

@@ -10,18 +10,14 @@ from ..common.errors import SettingsError
 from ..common.paths import candidates, find
 from ..settings import Settings, require
 from ..settings.reach import DETECTION, TRAIN
-from ..tasks.sources import SCENES, SOURCES, Sources, check
+from ..tasks.sources import BY_TASK, Sources, check
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
 DATA = {
-    "classification": ("dataloader.imagenet_path", "Set it to the folder that holds train/ and val/.", SOURCES),
-    "detection": (
-        "dataloader.coco_path",
-        "Set it to the folder that holds annotations/, train2017/ and val2017/.",
-        SCENES,
-    ),
+    "classification": ("dataloader.imagenet_path", "Set it to the folder that holds train/ and val/."),
+    "detection": ("dataloader.coco_path", "Set it to the folder that holds annotations/, train2017/ and val2017/."),
 }
-"""By task: the key of the data's folder, advice, and the data sets that can be written there."""
+"""By task: the key of the data's folder, and advice."""
 
 
 def check_inputs(settings: Settings, job: str, task: str) -> None:
@@ -92,7 +88,7 @@ def data_folder(settings: Settings, task: str) -> tuple[Path, Sources]:
     Raises:
         SettingsError: the path is not set or not there, or there is no such source.
     """
-    key, advice, sources = DATA[task]
+    (key, advice), sources = DATA[task], BY_TASK[task]
     path, source = require(settings, key), settings.dataloader.source
     check(source, "dataloader.source", sources)
     if not sources.fact(source, "written"):

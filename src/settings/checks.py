@@ -11,10 +11,14 @@ import yaml
 
 from ..architectures import ARCHITECTURES
 from ..common.errors import SettingsError
-from .keys import Path, walk
+from ..compression.finetune.registry import OPTIMIZERS, SCHEDULES
+from ..compression.permute.registry import SEARCHES
+from ..engines.registry import ENGINES
+from .keys import LAYER, Path, walk
 from .model_schema import CompressionSettings
 from .overrides import locate
 from .reach import CLASSIFICATION, DETECTION, unread
+from .reach import keys as keys_and_readers
 from .schema import Settings
 
 _PLACEHOLDER = re.compile(r"<your_\w+_here>")
@@ -51,21 +55,33 @@ def require(settings: Settings, dotted_key: str) -> str:
     raise SettingsError(f"{dotted_key} {state}: set it {where}, or add --{dotted_key} VALUE to the command")
 
 
-def ineffective(settings: Settings, job: str | None = None) -> list[str]:
+def ineffective(settings: Settings, job: str | None = None, task: str | None = None) -> list[str]:
     """One warning for each key that differs from its default and yet has no effect beside the other settings.
 
-    Files are shared by jobs: what only another job than `job` reads is mentioned where the command line gives it.
+    Files are shared by jobs: what `job` (on `task`) does not read is mentioned only where the command line gives it.
     """
-    changed = []
+    reasons = dict.fromkeys(_given_in_vain(settings, job, task), "it is not read by this command")
     for reason, keys in _without_effect(settings):
         for key in keys:
             value, default = value_of(settings, key), value_of(_DEFAULTS, key)
             if value != default and not is_placeholder(value):
-                changed.append(f"{key} has no effect: {reason}")
-    if job is not None:
-        other = [key for key in unread(job, None) if given_on_command_line(settings, key)]
-        changed += [f"{key} has no effect: it is not read by this command" for key in other]
-    return list({line.partition(" ")[0]: line for line in reversed(changed)}.values())[::-1]
+                reasons.setdefault(key, reason)
+    return [f"{key} has no effect: {reason}" for key, reason in reasons.items()]
+
+
+def _given_in_vain(settings: Settings, job: str | None, task: str | None) -> Iterator[str]:
+    """The keys that the command line gives and the job does not read, although another job on the task does."""
+    for key in keys_and_readers():
+        if key.is_read_by(job, task) or not key.is_read_by(None, task):
+            continue
+        if LAYER not in key.path:
+            if given_on_command_line(settings, key.dotted):
+                yield key.dotted
+            continue
+        *above, layer = key.path.index(LAYER), key.path[-1]
+        for path in sorted(settings.command_line):
+            if len(path) == len(key.path) and path[: above[0]] == key.path[: above[0]] and path[-1] == layer:
+                yield ".".join(path)
 
 
 _DEFAULTS = Settings()
@@ -73,15 +89,12 @@ _DEFAULTS = Settings()
 
 def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
     schedule, model = settings.lr_scheduler.type, settings.model
-    if settings.optimizer == "adam":
-        yield "only optimizer sgd has a momentum", ["momentum"]
-    idle = {
-        "cosine": ["patience", "factor", "milestones"],
-        "plateau": ["milestones", "last_epoch"],
-        "multistep": ["min_lr", "patience"],
-        "none": ["min_lr", "patience", "factor", "milestones", "last_epoch"],
-    }
-    yield f"lr_scheduler.type {schedule} does not use it", [f"lr_scheduler.{key}" for key in idle[schedule]]
+    for key in OPTIMIZERS.unread(settings.optimizer):
+        yield f"only optimizer {' or '.join(OPTIMIZERS.readers(key))} has a {key}", [key]
+    yield (
+        f"lr_scheduler.type {schedule} does not use it",
+        [f"lr_scheduler.{key}" for key in SCHEDULES.unread(schedule)],
+    )
     task = ARCHITECTURES.fact(model.arch, "task") or CLASSIFICATION
     trained_on = {CLASSIFICATION: "images in folders", DETECTION: "COCO"}
     yield f"{model.arch} is trained on {trained_on[task]}", unread(None, task)
@@ -97,10 +110,9 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         yield "model.use_compression is False", [*compression, *search]
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
-    elif model.search == "published":
-        yield "model.search is published", ["model.search_seconds"]
-    if settings.engine == "single":
-        yield "engine single is one process", ["scale_learning_rate", "sync_batch_norm"]
+    else:
+        yield f"model.search is {model.search}", [f"model.{key}" for key in SEARCHES.unread(model.search)]
+    yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it
     if all(getattr(expected, name) is None and name not in expected.model_fields_set for name in values):
@@ -144,4 +156,4 @@ def explicit_keys(settings: Settings) -> list[str]:
             here = getattr(here, part)
         return True
 
-    return [".".join(path) for path, _ in walk() if "<layer>" not in path and was_set(path)]
+    return [".".join(path) for path, _ in walk() if LAYER not in path and was_set(path)]

@@ -11,7 +11,8 @@ from pydantic import (
     field_validator,
 )
 
-from .names import BackendName, ScheduleName
+from .names import BackendName, ScheduleName, SourceName
+from .read_by import COCO, EVALUATION, IMAGES_IN_FOLDERS, TRAINING
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole
 
@@ -19,42 +20,48 @@ from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, 
 class DataSettings(Section):
     """Where images come from and how they reach the network."""
 
-    imagenet_path: Text = Field(
+    imagenet_path: Annotated[Text, IMAGES_IN_FOLDERS] = Field(
         "<your_imagenet_path_here>", description="Folder with train/ and val/, each with one folder per class."
     )
-    coco_path: Text = Field(
+    coco_path: Annotated[Text, COCO] = Field(
         "<your_coco_path_here>", description="Folder with COCO's annotations, train2017 and val2017."
     )
-    source: Text = Field(
-        "folder", description="folder: read the path as it is; digits: write scikit-learn's digits there first, once."
+    source: SourceName = Field(
+        "folder", description="Where images come from; all but folder are written to the path first, once."
     )
     num_workers: Natural = Field(4, description="Processes that read images; 0 reads in the main process.")
     batch_size: Positive = Field(128, description="Images per batch and process.")
-    train_shuffle: Flag = Field(True, description="Draw the training images in a new order every epoch.")
+    train_shuffle: Annotated[Flag, TRAINING] = Field(
+        True, description="Draw the training images in a new order every epoch."
+    )
     validation_shuffle: Flag = Field(
         False, description="Shuffle the validation images too; the result does not depend on it."
     )
-    resize: Positive = Field(256, description="Length in pixels to which the short side of an image is scaled.")
-    image_size: Positive = Field(
+    resize: Annotated[Positive, IMAGES_IN_FOLDERS] = Field(
+        256, description="Length in pixels to which the short side of an image is scaled."
+    )
+    image_size: Annotated[Positive, IMAGES_IN_FOLDERS] = Field(
         224, validate_default=True, description="Side in pixels of the square crop that the network sees."
     )
-    crop_padding: Natural = Field(0, description="Pixels of padding on every side before the random training crop.")
-    min_size: Positive = Field(
+    crop_padding: Annotated[Natural, TRAINING, IMAGES_IN_FOLDERS] = Field(
+        0, description="Pixels of padding on every side before the random training crop."
+    )
+    min_size: Annotated[Positive, COCO] = Field(
         800, description="Detection: length in pixels to which the short side of an image is scaled."
     )
-    max_size: Positive = Field(
+    max_size: Annotated[Positive, COCO] = Field(
         1333,
         validate_default=True,
         description="Detection: most pixels of the long side; such an image becomes smaller than min_size.",
     )
-    group_by_aspect_ratio: Flag = Field(
+    group_by_aspect_ratio: Annotated[Flag, TRAINING, COCO] = Field(
         True, description="Detection: training batches of images of like aspect ratio, which need less padding."
     )
-    horizontal_flip: Flag = Field(True, description="Mirror training images at random.")
-    mean: tuple[Real, Real, Real] = Field(
+    horizontal_flip: Annotated[Flag, TRAINING] = Field(True, description="Mirror training images at random.")
+    mean: Annotated[tuple[Real, Real, Real], IMAGES_IN_FOLDERS] = Field(
         (0.485, 0.456, 0.406), description="Mean of each colour channel, subtracted from images in 0..1."
     )
-    std: tuple[RealAboveZero, RealAboveZero, RealAboveZero] = Field(
+    std: Annotated[tuple[RealAboveZero, RealAboveZero, RealAboveZero], IMAGES_IN_FOLDERS] = Field(
         (0.229, 0.224, 0.225), description="Standard deviation of each colour channel, by which images are divided."
     )
     num_classes: Annotated[Whole, Ge(2)] | None = Field(
@@ -117,13 +124,13 @@ class SchedulerSettings(Section):
 class ExpectedSettings(Section):
     """What an evaluation should find; it leaves with status 1 otherwise."""
 
-    accuracy: Annotated[Real, Ge(0), Le(100)] | None = Field(
+    accuracy: Annotated[Annotated[Real, Ge(0), Le(100)] | None, IMAGES_IN_FOLDERS] = Field(
         None, description="Expected top-1 accuracy in percent; null: no check."
     )
-    box_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(
+    box_ap: Annotated[Annotated[Real, Ge(0), Le(100)] | None, COCO] = Field(
         None, description="Expected box AP in percent; null: no check."
     )
-    mask_ap: Annotated[Real, Ge(0), Le(100)] | None = Field(
+    mask_ap: Annotated[Annotated[Real, Ge(0), Le(100)] | None, COCO] = Field(
         None, description="Expected mask AP in percent; null: no check."
     )
     tolerance: RealFromZero = Field(0.5, description="Accepted difference from what is expected, in percentage points.")
@@ -132,10 +139,11 @@ class ExpectedSettings(Section):
 class EvaluationSettings(Section):
     """How detections are scored and kept."""
 
-    backend: BackendName = Field(
-        "pycocotools",
-        description="What computes COCO's figures: pycocotools, or faster (faster-coco-eval, the same figures).",
+    backend: BackendName = Field("pycocotools", description="What computes COCO's figures.")
+    per_category: Annotated[Flag, EVALUATION] = Field(False, description="Box AP and mask AP of every category too.")
+    detections: Annotated[Text | None, EVALUATION] = Field(
+        None, description="COCO result JSON to evaluate instead of running a network."
     )
-    per_category: Flag = Field(False, description="Box AP and mask AP of every category too.")
-    detections: Text | None = Field(None, description="COCO result JSON to evaluate instead of running a network.")
-    visualized_images: Natural = Field(16, description="Most images that --visualize draws; 0: all.")
+    visualized_images: Annotated[Natural, EVALUATION] = Field(
+        16, description="Most images that --visualize draws; 0: all."
+    )

@@ -9,12 +9,12 @@ from pydantic.fields import FieldInfo
 from .checks import is_placeholder
 from .keys import Path
 from .reach import keys
-from .values import short_kind
+from .values import meaning_of, short_kind
 
 WIDTH = 100
 _EXAMPLES = (
     ("use another settings file", "--config {config}"),
-    ("override values of the file", "--output_path output/run1 --dataloader.batch_size=64"),
+    ("override values of the file", "--dataloader.batch_size=64 --seed 1"),
     (
         "a layer's own value (its name may contain dots)",
         "--model.compression_parameters.layer_specs.layer1.0.conv1.k 128",
@@ -51,12 +51,14 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
         if key.is_read_by(job, task):
             sections.setdefault(key.path[:-1], []).append((key.path[-1], key.field))
     for section, fields in sections.items():
-        lines += ["", f"--{'.'.join((*section, 'KEY'))}", *_table(fields)]
+        lines += ["", f"--{'.'.join((*section, 'KEY'))}", *_table(fields, task)]
     return "\n".join(lines) + "\n"
 
 
-def _table(fields: list[tuple[str, FieldInfo]]) -> list[str]:
-    rows = [(name, f"{short_kind(field)} [{default_of(field)}]", field.description or "") for name, field in fields]
+def _table(fields: list[tuple[str, FieldInfo]], task: str | None) -> list[str]:
+    rows = [
+        (name, f"{short_kind(field, task)} [{default_of(field)}]", meaning_of(field, task)) for name, field in fields
+    ]
     names = max(len(name) for name, _, _ in rows)
     kinds = min(38, max(len(kind) for _, kind, _ in rows))
     indent = " " * (2 + names + 2 + kinds + 2)

@@ -9,7 +9,8 @@ from pydantic import (
     model_validator,
 )
 
-from .names import QuantizerName, SearchName, StepName
+from .names import ArchitectureName, QuantizerName, SearchName, StepName
+from .read_by import COCO, EVALUATION, TRAINING
 from .section import Section, empty_map
 from .values import Centroids, Flag, Natural, Positive, RealAboveZero, RealFromZero, Text
 
@@ -20,8 +21,10 @@ class LayerSpec(Section):
     """Compression settings of one layer; null: those of the whole model."""
 
     k: Centroids | None = Field(None, description="Centroids of this layer.")
-    k_means_type: QuantizerName | None = Field(None, description="Clustering of this layer.")
-    k_means_n_iters: Natural | None = Field(None, description="Clustering iterations of this layer.")
+    k_means_type: Annotated[QuantizerName | None, TRAINING] = Field(None, description="Clustering of this layer.")
+    k_means_n_iters: Annotated[Natural | None, TRAINING] = Field(
+        None, description="Clustering iterations of this layer."
+    )
     subvector_size: Positive | None = Field(None, description="Block length of a linear layer or 1x1 convolution.")
     large_subvectors: Flag | None = Field(None, description="Large or small blocks for a convolution.")
 
@@ -30,9 +33,9 @@ class CompressionSettings(Section):
     """How weights are cut into blocks and clustered."""
 
     k: Centroids = Field(256, description="Centroids per layer; fewer where a layer has too few blocks.")
-    k_means_type: QuantizerName = Field("src", description="Clustering: plain k-means, or annealed k-means (src).")
-    k_means_n_iters: Natural = Field(1000, description="Clustering iterations.")
-    k_means_tolerance: RealFromZero = Field(
+    k_means_type: Annotated[QuantizerName, TRAINING] = Field("src", description="Clustering.")
+    k_means_n_iters: Annotated[Natural, TRAINING] = Field(1000, description="Clustering iterations.")
+    k_means_tolerance: Annotated[RealFromZero, TRAINING] = Field(
         0.0,
         description=(
             "Share of the distortion: stop when 10 iterations of kmeans, or one of the short annealings that src then "
@@ -84,40 +87,33 @@ class PermutationSpec(Section):
 class ModelSettings(Section):
     """The network, its permutation and its compression."""
 
-    arch: Text = Field(
-        "resnet50", description="Architecture: resnet18, resnet50, resnet50ssl or another registered name."
-    )
+    arch: ArchitectureName = Field("resnet50", description="Architecture.")
     weights: Text = Field(
         "pretrained", description="Starting weights: pretrained, none (random), or a checkpoint's path."
     )
     use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
-    state_dict_compressed: Text | None = Field(None, description="Compressed model to evaluate.")
+    state_dict_compressed: Annotated[Text | None, EVALUATION] = Field(None, description="Compressed model to evaluate.")
     compression_parameters: CompressionSettings = Field(
         default_factory=CompressionSettings, description="How weights are compressed."
     )
-    boxes_per_image: Positive = Field(
+    boxes_per_image: Annotated[Positive, TRAINING, COCO] = Field(
         512, description="Detection: proposed boxes of an image that a training step learns from, at most."
     )
-    proposals: Positive = Field(
+    proposals: Annotated[Positive, COCO] = Field(
         1000,
         description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.",
     )
-    use_permutations: Flag = Field(True, description="Permute channels before compressing.")
-    search: SearchName = Field(
-        "best",
-        description=(
-            "best: all children of a group, until nothing is gained; published: the paper's search, first child only."
-        ),
-    )
-    search_seconds: RealAboveZero | None = Field(
+    use_permutations: Annotated[Flag, TRAINING] = Field(True, description="Permute channels before compressing.")
+    search: Annotated[SearchName, TRAINING] = Field("best", description="Search for permutations.")
+    search_seconds: Annotated[RealAboveZero | None, TRAINING] = Field(
         None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."
     )
-    sls_iterations: Natural = Field(
+    sls_iterations: Annotated[Natural, TRAINING] = Field(
         10_000, description="Swaps tried per group by search: published, and by the first of best's own searches."
     )
-    permutations: tuple[GroupSettings, ...] | None = Field(
+    permutations: Annotated[tuple[GroupSettings, ...] | None, TRAINING] = Field(
         None, description="Groups of layers; null: those of the architecture."
     )
-    permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(empty_map)] = Field(
+    permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(empty_map), TRAINING] = Field(
         default_factory=dict, description="Search settings of single layers."
     )

@@ -14,6 +14,7 @@ from pydantic import (
 from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .model_schema import ModelSettings
 from .names import EngineName, OptimizerName
+from .read_by import COCO, EVALUATION, TRAINING, WRITES_A_FOLDER
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text
 
@@ -22,53 +23,69 @@ class Settings(Section):
     """Everything a job reads."""
 
     dataloader: DataSettings = Field(default_factory=DataSettings, description="Images.")
-    epochs: Natural = Field(9, description="Passes over the training images.")
-    optimizer: OptimizerName = Field("adam", description="Optimizer.")
-    learning_rate: RealAboveZero = Field(1e-3, description="Learning rate at the start, per process.")
-    momentum: Annotated[Real, Ge(0), Lt(1)] = Field(0.9, description="Momentum (sgd).")
-    weight_decay: RealFromZero = Field(0.0, description="Weight of the L2 penalty.")
-    lr_scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Learning rate schedule.")
-    skip_initial_validation: Flag = Field(False, description="Do not validate before the first epoch.")
-    output_path: Text = Field("<your_output_path_here>", description="Folder that receives everything a run writes.")
-    overwrite: Flag = Field(False, description="Replace a run that output_path already holds.")
-    resume: Text = Field(
+    epochs: Annotated[Natural, TRAINING] = Field(9, description="Passes over the training images.")
+    optimizer: Annotated[OptimizerName, TRAINING] = Field("adam", description="Optimizer.")
+    learning_rate: Annotated[RealAboveZero, TRAINING] = Field(
+        1e-3, description="Learning rate at the start, per process."
+    )
+    momentum: Annotated[Real, Ge(0), Lt(1), TRAINING] = Field(0.9, description="Momentum (sgd).")
+    weight_decay: Annotated[RealFromZero, TRAINING] = Field(0.0, description="Weight of the L2 penalty.")
+    lr_scheduler: Annotated[SchedulerSettings, TRAINING] = Field(
+        default_factory=SchedulerSettings, description="Learning rate schedule."
+    )
+    skip_initial_validation: Annotated[Flag, TRAINING] = Field(
+        False, description="Do not validate before the first epoch."
+    )
+    output_path: Annotated[Text, WRITES_A_FOLDER] = Field(
+        "<your_output_path_here>", description="Folder that receives everything a run writes."
+    )
+    overwrite: Annotated[Flag, WRITES_A_FOLDER] = Field(
+        False, description="Replace a run that output_path already holds."
+    )
+    resume: Annotated[Text, TRAINING] = Field(
         "auto",
         description=(
             "auto: resume an unfinished run in output_path; none: never; or the folder (or a checkpoint) of a run to "
             "resume from."
         ),
     )
-    resume_with_changes: Flag = Field(
+    resume_with_changes: Annotated[Flag, TRAINING] = Field(
         False, description="Resume a run although settings of its training have changed since."
     )
-    checkpoint_every_n_steps: Natural = Field(
+    checkpoint_every_n_steps: Annotated[Natural, TRAINING] = Field(
         500, description="Training steps between two checkpoints; 0: only before and after validations."
     )
-    save_format: Literal["pth", "safetensors", "both"] = Field(
+    save_format: Annotated[Literal["pth", "safetensors", "both"], TRAINING] = Field(
         "pth",
         description=(
             "Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both."
         ),
     )
-    log_every_n_steps: Positive = Field(10, description="Training steps between two entries in TensorBoard.")
+    log_every_n_steps: Annotated[Positive, TRAINING] = Field(
+        10, description="Training steps between two entries in TensorBoard."
+    )
     seed: Natural = Field(0, description="Seed of every random choice.")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     engine: EngineName = Field(
         "auto", description="How processes work together; auto finds out how the run was started."
     )
-    scale_learning_rate: Flag = Field(True, description="Multiply learning_rate and min_lr by the number of processes.")
-    sync_batch_norm: Flag = Field(
+    scale_learning_rate: Annotated[Flag, TRAINING] = Field(
+        True, description="Multiply learning_rate and min_lr by the number of processes."
+    )
+    sync_batch_norm: Annotated[Flag, TRAINING] = Field(
         False, description="Batch norms count over the images of all processes together in training."
     )
-    amp: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision.")
+    amp: Annotated[Literal["none", "bf16", "fp16"], TRAINING] = Field("none", description="Mixed precision.")
     channels_last: Flag = Field(
         False, description="Keep images in channels-last memory order, which is faster on some GPUs."
     )
-    expected: ExpectedSettings = Field(
+    expected: Annotated[ExpectedSettings, EVALUATION] = Field(
         default_factory=ExpectedSettings, description="Result that an evaluation checks."
     )
-    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Scoring of detections.")
-    visualize: Text | None = Field(
+    evaluation: Annotated[EvaluationSettings, COCO] = Field(
+        default_factory=EvaluationSettings, description="Scoring of detections."
+    )
+    visualize: Annotated[Text | None, EVALUATION, COCO] = Field(
         None, description="Folder that receives images with what an evaluation detected; null: none."
     )
     model: ModelSettings = Field(default_factory=ModelSettings, description="The network.")

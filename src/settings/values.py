@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -13,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
 
-from ..common.registry import Registry
+from ..common.registry import Entry, Registry
 
 MOST_CENTROIDS = 2**30
 _WHOLE_LIMIT = 2**63
@@ -91,6 +92,43 @@ def names_of(registry: Registry[Any], *more: str) -> Any:
     return Annotated[str, Strict(), AfterValidator(OneOf(registry, more))]
 
 
+@dataclass(frozen=True)
+class Listed:
+    """Marks text that names an entry which depends on the task: the help lists the names, the command checks them.
+
+    Attributes:
+        entries: task (None: any) -> the entries that fit.
+    """
+
+    entries: Callable[[str | None], Mapping[str, Entry]]
+
+
+def listed(entries: Callable[[str | None], Mapping[str, Entry]]) -> Any:
+    """The type of a key that holds the name of one of `entries`, which depend on the task."""
+    return Annotated[str, Strict(), Listed(entries)]
+
+
+def choices(field: FieldInfo, task: str | None = None) -> dict[str, str]:
+    """The registered names that a field accepts, with what each is; empty where it holds no single name."""
+    return _choices(tuple(field.metadata), task)
+
+
+def _choices(limits: tuple[Any, ...], task: str | None) -> dict[str, str]:
+    entries: Mapping[str, Entry] = {}
+    for limit in limits:
+        if isinstance(limit, Listed):
+            entries = limit.entries(task)
+        elif isinstance(limit, AfterValidator) and isinstance(limit.func, OneOf):
+            entries = limit.func.registry.entries
+    return {name: entry.about for name, entry in entries.items()}
+
+
+def meaning_of(field: FieldInfo, task: str | None = None) -> str:
+    """The description of a field, and what each of the registered names is that it accepts."""
+    told = "; ".join(f"{name}: {about}" for name, about in choices(field, task).items())
+    return f"{field.description or ''} {told + '.' if told else ''}".strip()
+
+
 def _one_of(limits: tuple[Any, ...]) -> OneOf | None:
     """The registry that a kind's names come from, if they do."""
     return next(
@@ -162,18 +200,19 @@ def _bounds(limits: tuple[Any, ...]) -> str:
     return "".join(f", {word}" for word in words)
 
 
-def short_kind(field: FieldInfo) -> str:
-    """The same as a few characters for the help: `int`, `sgd|adam`, `list of int`."""
-    return _short(field.annotation, tuple(field.metadata))
+def short_kind(field: FieldInfo, task: str | None = None) -> str:
+    """The same as a few characters for the help: `int`, `sgd|adam`, `list of int`; names only of what is for `task`."""
+    return _short(field.annotation, tuple(field.metadata), task)
 
 
-def _short(kind: Any, limits: tuple[Any, ...] = ()) -> str:
+def _short(kind: Any, limits: tuple[Any, ...] = (), task: str | None = None) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _short(arguments[0], arguments[1:])
+        return _short(arguments[0], arguments[1:], task)
     named = _one_of(limits)
-    if named is not None:
-        return "|".join(named.names)
+    names = named.names if named is not None else list(_choices(limits, task))
+    if names:
+        return "|".join(names)
     if origin in (Union, UnionType):
         return "|".join("null" if option is NoneType else _short(option) for option in arguments)
     if origin is Literal:

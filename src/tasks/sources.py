@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..common.errors import SettingsError
 from ..common.registry import Entry, Registry
 
 Sources = Registry[Callable[[Path], None]]
@@ -33,6 +32,7 @@ SCENES: Sources = Registry(
     },
 )
 """COCO's layout."""
+BY_TASK = {"classification": SOURCES, "detection": SCENES}
 
 
 def use_folder(root: Path) -> None:
@@ -42,7 +42,7 @@ def use_folder(root: Path) -> None:
 def check(source: str, key: str = "dataloader.source", sources: Sources = SOURCES) -> None:
     """Raises SettingsError: there is no such source."""
     if source not in sources:
-        raise SettingsError(f"{key}: {source!r} is not known; there are {', '.join(sources)}")
+        raise sources.unknown(source, f"{key}:")
 
 
 def prepare(source: str, root: str | Path, key: str = "dataloader.source", sources: Sources = SOURCES) -> None:

@@ -118,8 +118,6 @@ class Schedule:
         if spec.last_epoch >= 0:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        if spec.type not in SCHEDULES:
-            raise ValueError(f"unknown schedule {spec.type!r}; known: {', '.join(SCHEDULES)}")
         parts = SCHEDULES[spec.type](optimizer, spec, max(1, epochs * steps_per_epoch))
         self._per_step, self._per_epoch, self._plateau = parts.step, parts.epoch, parts.plateau
 

@@ -144,11 +144,10 @@ def permute(
 
     Raises:
         GroupError: a group does not fit the network.
-        ValueError: `spec.search` is unknown.
+        UnknownNameError: `spec.search` is unknown.
     """
     spec = spec or SearchSpec()
-    if spec.search not in SEARCHES:
-        raise ValueError(f"unknown search {spec.search!r}; known: {', '.join(SEARCHES)}")
+    SEARCHES.entry(spec.search)
     resolved = resolve(model, groups, spec.reshapes)
     search_one = _GroupSearch(sizes, spec, seed, measure)
     results = _search_all(resolved, search_one, show_progress, finished)

@@ -19,7 +19,6 @@ from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ...common.errors import SettingsError
 from .backends import BACKENDS
 from .results import Detections, Row, read_results, write_results
 
@@ -94,8 +93,7 @@ def coco_figures(
     Raises:
         SettingsError: the backend is unknown or not installed.
     """
-    if backend not in BACKENDS:
-        raise SettingsError(f"the evaluator {backend!r} is not known; there are {', '.join(BACKENDS)}")
+    BACKENDS.entry(backend)
     if kind == "segm" and not all("segmentation" in row for row in rows):
         return CocoFigures(kind, dict.fromkeys(STATS, math.nan))
     evaluator = BACKENDS[backend]()
