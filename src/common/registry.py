@@ -126,11 +126,9 @@ class Registry(Mapping[str, T], Generic[T]):
     @contextmanager
     def added(self, name: str, entry: Entry) -> Iterator[None]:
         """A further entry for a while."""
-        before = self.entries.get(name)
-        self.entries[name] = entry
+        before = self.entries
+        self.entries = {**before, name: entry}
         try:
             yield
         finally:
-            del self.entries[name]
-            if before is not None:
-                self.entries[name] = before
+            self.entries = before

@@ -37,6 +37,7 @@ def test_a_quantizer_gives_codes_of_at_most_k_blocks_the_same_for_a_seed(name: s
     assert once.codes.shape == (400,)
     assert 0 <= int(once.codes.min()) <= int(once.codes.max()) < 16
     assert torch.equal(once.codebook, once.codebook.half().float())
+    assert torch.unique(once.codebook[once.codes], dim=0).shape[0] <= 16
     assert torch.equal(once.codebook, again.codebook)
     assert torch.equal(once.codes, again.codes)
     lost = (vectors - once.codebook[once.codes]).square().sum(1).mean()

@@ -12,6 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from src import evaluate_maskrcnn, evaluate_resnet, train_maskrcnn, train_resnet
 from src.common.errors import SettingsError
 from src.settings import (
     GroupSettings,
@@ -25,6 +26,7 @@ from src.settings import (
     value_of,
 )
 from src.settings.keys import leaves
+from src.settings.reach import JOBS, keys
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "config").rglob("*.yaml"))
@@ -560,17 +562,52 @@ HELP_LACKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("job", "task"), HELP_HOLDS)
-def test_help_lists_what_the_command_reads(job: str, task: str) -> None:
-    text = help_text("p", "c.yaml", "Purpose.", job, task)
-    listed, section = set(), ""
+COMMANDS = {
+    ("train", "classification"): train_resnet,
+    ("train", "detection"): train_maskrcnn,
+    ("evaluate", "classification"): evaluate_resnet,
+    ("evaluate", "detection"): evaluate_maskrcnn,
+}
+
+
+def keys_in(text: str) -> set[str]:
+    """The dotted keys that a help lists."""
+    found, section = set(), ""
     for line in text.splitlines():
         if line.startswith("--") and line.endswith("KEY"):
             section = line.removeprefix("--").removesuffix("KEY")
-        elif section is not None and line.startswith("  ") and line[2:3].isalpha() and "[" in line:
-            listed.add(section + line.split()[0])
-    assert set(HELP_HOLDS[job, task]) <= listed
-    assert not set(HELP_LACKS[job, task]) & listed
+        elif line.startswith("  ") and line[2:3].isalpha() and "[" in line:
+            found.add(section + line.split()[0])
+    return found
+
+
+@pytest.mark.parametrize(("job", "task"), COMMANDS)
+def test_the_help_of_a_command_lists_what_it_reads(job: str, task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS[job, task].main(["--help"]) == 0
+    text = capsys.readouterr().out
+    found = keys_in(text[text.index("\n--KEY") :])
+    assert found == {key.dotted for key in keys() if key.is_read_by(job, task)}
+    assert set(HELP_HOLDS[job, task]) <= found
+    assert not set(HELP_LACKS[job, task]) & found
+    names = {"classification": "resnet18|resnet34|resnet50|resnet101|resnet50ssl [", "detection": "maskrcnn ["}
+    assert names[task] in text
+    assert ("digit_crops" in text) == (task == "classification")
+    for _, flags in (line.split(" --", 1) for line in text.splitlines() if line.startswith("  python -m")):
+        key = flags.replace("=", " ").split()[0].replace("layer1.0.conv1", "<layer>")
+        assert key == "config" or key in found  # the examples hold for this command
+
+
+def test_every_key_is_read_by_some_command_and_a_section_passes_its_marks_on() -> None:
+    marks = {key.dotted: key for key in keys()}
+    assert set(marks) == set(leaves())
+    assert all(key.jobs and key.tasks for key in marks.values())
+    assert marks["lr_scheduler.factor"].jobs == ("train",)  # marked is lr_scheduler
+    assert (marks["evaluation.backend"].jobs, marks["evaluation.backend"].tasks) == (JOBS, ("detection",))
+    assert marks["evaluation.per_category"].jobs == ("evaluate",)
+    assert marks["dataloader.crop_padding"].is_read_by("train", "classification")
+    assert not marks["dataloader.crop_padding"].is_read_by("train", "detection")
+    assert not marks["output_path"].is_read_by("evaluate", "classification")
+    assert marks["output_path"].is_read_by("evaluate", "detection")
 
 
 def test_what_a_job_does_not_read_is_said_where_the_command_line_gives_it() -> None:
@@ -580,3 +617,26 @@ def test_what_a_job_does_not_read_is_said_where_the_command_line_gives_it() -> N
     assert "optimizer has no effect: it is not read by this command" in said
     assert not any(line.startswith("epochs") for line in ineffective(load("../config/train_resnet18.yaml"), "evaluate"))
     assert not any("not read" in line for line in ineffective(settings, "train"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "job", "task", "key"),
+    [
+        (["--output_path", "x"], "evaluate", "classification", "output_path"),
+        (["--epochs", "9"], "evaluate", "classification", "epochs"),  # at its default, but given in vain all the same
+        ([f"--{LAYER_SPECS}.a.b.k_means_type", "src"], "evaluate", "detection", f"{LAYER_SPECS}.a.b.k_means_type"),
+        (["--expected.accuracy", "50"], "train", "classification", "expected.accuracy"),
+        (["--momentum", "0.5"], "evaluate", "classification", "momentum"),
+    ],
+)
+def test_a_key_given_in_vain_is_mentioned_once(file: Path, arguments: list[str], job: str, task: str, key: str) -> None:
+    arch = {"classification": "resnet18", "detection": "maskrcnn"}[task]
+    file.write_text(f"model: {{arch: {arch}}}\n")
+    assert ineffective(load(str(file), arguments), job, task) == [
+        f"{key} has no effect: it is not read by this command"
+    ]
+
+
+def test_a_file_written_for_training_may_be_given_to_an_evaluation() -> None:
+    for name, task in (("train_resnet18", "classification"), ("train_maskrcnn", "detection")):
+        assert ineffective(load(f"../config/{name}.yaml"), "evaluate", task) == []
