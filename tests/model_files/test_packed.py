@@ -83,19 +83,32 @@ def test_entropy_coding_is_exact_and_its_length_is_near_the_entropy(
     codes = draw.choice(k, n, p=draw.dirichlet(np.full(k, spread))).astype(np.int32)
     stream = entropy.encode(codes, k)
     assert np.array_equal(entropy.decode(stream, n, k), codes)
-    low = codes & 0xFF
-    share = np.bincount(low)[np.bincount(low) > 0] / n
-    ideal = -float(n * (share * np.log2(share)).sum())
-    # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the rest
-    # goes in as it is
-    assert stream.size <= (ideal + n + 14 * min(k, 256)) / 8 + packed_size(n, max(0, bits - 8)) + 32
+    longest = 8 * packed_size(n, max(0, bits - 8)) + 256  # the higher bits go in as they are
+    for high in np.unique(codes >> 8):
+        counts = np.unique(codes[codes >> 8 == high], return_counts=True)[1]
+        ideal = -float((counts * np.log2(counts / counts.sum())).sum())
+        # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the
+        # low bytes as they are, a few bytes
+        longest += min(ideal + counts.sum() + 14 * min(k, 256), 8 * counts.sum()) + 64
+    assert 8 * stream.size <= longest
+
+
+def test_low_bytes_are_coded_given_the_higher_bits() -> None:
+    """Codes of k = 512 whose low bytes are uniform, and half of them impossible once the ninth bit is known."""
+    draw = np.random.default_rng(0)
+    high = draw.integers(0, 2, 20_000)
+    low = draw.permutation(256)[draw.integers(0, 128, 20_000) + 128 * high]
+    codes = (low | high << 8).astype(np.int32)
+    stream = entropy.encode(codes, 512)
+    assert np.array_equal(entropy.decode(stream, codes.size, 512), codes)
+    assert stream.size < 0.91 * packed_size(codes.size, 9)  # 8 of 9 bits and two tables
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_damaged_entropy_stream_is_refused_or_gives_codes_below_k(data: st.DataObject) -> None:
     draw = np.random.default_rng(data.draw(st.integers(0, 99)))
-    k = 2 ** data.draw(st.integers(2, 10))
+    k = 2 ** data.draw(st.integers(2, 12))
     n = data.draw(st.integers(20, 2000))
     stream = entropy.encode(draw.integers(0, k, n).astype(np.int32), k)
     at = data.draw(st.integers(0, stream.size - 1))
@@ -209,7 +222,7 @@ def test_the_published_resnet18_packed_and_back_is_the_same_to_the_bit(published
         sizes[coding] = packed.stat().st_size
     reported = 12_927_232 / 8
     assert sizes[False] <= 1.01 * reported
-    assert sizes[True] < 0.99 * reported
+    assert sizes[True] <= 1_591_997 * 1.005  # what the range coder of format 1 gave
     assert source.stat().st_size > 1.05 * reported
 
 
