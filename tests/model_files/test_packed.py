@@ -144,12 +144,12 @@ def full_model(depth: int, flags: Sequence[str]) -> tuple[nn.Module, ModelInfo, 
     return (
         model,
         ModelInfo(
-            architecture.name,
-            1000,
-            compression_settings(settings),
-            {"accuracy": 75.04, "loss": 1.0123},
-            applied(dense, groups),
-            "pqf 0.1.0",
+            arch=architecture.name,
+            num_classes=1000,
+            settings=compression_settings(settings),
+            metric={"accuracy": 75.04, "loss": 1.0123},
+            permutations=applied(dense, groups),
+            producer="pqf 0.1.0",
         ),
         architecture,
     )
@@ -161,7 +161,9 @@ def applied(model: nn.Module, groups: Sequence[Group]) -> tuple[AppliedPermutati
     widths = [model.get_submodule(group.children[0]) for group in groups]
     sizes = [layer.weight_shape[1] if isinstance(layer, QuantizedLayer) else layer.weight.shape[1] for layer in widths]
     return tuple(
-        AppliedPermutation(g.parents, g.children, torch.randperm(n, generator=draw), {})
+        AppliedPermutation(
+            parents=g.parents, children=g.children, permutation=torch.randperm(n, generator=draw), reshapes={}
+        )
         for g, n in zip(groups, sizes, strict=True)
     )
 
@@ -288,7 +290,9 @@ def test_a_bare_layer_and_a_network_without_coded_layers_survive(tmp_path: Path)
 
 def test_equal_models_give_equal_files_that_other_programs_can_open(tmp_path: Path) -> None:
     model = quantized(lively(small()), spec(16)).eval()
-    info = ModelInfo("small", 20, {"k": 16}, {"accuracy": 1.0}, (), "test")
+    info = ModelInfo(
+        arch="small", num_classes=20, settings={"k": 16}, metric={"accuracy": 1.0}, permutations=(), producer="test"
+    )
     for name in ("a", "b"):
         save_packed(copy.deepcopy(model), tmp_path / f"{name}.safetensors", info)
     contents = (tmp_path / "a.safetensors").read_bytes()
