@@ -1,8 +1,9 @@
 """Entropy coding of codes by zlib's Huffman coding: a frequent code gets fewer bits than log2(k).
 
-A stream holds the low bytes of all codes, Huffman coded by zlib (with its checksum), and behind them, where k > 256,
-the higher bits of all codes as they are (`bit_packing`): deflate knows no symbols beyond a byte, and a codebook has no
-order that would make the higher bits alone worth coding.
+Deflate knows no symbols beyond a byte. A stream holds, where k > 256, the bits above the low byte of all codes as they
+are (`bit_packing`), and then the low bytes of all codes as one zlib stream (with its checksum): sorted by the higher
+bits, otherwise as the codes are, and a new block, with a Huffman table of its own, for each value of the higher bits.
+So the low bytes are coded given the higher bits, which is what a table of all k codes would gain over one of 256.
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ def encode(codes: Numbers, k: int) -> Bytes:
     A code takes a bit at least, which bounds what a stream can decode to by its own size.
     """
     coder = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, MOST_MEMORY, zlib.Z_HUFFMAN_ONLY)
-    low = coder.compress((codes & 0xFF).astype(np.uint8).tobytes()) + coder.flush()
-    stream = np.frombuffer(low, np.uint8)
-    width = _high_bits(k)
-    return np.concatenate([stream, pack(codes >> LOW_BITS, width)]) if width else stream.copy()
+    low, width = (codes & 0xFF).astype(np.uint8), _high_bits(k)
+    if not width:
+        return np.frombuffer(coder.compress(low.tobytes()) + coder.flush(), np.uint8).copy()
+    high = codes >> LOW_BITS
+    by_high = np.argsort(high, kind="stable")
+    first, *others = np.split(low[by_high], np.flatnonzero(np.diff(high[by_high])) + 1)
+    parts = [coder.compress(first.tobytes())]
+    for group in others:
+        parts += [coder.flush(zlib.Z_BLOCK), coder.compress(group.tobytes())]
+    stream = np.frombuffer(b"".join([*parts, coder.flush()]), np.uint8)
+    return np.concatenate([pack(high, width), stream])
 
 
 def decode(stream: Bytes, n: int, k: int) -> Numbers:
@@ -38,18 +46,21 @@ def decode(stream: Bytes, n: int, k: int) -> Numbers:
     """
     if not 1 <= n <= stream.size * 8:
         raise ValueError(f"{stream.size} bytes for {n} codes of {k} centroids")
+    width = _high_bits(k)
+    low_at = packed_size(n, width)
     decoder = zlib.decompressobj()
     try:
-        low = decoder.decompress(stream.tobytes(), n + 1)
+        low = decoder.decompress(stream[low_at:].tobytes(), n + 1)
     except zlib.error as error:
         raise ValueError(f"the entropy coding is damaged ({error})") from error
-    rest = np.frombuffer(decoder.unused_data, np.uint8)
-    width = _high_bits(k)
-    if len(low) != n or not decoder.eof or rest.size != (packed_size(n, width) if width else 0):
+    if len(low) != n or not decoder.eof or decoder.unused_data:
         raise ValueError(f"the entropy coding does not hold {n} codes")
     codes = np.frombuffer(low, np.uint8).astype(np.int32)
     if width:
-        codes |= unpack(rest, n, width) << LOW_BITS
+        high = unpack(stream[:low_at], n, width)
+        by_high = np.argsort(high, kind="stable")
+        high[by_high] = (high[by_high] << LOW_BITS) | codes
+        codes = high
     if int(codes.max()) >= k:
         raise ValueError(f"a code is not below {k}")
     return codes

@@ -13,16 +13,14 @@ from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, GroupError
 from ..compression.permute.groups import Group, resolve
-from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
+from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.subvectors import Layer, bits_per_code
 from .building import build_and_load
+from .metadata import AppliedPermutation, ModelInfo, layer_type
 from .norms import is_folded_norm
 from .open_model_file import OpenModelFile, open_model_file
-from .packed import AppliedPermutation, ModelInfo
 from .pth import is_compressed, read_tensors
-from .size import CODEBOOK_BITS, ModelSize, model_size
-
-_NAME_OF = {quantized: kind.__name__ for kind, quantized in QUANTIZED_LAYERS.items()}
+from .size import CODEBOOK_BITS, ModelSize, model_size, tensor_bits
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Inspection:
 
 
 def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
-    """Read a file and, if given, the dense network it came from; arguments and errors as `inspecting.inspect`."""
+    """Read a file and, if given, the dense network it came from; arguments and errors as `recipes.inspect`."""
     opened = open_model_file(path, arch)
     rows = [row for name, module in opened.model.named_modules() if (row := _row(name, module)) is not None]
     notes: list[str] = []
@@ -99,15 +97,15 @@ def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> I
     if missing:
         notes.append(f"{-missing:,} bits are shared by layers and counted once in the totals")
     return Inspection(
-        path,
-        path.stat().st_size,
-        opened.kind,
-        opened.architecture.name,
-        opened.info,
-        tuple(rows),
-        size,
-        str(dense) if dense else None,
-        tuple(notes),
+        path=path,
+        file_bytes=path.stat().st_size,
+        kind=opened.kind,
+        architecture=opened.architecture.name,
+        info=opened.info,
+        rows=tuple(rows),
+        size=size,
+        against=str(dense) if dense else None,
+        notes=tuple(notes),
     )
 
 
@@ -119,26 +117,30 @@ def _row(name: str, module: Layer) -> Row | None:
         used = module.codebook.detach().half()[counts > 0]
         n_codes = module.codes_matrix.numel()
         return Row(
-            name, _NAME_OF[type(module)], tuple(module.weight_shape), n_codes * bits_per_code(module.k),
-            module.codebook.numel() * CODEBOOK_BITS,
-            0 if module.bias is None else _bits(module.bias), module.d, module.k, n_codes,
-            int(torch.unique(used, dim=0).shape[0]),
-            float(-(share * share.log2()).sum()) + 0.0, tuple(sorted(counts.tolist(), reverse=True)),
-        )  # fmt: skip
+            name=name,
+            kind=layer_type(module),
+            shape=tuple(module.weight_shape),
+            codes_bits=n_codes * bits_per_code(module.k),
+            codebook_bits=module.codebook.numel() * CODEBOOK_BITS,
+            other_bits=0 if module.bias is None else tensor_bits(module.bias),
+            d=module.d,
+            k=module.k,
+            n_codes=n_codes,
+            used=int(torch.unique(used, dim=0).shape[0]),
+            entropy=float(-(share * share.log2()).sum()) + 0.0,
+            frequencies=tuple(sorted(counts.tolist(), reverse=True)),
+        )
     if is_folded_norm(module):
-        width = module.running_mean
-        return Row(name, type(module).__name__, tuple(width.shape), other_bits=2 * _bits(width))
+        mean = module.running_mean
+        return Row(name=name, kind=type(module).__name__, shape=tuple(mean.shape), other_bits=2 * tensor_bits(mean))
     skipped = module._non_persistent_buffers_set
     own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
     own += [b for key, b in module._buffers.items() if b is not None and key not in skipped]
     if not own:
         return None
     largest = max(own, key=torch.numel)
-    return Row(name, type(module).__name__, tuple(largest.shape), other_bits=sum(map(_bits, own)))
-
-
-def _bits(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size() * 8
+    bits = sum(map(tensor_bits, own))
+    return Row(name=name, kind=type(module).__name__, shape=tuple(largest.shape), other_bits=bits)
 
 
 def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module, list[str]]:

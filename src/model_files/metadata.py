@@ -14,10 +14,16 @@ import torch
 from torch import Tensor
 
 from ..common.errors import CheckpointError
-from ..compression.quantize.layers import QUANTIZED_LAYERS
+from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
 from .bit_packing import packed_size, unpack
 
 LAYER_TYPES = {kind.__name__: kind for kind in QUANTIZED_LAYERS}
+_NAME_OF = {quantized: kind.__name__ for kind, quantized in QUANTIZED_LAYERS.items()}
+
+
+def layer_type(layer: QuantizedLayer) -> str:
+    """The type of layer, as `LAYER_TYPES` names it, that `layer` quantizes."""
+    return _NAME_OF[type(layer)]
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,10 @@ class AppliedPermutation:
     """A permutation that was applied to a group of layers.
 
     Attributes:
-        parents: layers whose outputs were reordered.
-        children: layers whose inputs were reordered alike.
+        parents: producers, whose output channels were permuted.
+        children: consumers, whose input channels were permuted alike.
         permutation: p (C,).
-        reshapes: of children that read a flattened map.
+        reshapes: of consumers that read a flattened map.
     """
 
     parents: tuple[str, ...]
@@ -85,19 +91,19 @@ def group_entry(group: AppliedPermutation) -> dict[str, Any]:
 
 
 def describe(
-    source: str, metadata: Mapping[str, str], stored: Tensor | None
+    source: str, metadata: Mapping[str, str], permutations: Tensor | None
 ) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
     """What the metadata of a packed file say: about the model, its quantized layers, and which names share a tensor.
 
     Args:
         source: the file, for messages.
         metadata: as `packed` lists them.
-        stored: the tensor of permutations, if the file has one.
+        permutations: the tensor of permutations, if the file has one.
 
     Raises:
         CheckpointError: something is missing or not as `packed` writes it.
     """
-    return _Reader(source, metadata).read(stored)
+    return _Reader(source, metadata).read(permutations)
 
 
 class _Reader:
@@ -106,7 +112,7 @@ class _Reader:
     def __init__(self, source: str, metadata: Mapping[str, str]) -> None:
         self.source, self.metadata = source, metadata
 
-    def read(self, stored: Tensor | None) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
+    def read(self, packed: Tensor | None) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
         """Everything, see `describe`."""
         known = self._table("model")
         info = ModelInfo(
@@ -114,7 +120,7 @@ class _Reader:
             num_classes=self._whole_or_none("num_classes", known.get("num_classes")),
             settings=self._table_or_none("settings", known.get("settings")),
             metric=self._figures_or_none("metric", known.get("metric")),
-            permutations=self._permutations(stored),
+            permutations=self._permutations(packed),
             producer=self.metadata.get("producer", ""),
         )
         tied = self._table("tied")
@@ -173,15 +179,15 @@ class _Reader:
             raise self._wrong(f"layer {name!r}")
         if math.prod(shape[1:]) % d or math.prod(shape) >= 1 << 48:
             raise self._wrong(f"layer {name!r}: d = {d} does not divide the rows of {shape}")
-        return PackedLayer(kind, tuple(shape), d, k)
+        return PackedLayer(kind=kind, shape=tuple(shape), d=d, k=k)
 
-    def _permutations(self, stored: Tensor | None) -> tuple[AppliedPermutation, ...] | None:
+    def _permutations(self, packed: Tensor | None) -> tuple[AppliedPermutation, ...] | None:
         groups = self._json("permutations")
-        if groups is None and stored is None:
+        if groups is None and packed is None:
             return None
-        if not isinstance(groups, list) or (stored is not None and (stored.dtype != torch.uint8 or stored.dim() != 1)):
+        if not isinstance(groups, list) or (packed is not None and (packed.dtype != torch.uint8 or packed.dim() != 1)):
             raise self._wrong("permutations")
-        stream = np.empty(0, np.uint8) if stored is None else stored.numpy()
+        stream = np.empty(0, np.uint8) if packed is None else packed.numpy()
         found, at = [], 0
         for number, entry in enumerate(groups):
             what = f"permutations, group {number}"
@@ -201,7 +207,10 @@ class _Reader:
             if not np.array_equal(np.sort(p), np.arange(width)):
                 raise self._wrong(f"{what} is not a permutation")
             at += size
-            found.append(AppliedPermutation(parents, children, torch.from_numpy(p.astype(np.int64)), reshapes))
+            permutation = torch.from_numpy(p.astype(np.int64))
+            found.append(
+                AppliedPermutation(parents=parents, children=children, permutation=permutation, reshapes=reshapes)
+            )
         if at != stream.size:
             raise self._wrong("permutations")
         return tuple(found)

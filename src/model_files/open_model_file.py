@@ -82,8 +82,8 @@ def read_model_file(path: Path) -> ModelFile:
             f"{path}: ONNX files are written, not read; name the .pth or .safetensors file it came from"
         )
     if is_packed(path):
-        return ModelFile(path, load_packed(path), {})
-    return ModelFile(path, None, read_tensors(path))
+        return ModelFile(path=path, packed=load_packed(path), tensors={})
+    return ModelFile(path=path, packed=None, tensors=read_tensors(path))
 
 
 def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
@@ -186,8 +186,8 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
                 f"{source} does not fit the network: layer {name!r} cannot be a quantized {type(module).__name__} with "
                 "the codebook that the file holds"
             )
-        layers[name] = LayerPlan(name, d, k, "kmeans", 0)
-    return Plan(layers, ())
+        layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
+    return Plan(layers=layers, notes=())
 
 
 def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Architecture:

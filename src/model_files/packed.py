@@ -25,12 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError
-from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
+from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.subvectors import Layer, bits_per_code, can_be_quantized
 from . import entropy, rans
 from .bit_packing import Bytes, pack, packed_size, unpack
-from .metadata import LAYER_TYPES, AppliedPermutation, ModelInfo, PackedLayer, describe, group_entry, index_bits
+from .metadata import (
+    LAYER_TYPES,
+    AppliedPermutation,
+    ModelInfo,
+    PackedLayer,
+    describe,
+    group_entry,
+    index_bits,
+    layer_type,
+)
 from .norms import NORM_VECTORS, is_folded_norm
 from .pth import compressed_state, key_of
 from .safetensors_file import read_container, read_metadata, write_container
@@ -41,7 +50,6 @@ READABLE_VERSIONS = ("1", "2")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
-_NAME_OF = {quantized: kind.__name__ for kind, quantized in QUANTIZED_LAYERS.items()}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,11 @@ class PackedFile:
     @property
     def plan(self) -> Plan:
         """What builds the quantized network, without any setting."""
-        return Plan({name: LayerPlan(name, layer.d, layer.k, "kmeans", 0) for name, layer in self.layers.items()}, ())
+        layers = {
+            name: LayerPlan(name=name, d=layer.d, k=layer.k, k_means_type="kmeans", k_means_n_iters=0)
+            for name, layer in self.layers.items()
+        }
+        return Plan(layers=layers, notes=())
 
     def state(self) -> dict[str, Tensor]:
         """The tensors as the published format names them, codes as int32 (R, m).
@@ -107,13 +119,13 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         prefix, _, leaf = name.rpartition(".")
         module = modules[prefix]
         if isinstance(module, QuantizedLayer) and leaf == "codes_matrix":
-            stored, codes = _packed(module, entropy_coding)
-            tensors[key_of(prefix, stored)] = torch.from_numpy(codes)
+            written_as, codes = _packed(module, entropy_coding)
+            tensors[key_of(prefix, written_as)] = torch.from_numpy(codes)
         else:
             tensors[name] = tensor
     for prefix, module in model.named_modules():  # a layer used twice once
         if isinstance(module, QuantizedLayer):
-            layers[prefix] = [_NAME_OF[type(module)], list(module.weight_shape), module.d, module.k]
+            layers[prefix] = [layer_type(module), list(module.weight_shape), module.d, module.k]
     groups = None
     if info.permutations is not None:
         groups = [group_entry(group) for group in info.permutations]
@@ -157,7 +169,7 @@ def load_packed(path: Path) -> PackedFile:
             f"this program reads versions {' and '.join(READABLE_VERSIONS)}"
         )
     info, layers, tied = describe(source, metadata, tensors.get(PERMUTATIONS))
-    packed = PackedFile(source, info, layers, tensors, tied)
+    packed = PackedFile(source=source, info=info, layers=layers, tensors=tensors, tied=tied)
     _check_layers(packed)
     return packed
 
@@ -188,7 +200,7 @@ def _check_layers(packed: PackedFile) -> None:
         if name in packed.tensors:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r} and yet there")
         prefix, _, leaf = owner.rpartition(".")
-        is_codes = leaf == "codes_matrix" and any(key_of(prefix, stored) in packed.tensors for stored in CODES)
+        is_codes = leaf == "codes_matrix" and any(key_of(prefix, name) in packed.tensors for name in CODES)
         if owner not in packed.tensors and not is_codes:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r}, which the file does not hold")
     for name, layer in packed.layers.items():
@@ -201,11 +213,11 @@ def _check_layers(packed: PackedFile) -> None:
                 f"{packed.source}: layer {name!r} has no codebook of {layer.k} x {layer.d} 16-bit floats"
             )
         for leaf in held:
-            stored = packed.tensors[key_of(name, leaf)]
-            exact = leaf != PACKED or stored.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
-            if stored.dtype != torch.uint8 or stored.dim() != 1 or not exact:
+            stream = packed.tensors[key_of(name, leaf)]
+            exact = leaf != PACKED or stream.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
+            if stream.dtype != torch.uint8 or stream.dim() != 1 or not exact:
                 raise CheckpointError(
-                    f"{packed.source}: layer {name!r}: {stored.numel()} bytes are not {layer.n_codes} codes below "
+                    f"{packed.source}: layer {name!r}: {stream.numel()} bytes are not {layer.n_codes} codes below "
                     f"{layer.k}"
                 )
     for name in names:
@@ -225,12 +237,12 @@ def _packed(layer: QuantizedLayer, entropy_coding: bool) -> tuple[str, Bytes]:
     return PACKED, packed
 
 
-def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stored: Tensor) -> Tensor:
+def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stream: Tensor) -> Tensor:
     try:
         if leaf == PACKED:
-            codes = unpack(stored.numpy(), layer.n_codes, bits_per_code(layer.k))
+            codes = unpack(stream.numpy(), layer.n_codes, bits_per_code(layer.k))
         else:
-            codes = (entropy if leaf == HUFFMAN else rans).decode(stored.numpy(), layer.n_codes, layer.k)
+            codes = (entropy if leaf == HUFFMAN else rans).decode(stream.numpy(), layer.n_codes, layer.k)
     except ValueError as error:
         raise CheckpointError(f"{source}: the codes of layer {name!r} are damaged: {error}") from error
     return torch.from_numpy(codes).view(layer.shape[0], -1)

@@ -50,7 +50,8 @@ class ModelSize:
         )
 
 
-def _bits(tensor: Tensor) -> int:
+def tensor_bits(tensor: Tensor) -> int:
+    """Bits of a tensor at its own width."""
     return tensor.numel() * tensor.element_size() * 8
 
 
@@ -76,14 +77,14 @@ def model_size(model: nn.Module) -> ModelSize:
             width = module.running_mean
             own = []
             if first_time(width):
-                other += 2 * _bits(width)
-                original += 2 * _bits(width)
+                other += 2 * tensor_bits(width)
+                original += 2 * tensor_bits(width)
         else:
             skipped = module._non_persistent_buffers_set
             own = [p for p in module._parameters.values() if p is not None]
             own += [b for name, b in module._buffers.items() if b is not None and name not in skipped]
         for tensor in own:
             if first_time(tensor):
-                other += _bits(tensor)
-                original += _bits(tensor)
-    return ModelSize(codes, codebooks, other, original)
+                other += tensor_bits(tensor)
+                original += tensor_bits(tensor)
+    return ModelSize(codes=codes, codebooks=codebooks, other=other, original=original)

@@ -15,7 +15,7 @@ from .pth import CODE_DTYPES, key_of
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put the tensors of a file into `model`, whose quantized layers were built for the same coding; in place.
+    """Put the tensors of a file into `model`, whose quantized layers have the d and k of the file; in place.
 
     Args:
         model: dense or with quantized layers, on any device.

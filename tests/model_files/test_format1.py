@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from src.common.errors import CheckpointError
 from src.model_files.packed import load_packed
@@ -48,3 +49,21 @@ def test_a_file_of_format_1_with_a_wrong_byte_is_refused(name: str, tmp_path: Pa
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError):
             load_packed(path)
+
+
+DENSE = DATA / "format1_dense.safetensors"
+"""A dense network; value number n (from 1) of tensor number i (from 1) is n / (8 i), and one norm has seen 7 batches."""
+
+
+def test_a_dense_file_of_format_1_holds_what_it_held_and_its_checksum_counts(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 5))
+    found = read_tensors(DENSE)
+    assert found.keys() == model.state_dict().keys()
+    for number, (name, tensor) in enumerate(model.state_dict().items(), 1):
+        wanted = (torch.arange(tensor.numel()) + 1).view(tensor.shape) / (8 * number) if tensor.dim() else 7
+        assert torch.equal(found[name], torch.as_tensor(wanted, dtype=tensor.dtype)), name
+    whole, path = DENSE.read_bytes(), tmp_path / "model.safetensors"
+    for at in range(len(whole) - 604, len(whole), 7):  # all values
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match="checksum"):
+            read_tensors(path)

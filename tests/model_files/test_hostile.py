@@ -56,7 +56,13 @@ def tiny(n: int = 20) -> nn.Module:
 
 
 TINY = Architecture(
-    "tiny", "classification", tiny, "", 20, "6", lambda _model: [Group(("0", "1"), ("3",)), Group(("3",), ("6",))]
+    name="tiny",
+    task="classification",
+    build=tiny,
+    weights_url="",
+    n_classes=20,
+    head="6",
+    groups=lambda _model: [Group(("0", "1"), ("3",)), Group(("3",), ("6",))],
 )
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -105,12 +111,12 @@ def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     folder = tmp_path_factory.mktemp("whole")
     p = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     info = ModelInfo(
-        "tiny",
-        20,
-        {"compression_parameters": {"k": 8}},
-        {"accuracy": 50.0},
-        (AppliedPermutation(("0", "1"), ("3",), p, {}),),
-        "pqf",
+        arch="tiny",
+        num_classes=20,
+        settings={"compression_parameters": {"k": 8}},
+        metric={"accuracy": 50.0},
+        permutations=(AppliedPermutation(parents=("0", "1"), children=("3",), permutation=p, reshapes={}),),
+        producer="pqf",
     )
     # uneven codes, so that entropy coding is chosen
     skewed = lively(tiny())
@@ -488,7 +494,7 @@ def test_no_payload_is_executed(protocol: int, suffix: str, wrap: str, whole: di
                 )
     found = read(path)
     assert not touched.exists()
-    assert found is None or wrap == "second pickle"  # what follows a pickle is never looked at
+    assert found is None or wrap == "second pickle"  # what follows a pickle is never read
     assert pickle.loads(payload) is None  # the payload is real
     assert touched.exists()
 

@@ -83,19 +83,32 @@ def test_entropy_coding_is_exact_and_its_length_is_near_the_entropy(
     codes = draw.choice(k, n, p=draw.dirichlet(np.full(k, spread))).astype(np.int32)
     stream = entropy.encode(codes, k)
     assert np.array_equal(entropy.decode(stream, n, k), codes)
-    low = codes & 0xFF
-    share = np.bincount(low)[np.bincount(low) > 0] / n
-    ideal = -float(n * (share * np.log2(share)).sum())
-    # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the rest
-    # goes in as it is
-    assert stream.size <= (ideal + n + 14 * min(k, 256)) / 8 + packed_size(n, max(0, bits - 8)) + 32
+    longest = 8 * packed_size(n, max(0, bits - 8)) + 256  # the higher bits go in as they are
+    for high in np.unique(codes >> 8):
+        counts = np.unique(codes[codes >> 8 == high], return_counts=True)[1]
+        ideal = -float((counts * np.log2(counts / counts.sum())).sum())
+        # a Huffman code costs at most a bit more than the entropy; the table of its lengths some bits per symbol; the
+        # low bytes as they are, a few bytes
+        longest += min(ideal + counts.sum() + 14 * min(k, 256), 8 * counts.sum()) + 64
+    assert 8 * stream.size <= longest
+
+
+def test_low_bytes_are_coded_given_the_higher_bits() -> None:
+    """Codes of k = 512 whose low bytes are uniform, and half of them impossible once the ninth bit is known."""
+    draw = np.random.default_rng(0)
+    high = draw.integers(0, 2, 20_000)
+    low = draw.permutation(256)[draw.integers(0, 128, 20_000) + 128 * high]
+    codes = (low | high << 8).astype(np.int32)
+    stream = entropy.encode(codes, 512)
+    assert np.array_equal(entropy.decode(stream, codes.size, 512), codes)
+    assert stream.size < 0.91 * packed_size(codes.size, 9)  # 8 of 9 bits and two tables
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_damaged_entropy_stream_is_refused_or_gives_codes_below_k(data: st.DataObject) -> None:
     draw = np.random.default_rng(data.draw(st.integers(0, 99)))
-    k = 2 ** data.draw(st.integers(2, 10))
+    k = 2 ** data.draw(st.integers(2, 12))
     n = data.draw(st.integers(20, 2000))
     stream = entropy.encode(draw.integers(0, k, n).astype(np.int32), k)
     at = data.draw(st.integers(0, stream.size - 1))
@@ -131,12 +144,12 @@ def full_model(depth: int, flags: Sequence[str]) -> tuple[nn.Module, ModelInfo, 
     return (
         model,
         ModelInfo(
-            architecture.name,
-            1000,
-            compression_settings(settings),
-            {"accuracy": 75.04, "loss": 1.0123},
-            applied(dense, groups),
-            "pqf 0.1.0",
+            arch=architecture.name,
+            num_classes=1000,
+            settings=compression_settings(settings),
+            metric={"accuracy": 75.04, "loss": 1.0123},
+            permutations=applied(dense, groups),
+            producer="pqf 0.1.0",
         ),
         architecture,
     )
@@ -148,7 +161,9 @@ def applied(model: nn.Module, groups: Sequence[Group]) -> tuple[AppliedPermutati
     widths = [model.get_submodule(group.children[0]) for group in groups]
     sizes = [layer.weight_shape[1] if isinstance(layer, QuantizedLayer) else layer.weight.shape[1] for layer in widths]
     return tuple(
-        AppliedPermutation(g.parents, g.children, torch.randperm(n, generator=draw), {})
+        AppliedPermutation(
+            parents=g.parents, children=g.children, permutation=torch.randperm(n, generator=draw), reshapes={}
+        )
         for g, n in zip(groups, sizes, strict=True)
     )
 
@@ -209,7 +224,7 @@ def test_the_published_resnet18_packed_and_back_is_the_same_to_the_bit(published
         sizes[coding] = packed.stat().st_size
     reported = 12_927_232 / 8
     assert sizes[False] <= 1.01 * reported
-    assert sizes[True] < 0.99 * reported
+    assert sizes[True] <= 1_591_997 * 1.005  # what the range coder of format 1 gave
     assert source.stat().st_size > 1.05 * reported
 
 
@@ -275,7 +290,9 @@ def test_a_bare_layer_and_a_network_without_coded_layers_survive(tmp_path: Path)
 
 def test_equal_models_give_equal_files_that_other_programs_can_open(tmp_path: Path) -> None:
     model = quantized(lively(small()), spec(16)).eval()
-    info = ModelInfo("small", 20, {"k": 16}, {"accuracy": 1.0}, (), "test")
+    info = ModelInfo(
+        arch="small", num_classes=20, settings={"k": 16}, metric={"accuracy": 1.0}, permutations=(), producer="test"
+    )
     for name in ("a", "b"):
         save_packed(copy.deepcopy(model), tmp_path / f"{name}.safetensors", info)
     contents = (tmp_path / "a.safetensors").read_bytes()

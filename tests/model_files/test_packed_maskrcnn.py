@@ -54,7 +54,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     drawn = shuffle(dense, groups, reshapes=RESHAPES)
     reshapes = [{name: RESHAPES[name] for name in group.children if name in RESHAPES} for group in groups]
     permutations = tuple(
-        AppliedPermutation(g.parents, g.children, p, r) for g, p, r in zip(groups, drawn, reshapes, strict=True)
+        AppliedPermutation(parents=g.parents, children=g.children, permutation=p, reshapes=r)
+        for g, p, r in zip(groups, drawn, reshapes, strict=True)
     )
     weights = {name: module.weight.detach() for name, module in dense.named_modules() if hasattr(module, "weight")}
     model = build_quantized(copy.deepcopy(dense), make_plan(dense, quantization_spec(settings))).eval()
@@ -66,7 +67,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
                 torch.randint(layer.k, (layer.codes_matrix.numel(),), generator=draw),
             )
     info = ModelInfo(
-        "maskrcnn", 91, compression_settings(settings), {"BoxAP": 36.3, "MaskAP": 33.5}, permutations, "pqf"
+        arch="maskrcnn",
+        num_classes=91,
+        settings=compression_settings(settings),
+        metric={"BoxAP": 36.3, "MaskAP": 33.5},
+        permutations=permutations,
+        producer="pqf",
     )
     save_packed(model, folder / "model.safetensors", info)
     save_compressed(model, folder / "model.pth")
@@ -125,11 +131,11 @@ def test_a_dense_file_with_old_names_and_frozen_norms_keeps_both_its_function_an
     assert same_heads(opened.model, lively_network(91, frozen=True), 0)
 
 
-def test_a_decoded_copy_computes_the_same(files: Files, tmp_path: Path) -> None:
-    assert convert.main([str(files.folder / "model.safetensors"), str(tmp_path / "decoded.pth"), "--dense"]) == 0
-    decoded = open_model_file(tmp_path / "decoded.pth")
-    assert decoded.kind == "dense"
-    assert same_heads(decoded.model, files.model, 1e-4)
+def test_a_dequantized_copy_computes_the_same(files: Files, tmp_path: Path) -> None:
+    assert convert.main([str(files.folder / "model.safetensors"), str(tmp_path / "dequantized.pth"), "--dense"]) == 0
+    dequantized = open_model_file(tmp_path / "dequantized.pth")
+    assert dequantized.kind == "dense"
+    assert same_heads(dequantized.model, files.model, 1e-4)
 
 
 def test_noise_is_measured_in_the_order_of_the_coded_network(files: Files) -> None:

@@ -577,7 +577,7 @@ def test_the_published_resnet18_loads_and_is_what_the_specification_says(publish
     path = published / "published" / "resnet18.pth"
     how = quantization_spec(load("../config/train_resnet18.yaml"))
     model = load_compressed(path, ARCHITECTURES["resnet18"], how)
-    assert model_size(model) == ModelSize(11_516_928, 770_048, 640_256, 374_064_384)
+    assert model_size(model) == ModelSize(codes=11_516_928, codebooks=770_048, other=640_256, original=374_064_384)
     state = read_tensors(path)
     ours = compressed_state(model)
     assert {key: (value.shape, value.dtype) for key, value in ours.items()} == {

@@ -38,9 +38,9 @@ def test_the_papers_networks_have_the_golden_sizes(
     with torch.device("meta"):
         model = ARCHITECTURES[f"resnet{depth}"].build(1000)
     dense = model_size(model)
-    assert dense == ModelSize(0, 0, original, original)
+    assert dense == ModelSize(codes=0, codebooks=0, other=original, original=original)
     size = model_size(build_quantized(model, make_plan(model, quantization_spec(settings))))
-    assert size == ModelSize(codes, codebooks, other, original)
+    assert size == ModelSize(codes=codes, codebooks=codebooks, other=other, original=original)
     assert size.bits == codes + codebooks + other
     assert (f"{size.megabytes:.2f}", f"{size.ratio:.2f}") == (mb, ratio)
     for figure in (
@@ -76,7 +76,7 @@ def test_the_bits_of_a_small_network_are_those_counted_by_hand() -> None:
     codebooks = (4 * 9 + 16 * 18 + 16 * 4) * 16
     other = (2 * 8 + 16 + 20) * 32  # the norm as two vectors, two biases
     original = (8 * 27 + 2 * 8 + 16 * 72 + 16 + 20 * 16 + 20) * 32
-    assert model_size(model) == ModelSize(codes, codebooks, other, original)
+    assert model_size(model) == ModelSize(codes=codes, codebooks=codebooks, other=other, original=original)
 
 
 def test_every_kind_of_norm_with_statistics_counts_as_two_vectors() -> None:
@@ -96,7 +96,7 @@ def test_everything_counts_at_its_own_width() -> None:
     assert model_size(nn.Linear(3, 5).half()).bits == (15 + 5) * 16
     assert model_size(nn.Linear(3, 5).double()).bits == (15 + 5) * 64
     model = quantized(nn.Sequential(nn.Linear(16, 16).half()), spec(16))
-    assert model_size(model) == ModelSize(64 * 4, 16 * 4 * 16, 16 * 16, (256 + 16) * 16)
+    assert model_size(model) == ModelSize(codes=64 * 4, codebooks=16 * 4 * 16, other=16 * 16, original=(256 + 16) * 16)
     buffers = nn.Module()
     buffers.register_buffer("kept", torch.zeros(7, dtype=torch.int64))
     buffers.register_buffer("not_saved", torch.zeros(9), persistent=False)
@@ -107,11 +107,13 @@ def test_what_is_shared_counts_once() -> None:
     tied = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     tied[1].weight = tied[0].weight
     assert model_size(tied).original == (256 + 2 * 16) * 32
-    assert model_size(quantized(tied, spec(16))) == ModelSize(64 * 4, 16 * 4 * 16, 2 * 16 * 32, (256 + 2 * 16) * 32)
+    assert model_size(quantized(tied, spec(16))) == ModelSize(
+        codes=64 * 4, codebooks=16 * 4 * 16, other=2 * 16 * 32, original=(256 + 2 * 16) * 32
+    )
     layer, norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
     twice = nn.Sequential(layer, norm, layer, norm)
     assert model_size(quantized(twice, spec(16))) == ModelSize(
-        64 * 4, 16 * 4 * 16, (16 + 2 * 16) * 32, (256 + 3 * 16) * 32
+        codes=64 * 4, codebooks=16 * 4 * 16, other=(16 + 2 * 16) * 32, original=(256 + 3 * 16) * 32
     )
 
 

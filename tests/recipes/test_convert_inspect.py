@@ -50,13 +50,23 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_dense(model, folder / "dense.pth")
     groups = architectures.ARCHITECTURES["resnet18"].groups(model)
     drawn = shuffle(model, groups)
-    permutations = tuple(AppliedPermutation(g.parents, g.children, p, {}) for g, p in zip(groups, drawn, strict=True))
+    permutations = tuple(
+        AppliedPermutation(parents=g.parents, children=g.children, permutation=p, reshapes={})
+        for g, p in zip(groups, drawn, strict=True)
+    )
     model = quantized(model, HOW).eval()
     save_compressed(model, folder / "model.pth")
     save_packed(
         model,
         folder / "model.safetensors",
-        ModelInfo("resnet18", CLASSES, {"compression_parameters": {"k": 256}}, {"accuracy": 71.5}, permutations, "pqf"),
+        ModelInfo(
+            arch="resnet18",
+            num_classes=CLASSES,
+            settings={"compression_parameters": {"k": 256}},
+            metric={"accuracy": 71.5},
+            permutations=permutations,
+            producer="pqf",
+        ),
     )
     return folder
 
@@ -133,22 +143,22 @@ def test_an_onnx_file_computes_pytorch_s_logits(
     path = tmp_path / "model.onnx"
     assert convert.main([str(files / "model.safetensors"), str(path), "--image_size", "64", *flags]) == 0
     assert "onnxruntime's logits are PyTorch's to" in capsys.readouterr().out
-    stored = open_model_file(files / "model.safetensors").model
+    opened = open_model_file(files / "model.safetensors").model
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for images in (X, torch.randn(5, 3, 97, 71)):  # other batches and sizes than it was traced with
         (found,) = session.run(None, {"images": images.numpy()})
-        wanted = outputs(stored, images).numpy()
+        wanted = outputs(opened, images).numpy()
         assert np.abs(found - wanted).max() <= 1e-4 * max(1, np.abs(wanted).max())
     graph = onnx.load(str(path)).graph
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
     gathers = [node for node in graph.node if node.op_type == "Gather"]
     if flags:
         assert not gathers
-        assert path.stat().st_size > model_size(stored).original / 8
+        assert path.stat().st_size > model_size(opened).original / 8
     else:
         assert len(gathers) == 20
         assert "layer4.1.conv2.weight" not in sizes
-        assert path.stat().st_size < 1.15 * model_size(stored).bits / 8
+        assert path.stat().st_size < 1.15 * model_size(opened).bits / 8
 
 
 def test_a_weight_that_was_changed_in_the_graph_is_noticed(
@@ -308,7 +318,9 @@ def test_the_page_holds_the_table_and_figures_and_needs_nothing_else(
 def test_names_from_a_file_cannot_put_elements_into_the_page(files: Path, tmp_path: Path) -> None:
     packed = open_model_file(files / "model.safetensors")
     evil = "<script>alert(1)</script>"
-    info = ModelInfo("resnet18", CLASSES, {evil: evil}, {evil: 1.0}, (), evil)
+    info = ModelInfo(
+        arch="resnet18", num_classes=CLASSES, settings={evil: evil}, metric={evil: 1.0}, permutations=(), producer=evil
+    )
     save_packed(packed.model, tmp_path / "<b>.safetensors", info)
     assert inspect_command.main([str(tmp_path / "<b>.safetensors"), "--html", str(tmp_path / "page.html")]) == 0
     page = Page()
