@@ -24,19 +24,11 @@ from src.settings import load
 from src.tasks.images import load_rgb, read_folder
 from src.tasks.transforms import validation_transform
 from tests.conftest import ROOT
+from tests.support import small_runs
 from tests.support.patience import PATIENCE
 
-SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
-    "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published",
-    "--model.sls_iterations", "50",
-    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu",
-]  # fmt: skip
-EVALUATE_SMALL = [
-    "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.batch_size", "8",
-    "--dataloader.num_workers", "0", "--device", "cpu",
-]  # fmt: skip
+SMALL = small_runs.training(batch=8, workers=0, sls=50, k_means=2)
+EVALUATE_SMALL = small_runs.evaluation()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from .checks import is_placeholder
 from .keys import Path
 from .reach import keys
-from .values import meaning_of, short_kind
+from .values import choices, is_listed, meaning_of, short_kind
 
 WIDTH = 100
 _EXAMPLES = (
@@ -57,7 +57,7 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
 
 def _table(fields: list[tuple[str, FieldInfo]], task: str | None) -> list[str]:
     rows = [
-        (name, f"{short_kind(field, task)} [{default_of(field)}]", meaning_of(field, task)) for name, field in fields
+        (name, f"{short_kind(field, task)} [{default_of(field, task)}]", meaning_of(field, task)) for name, field in fields
     ]
     names = max(len(name) for name, _, _ in rows)
     kinds = min(38, max(len(kind) for _, kind, _ in rows))
@@ -74,9 +74,11 @@ def _table(fields: list[tuple[str, FieldInfo]], task: str | None) -> list[str]:
     return lines
 
 
-def default_of(field: FieldInfo) -> str:
-    """The default of a key, in words."""
+def default_of(field: FieldInfo, task: str | None = None) -> str:
+    """The default of a key, in words; for a task that has no such entry it is to be set."""
     value = field.get_default(call_default_factory=True)
+    if task is not None and is_listed(field) and value not in choices(field, task):
+        return "to be set"
     if value is None:
         return "null"
     if isinstance(value, tuple):

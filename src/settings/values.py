@@ -108,6 +108,11 @@ def listed(entries: Callable[[str | None], Mapping[str, Entry]]) -> Any:
     return Annotated[str, Strict(), Listed(entries)]
 
 
+def is_listed(field: FieldInfo) -> bool:
+    """Whether a field names an entry that depends on the task."""
+    return any(isinstance(limit, Listed) for limit in field.metadata)
+
+
 def choices(field: FieldInfo, task: str | None = None) -> dict[str, str]:
     """The registered names that a field accepts, with what each is; empty where it holds no single name."""
     return _choices(tuple(field.metadata), task)

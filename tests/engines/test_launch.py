@@ -15,6 +15,7 @@ from src.engines.launch import Launch, here
 from src.recipes.specs import finetune_spec
 from src.settings import ineffective, load
 from tests.conftest import write_images
+from tests.support import small_runs
 from tests.support.launching import ENGINES, Finished, by_hand, command, free_port, launch, need, together
 
 pytestmark = pytest.mark.timeout(1800)
@@ -35,13 +36,7 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 
-SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
-    "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published",
-    "--model.sls_iterations", "5",
-    "--model.compression_parameters.k_means_n_iters", "1", "--epochs", "1", "--device", "cpu",
-]  # fmt: skip
+SMALL = [*small_runs.training(batch=4, workers=0, sls=5, k_means=1), "--epochs", "1"]
 TRAIN = ["-m", "src.train_resnet", *SMALL]
 
 

@@ -18,6 +18,7 @@ from src.engines.single import SingleProcess
 from src.model_files.pth import read_tensors
 from src.settings import load
 from tests.conftest import write_images
+from tests.support import small_runs
 from tests.support.coco import small_coco
 from tests.support.helpers import quantized, spec
 from tests.support.launching import ENGINES, Finished, by_hand, free_port, launch
@@ -28,13 +29,9 @@ from tests.test_entries import scalars
 pytestmark = pytest.mark.timeout(1800)
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
-    "--dataloader.image_size", "32",
-    "--dataloader.num_workers", "0", "--model.search", "published", "--model.sls_iterations", "50", "--optimizer",
-    "sgd", "--epochs", "1",
-    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu", "--log_every_n_steps", "1",
-    "--sync_batch_norm", "True",
-]  # fmt: skip
+    *small_runs.training(batch=8, workers=0, sls=50, k_means=2),
+    *("--optimizer", "sgd", "--epochs", "1", "--log_every_n_steps", "1", "--sync_batch_norm", "True"),
+]
 
 
 @pytest.fixture(scope="module")

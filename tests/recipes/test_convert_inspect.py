@@ -29,6 +29,7 @@ from src.model_files.packed import AppliedPermutation, ModelInfo, load_packed, s
 from src.model_files.pth import compressed_state, read_tensors, save_compressed, save_dense
 from src.model_files.size import model_size
 from tests.conftest import ROOT
+from tests.support import small_runs
 from tests.support.helpers import lively, outputs, quantized, relative, shuffle, spec
 from tests.support.patience import PATIENCE
 
@@ -371,18 +372,9 @@ def test_the_module_called_inspect_never_hides_python_s_own(files: Path) -> None
 
 # --- training and evaluation with packed files ---
 
-SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
-    "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "0", "--model.search", "published",
-    "--model.sls_iterations", "50",
-    "--model.compression_parameters.k_means_n_iters", "2", "--device", "cpu", "--epochs", "1",
-    "--model.compression_parameters.large_subvectors", "True",
-]  # fmt: skip
-EVALUATE = [
-    "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.batch_size", "8",
-    "--dataloader.num_workers", "0", "--device", "cpu",
-]  # fmt: skip
+TRAINING = [*small_runs.training(batch=8, workers=0, sls=50, k_means=2), "--epochs", "1"]
+SMALL = [*TRAINING, "--model.compression_parameters.large_subvectors", "True"]
+EVALUATE = small_runs.evaluation()
 
 
 @pytest.fixture(scope="module")
@@ -496,15 +488,8 @@ def test_only_packed_files_are_written_if_asked_and_dense_ones_stay_plain(small_
         "0.safetensors",
         "best.safetensors",
     ]
-    dense = [flag for flag in SMALL if True]
-    at = dense.index("--model.compression_parameters.large_subvectors")
-    del dense[at : at + 2]
-    assert (
-        train_resnet.main(
-            [*dense, *flags, "--output_path", str(tmp_path / "dense"), "--model.use_compression", "False"]
-        )
-        == 0
-    )
+    dense = [*TRAINING, *flags, "--model.use_compression", "False"]
+    assert train_resnet.main([*dense, "--output_path", str(tmp_path / "dense")]) == 0
     state = load_file(tmp_path / "dense" / "trained_models" / "best.safetensors")
     resnet18(num_classes=3).load_state_dict(state)
 

@@ -35,6 +35,7 @@ from src.run.checkpoints import StoredCheckpoint
 from src.run.fingerprint import PROCESSES, RunFingerprint
 from tests.compression.finetune.test_loop import Blobs, Notes
 from tests.conftest import ROOT, write_images
+from tests.support import small_runs
 from tests.support.coco import small_coco
 from tests.support.helpers import quantized, spec
 from tests.support.killing import digest, found, scalars
@@ -45,14 +46,10 @@ from tests.test_maskrcnn_entries import paths as coco_paths
 
 CPU = SingleProcess(Launch(), torch.device("cpu"))
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
-    "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "4", "--dataloader.num_workers", "0", "--model.search", "published",
-    "--model.sls_iterations", "20",
-    "--model.compression_parameters.k_means_n_iters", "1", "--device", "cpu", "--epochs", "2", "--log_every_n_steps",
-    "1",
-    "--dataloader.crop_padding", "2",
-]  # fmt: skip
+    *small_runs.training(batch=4, workers=0, sls=20, k_means=1),
+    *("--epochs", "2", "--log_every_n_steps", "1", "--dataloader.crop_padding", "2"),
+]
+ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "0"]
 STEPS = 6
 
 
@@ -290,14 +287,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
 ) -> None:
     """In a process of its own with loader processes, all of which get the signal."""
     output = tmp_path / "run"
-    arguments = [
-        *SMALL,
-        *paths(small_images, output),
-        "--dataloader.num_workers",
-        "1",
-        "--checkpoint_every_n_steps",
-        "0",
-    ]
+    arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER]
     running = started(arguments)
     wait_for(
         lambda: at_step(output, 0)() and len(found(output, "resume/checkpoint-*")) == 2, running
@@ -806,14 +796,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    arguments = [
-        *SMALL,
-        *paths(small_images, output),
-        "--dataloader.num_workers",
-        "1",
-        "--checkpoint_every_n_steps",
-        "0",
-    ]
+    arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER]
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     if not children.exists():
         pytest.skip("child processes are found through /proc, which this system does not have")

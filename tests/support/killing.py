@@ -24,16 +24,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src import train_resnet
 from src.recipes import train_classification  # noqa: F401 (so that forked runs have it loaded)
+from tests.support import small_runs
 
 SMALL = [
-    "--config", "../config/train_resnet18.yaml", "--model.weights", "none", "--dataloader.resize", "32",
-    "--dataloader.image_size", "32",
-    "--dataloader.batch_size", "8", "--dataloader.num_workers", "1", "--model.search", "published",
-    "--model.sls_iterations", "300",
-    "--model.compression_parameters.k_means_n_iters", "20", "--device", "cpu", "--epochs", "2",
-    "--checkpoint_every_n_steps", "2",
-    "--dataloader.crop_padding", "2", "--lr_scheduler.type", "cosine", "--log_every_n_steps", "1",
-]  # fmt: skip
+    *small_runs.training(batch=8, workers=1, sls=300, k_means=20),
+    *("--epochs", "2", "--checkpoint_every_n_steps", "2", "--dataloader.crop_padding", "2"),
+    *("--lr_scheduler.type", "cosine", "--log_every_n_steps", "1"),
+]
 MOST_LIVES = 200
 
 

@@ -109,7 +109,7 @@ class Searches(Protocol):
     """Stores the results of finished groups, so that a run that resumes does not search them again."""
 
     def recall(self, number: int) -> GroupResult | None:
-        """The stored result of the group at `number` of the groups that `permute` was given; None: there is none."""
+        """The finished result of the group at `number` of the groups that `permute` was given; None: there is none."""
 
     def keep(self, number: int, result: GroupResult) -> None:
         """Store one; called in the thread of `permute`'s caller."""
@@ -167,9 +167,9 @@ def _search_all(
     by_number: dict[int, GroupResult] = {}
     if finished is not None:
         for number, group in enumerate(groups):
-            stored = finished.recall(number)
-            if stored is not None:
-                by_number[number] = replace(stored, label=group.label)
+            earlier = finished.recall(number)
+            if earlier is not None:
+                by_number[number] = replace(earlier, label=group.label)
     missing = [number for number in range(len(groups)) if number not in by_number]
     longest_first = sorted(missing, key=lambda number: -groups[number].width * len(groups[number].children))
     # one thread of BLAS for each group: several teams of threads on the same processors would slow each other down

@@ -130,6 +130,7 @@ def candidate_distortion(plan: Plan, seed: int) -> Callable[[str, Tensor], NDArr
         least, most = CANDIDATE_ITERATIONS
         iterations = min(max(least, CANDIDATE_VISITS * layer.k // n), most)
         ready = vectors.float().cpu()
+        # the label seeds the candidates: with another one every result would change
         starts = [stream(seed, f"quick look {number}", name) for number in range(CANDIDATE_STARTS)]
         found = [cluster("src", ready, layer.k, iterations, start, 1.0) for start in starts]  # each one short annealing
         return n * np.array([clustering.distortion for clustering in found])

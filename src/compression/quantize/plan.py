@@ -126,7 +126,15 @@ def _plan_layer(
         return None, "too small for two centroids, left uncompressed"
     kind = own.k_means_type or spec.k_means_type
     iterations = spec.k_means_n_iters if own.k_means_n_iters is None else own.k_means_n_iters
-    return LayerPlan(name, d, clamped, kind, iterations, spec.k_means_tolerance), note
+    layer = LayerPlan(
+        name=name,
+        d=d,
+        k=clamped,
+        k_means_type=kind,
+        k_means_n_iters=iterations,
+        k_means_tolerance=spec.k_means_tolerance,
+    )
+    return layer, note
 
 
 def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Mapping[str, nn.Module]) -> str | None:
