@@ -86,7 +86,8 @@ def load_compressed(path: Path, architecture: Architecture, spec: QuantizationSp
         CheckpointError: the file cannot be read or does not fit.
         PlanError: the quantization settings do not fit the architecture.
     """
-    return build_network(ModelFile(path=path, packed=None, tensors=read_tensors(path)), architecture, lambda dense: make_plan(dense, spec))
+    file = ModelFile(path=path, packed=None, tensors=read_tensors(path))
+    return build_network(file, architecture, lambda dense: make_plan(dense, spec))
 
 
 def model_to_evaluate(job: Job, task: str) -> EvaluatedModel:

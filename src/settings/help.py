@@ -57,7 +57,8 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
 
 def _table(fields: list[tuple[str, FieldInfo]], task: str | None) -> list[str]:
     rows = [
-        (name, f"{short_kind(field, task)} [{default_of(field, task)}]", meaning_of(field, task)) for name, field in fields
+        (name, f"{short_kind(field, task)} [{default_of(field, task)}]", meaning_of(field, task))
+        for name, field in fields
     ]
     names = max(len(name) for name, _, _ in rows)
     kinds = min(38, max(len(kind) for _, kind, _ in rows))

@@ -1,7 +1,7 @@
 """The score of a permutation: log det of the covariance of a child's subvectors (paper section 3.2.2, equation 6).
 
-Why this score. For a Gaussian source in d dimensions, quantized with b bits per vector, rate-distortion theory bounds the
-squared error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the permutation
+Why this score. For a Gaussian source in d dimensions, quantized with b bits per vector, rate-distortion theory bounds
+the squared error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the permutation
 is, so the permutation of the smallest determinant promises the smallest error. A determinant is small where variances
 are unequal and values correlated: exactly what a codebook can make use of. The score is the logarithm, because the
 determinant itself underflows in float64 at d = 98, because small ratios become sums that can be weighted over children,
