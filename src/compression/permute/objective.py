@@ -1,11 +1,11 @@
 """The score of a permutation: log det of the covariance of a child's subvectors (paper section 3.2.2, equation 6).
 
 Why this score. For a Gaussian source in d dimensions, quantized with b bits per vector, rate-distortion theory bounds
-the squared error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the permutation
-is, so the permutation of the smallest determinant promises the smallest error. A determinant is small where variances
-are unequal and values correlated: exactly what a codebook can make use of. The score is the logarithm, because the
-determinant itself underflows in float64 at d = 98, because small ratios become sums that can be weighted over children,
-and because log det is concave in the covariance (`assignment`).
+the squared error per value from below by det(Cov)^(1/d) * 2^(-2b/d). The codes have log2(k) bits whatever the
+permutation is, so the permutation of the smallest determinant promises the smallest error. A determinant is small where
+variances are unequal and values correlated: exactly what a codebook can make use of. The score is the logarithm,
+because the determinant itself underflows in float64 at d = 98, because small ratios become sums that can be weighted
+over children, and because log det is concave in the covariance (`assignment`).
 
 Why the Gram matrix. A permutation only decides which columns of the weight stand together in a subvector. All second
 moments that can ever be needed are the inner products of pairs of columns: they are computed once, by one matrix
