@@ -43,7 +43,8 @@ from src.compression.permute.permute import SearchSpec, permute
 from src.compression.permute.search import search, search_best
 from src.compression.quantize.compress import candidate_distortion, compress
 from src.compression.quantize.plan import make_plan
-from src.compression.quantize.subvectors import BlockRule, Layer, to_subvectors
+from src.compression.quantize.subvector_size import BlockRule
+from src.compression.quantize.subvectors import Layer, to_subvectors
 from src.model_files.pth import is_compressed, read_tensors
 from src.recipes import load_compressed
 

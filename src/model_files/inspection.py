@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.errors import CheckpointError, GroupError
 from ..compression.permute.groups import Group, resolve
-from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.layers import QuantizedLayer, dense_name, own_tensors
 from ..compression.quantize.subvectors import Layer, bits_per_code
 from .building import build_and_load
-from .metadata import AppliedPermutation, ModelInfo, layer_type
+from .metadata import AppliedPermutation, ModelInfo
 from .norms import is_folded_norm
 from .open_model_file import OpenModelFile, open_model_file
 from .pth import is_compressed, read_tensors
@@ -118,11 +118,11 @@ def _row(name: str, module: Layer) -> Row | None:
         n_codes = module.codes_matrix.numel()
         return Row(
             name=name,
-            kind=layer_type(module),
+            kind=module.quantized_kind,
             shape=tuple(module.weight_shape),
             codes_bits=n_codes * bits_per_code(module.k),
             codebook_bits=module.codebook.numel() * CODEBOOK_BITS,
-            other_bits=0 if module.bias is None else tensor_bits(module.bias),
+            other_bits=sum(map(tensor_bits, own_tensors(module).values())),
             d=module.d,
             k=module.k,
             n_codes=n_codes,
@@ -133,9 +133,7 @@ def _row(name: str, module: Layer) -> Row | None:
     if is_folded_norm(module):
         mean = module.running_mean
         return Row(name=name, kind=type(module).__name__, shape=tuple(mean.shape), other_bits=2 * tensor_bits(mean))
-    skipped = module._non_persistent_buffers_set
-    own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
-    own += [b for key, b in module._buffers.items() if b is not None and key not in skipped]
+    own = list(own_tensors(module).values())
     if not own:
         return None
     largest = max(own, key=torch.numel)
@@ -172,11 +170,11 @@ def _compared(row: Row, quantized: nn.Module, dense: nn.Module) -> Row:
     if row.k is None:
         return row
     layer: Layer = quantized.get_submodule(row.name)
-    original: Layer = dense.get_submodule(row.name)
-    if tuple(original.weight.shape) != row.shape:
+    original = dense.get_parameter(dense_name(row.name, layer))
+    if tuple(original.shape) != row.shape:
         raise CheckpointError(f"--against: {row.name} has another shape in the dense network than {row.shape}")
     with torch.no_grad():
-        weight = original.weight.double()
+        weight = original.double()
         signal, noise = (
             float(weight.square().sum()),
             float((weight - layer.dequantize_stored().double()).square().sum()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import CheckpointError
-from ..compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
 from .bit_packing import packed_size, unpack
-
-LAYER_TYPES = {kind.__name__: kind for kind in QUANTIZED_LAYERS}
-_NAME_OF = {quantized: kind.__name__ for kind, quantized in QUANTIZED_LAYERS.items()}
-
-
-def layer_type(layer: QuantizedLayer) -> str:
-    """The type of layer, as `LAYER_TYPES` names it, that `layer` quantizes."""
-    return _NAME_OF[type(layer)]
 
 
 @dataclass(frozen=True)
@@ -170,11 +162,11 @@ class _Reader:
             not isinstance(entry, list)
             or len(entry) != 4
             or not isinstance(entry[0], str)
-            or entry[0] not in LAYER_TYPES
+            or not re.fullmatch(r"[\w.]{1,200}", entry[0])
         ):
             raise self._wrong(f"layer {name!r}")
         kind, shape, d, k = entry
-        numbers = shape if isinstance(shape, list) and 2 <= len(shape) <= 4 else [None]
+        numbers = shape if isinstance(shape, list) and 2 <= len(shape) <= 8 else [None]
         if not all(type(n) is int and 1 <= n < 1 << 31 for n in [*numbers, d, k]) or k < 2 or k & (k - 1):
             raise self._wrong(f"layer {name!r}")
         if math.prod(shape[1:]) % d or math.prod(shape) >= 1 << 48:

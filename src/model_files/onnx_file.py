@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..common.errors import RunError, SettingsError
 from ..common.paths import write_atomically
-from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.layers import QuantizedLayer, dense_name
 
 OPSET = 18
 INPUT, OUTPUT = "images", "logits"
@@ -73,7 +73,7 @@ def put_codes(graph: Any, quantized: nn.Module) -> Any:
     for prefix, layer in quantized.named_modules():
         if not isinstance(layer, QuantizedLayer):
             continue
-        name = f"{prefix}.weight"
+        name = dense_name(prefix, layer)
         name = aliases.get(name, name)  # the exporter stores equal tensors once
         if name not in weights:
             if any(name in node.output for node in nodes):

@@ -18,7 +18,7 @@ from .. import architectures
 from ..architectures.architecture import Architecture
 from ..common.errors import CheckpointError, SettingsError
 from ..compression.quantize.plan import LayerPlan, Plan
-from ..compression.quantize.subvectors import can_be_quantized
+from ..compression.quantize.weights import find_weight
 from .building import build_and_load
 from .compression_report import permutations_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
@@ -175,16 +175,18 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
     layers = {}
     for key in state:
         name, _, leaf = key.rpartition(".")
-        if leaf != "codes_matrix" or name not in modules:
+        host, _, _ = name.rpartition(".")
+        if leaf != "codes_matrix" or (name not in modules and host not in modules):
             continue  # a layer that the network does not have is reported with all keys that do not fit
         codebook = state.get(f"{name}.codebook")
-        module = modules[name]
-        fits = codebook is not None and codebook.dim() == 2 and min(codebook.shape) >= 1 and can_be_quantized(module)
+        place = find_weight(modules, name)
+        fits = codebook is not None and codebook.dim() == 2 and min(codebook.shape) >= 1
         k, d = codebook.shape if fits and codebook is not None else (0, 1)
-        if k < 2 or k & (k - 1) or module.weight[0].numel() % d:
+        if place is None or k < 2 or k & (k - 1) or place.parameter[0].numel() % d:
+            kind = type(modules.get(name, modules.get(host))).__name__ if place is None else place.kind
             raise CheckpointError(
-                f"{source} does not fit the network: layer {name!r} cannot be a quantized {type(module).__name__} with "
-                "the codebook that the file holds"
+                f"{source} does not fit the network: layer {name!r} cannot be a quantized {kind} with the codebook "
+                "that the file holds"
             )
         layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
     return Plan(layers=layers, notes=())

@@ -27,18 +27,17 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.plan import LayerPlan, Plan
-from ..compression.quantize.subvectors import Layer, bits_per_code, can_be_quantized
+from ..compression.quantize.subvectors import bits_per_code
+from ..compression.quantize.weights import find_weight
 from . import entropy, rans
 from .bit_packing import Bytes, pack, packed_size, unpack
 from .metadata import (
-    LAYER_TYPES,
     AppliedPermutation,
     ModelInfo,
     PackedLayer,
     describe,
     group_entry,
     index_bits,
-    layer_type,
 )
 from .norms import NORM_VECTORS, is_folded_norm
 from .pth import compressed_state, key_of
@@ -125,7 +124,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
             tensors[name] = tensor
     for prefix, module in model.named_modules():  # a layer used twice once
         if isinstance(module, QuantizedLayer):
-            layers[prefix] = [layer_type(module), list(module.weight_shape), module.d, module.k]
+            layers[prefix] = [module.quantized_kind, list(module.weight_shape), module.d, module.k]
     groups = None
     if info.permutations is not None:
         groups = [group_entry(group) for group in info.permutations]
@@ -181,12 +180,11 @@ def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
     Raises:
         CheckpointError: one is not.
     """
-    modules: Mapping[str, Layer] = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in packed.layers.items():
-        module: Layer = modules.get(name)
-        shape = tuple(module.weight.shape) if can_be_quantized(module) else None
-        if shape != layer.shape or type(module) is not LAYER_TYPES[layer.kind]:
-            found = "no such layer" if module is None else f"a {type(module).__name__} of another shape or kind"
+        place = find_weight(modules, name)
+        if place is None or tuple(place.parameter.shape) != layer.shape or place.kind != layer.kind:
+            found = "no such layer" if place is None else f"a {place.kind} {tuple(place.parameter.shape)}"
             raise CheckpointError(
                 f"{packed.source}: layer {name!r} is a {layer.kind} {layer.shape} in the file, {found} in the network"
             )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..common.errors import CheckpointError
 from ..common.paths import write_atomically
-from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.layers import QuantizedLayer, own_tensors
 from .norms import NORM_VECTORS, fold_norm, is_folded_norm
 from .pickle_safety import check_pickle_safety, check_tensors
 from .safetensors_file import read_container, read_metadata, write_container
@@ -51,6 +51,7 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer):
+            module.check_codes()
             half = module.codebook.detach().to(torch.float16)
             if not torch.isfinite(half).all():
                 raise CheckpointError(
@@ -58,13 +59,12 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
                 )
             state[key_of(prefix, "codes_matrix")] = module.codes_matrix.to(codes_dtype(module.k))
             state[key_of(prefix, "codebook")] = half
-            own: dict[str, Tensor | None] = {"bias": module.bias}
+            own = own_tensors(module)
         elif is_folded_norm(module):
             own = dict(zip(NORM_VECTORS, fold_norm(module), strict=True))
         else:
-            skipped = module._non_persistent_buffers_set
-            own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in skipped}}
-        state.update({key_of(prefix, name): tensor.detach() for name, tensor in own.items() if tensor is not None})
+            own = own_tensors(module)
+        state.update({key_of(prefix, name): tensor.detach() for name, tensor in own.items()})
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
 

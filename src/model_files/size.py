@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.layers import QuantizedLayer, own_tensors
 from ..compression.quantize.subvectors import Layer, bits_per_code
 from .norms import is_folded_norm
 
@@ -72,18 +72,13 @@ def model_size(model: nn.Module) -> ModelSize:
                 codebooks += module.codebook.numel() * CODEBOOK_BITS
                 codes += module.codes_matrix.numel() * bits_per_code(module.k)
                 original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
-            own: list[Tensor] = [] if module.bias is None else [module.bias]
         elif is_folded_norm(module):
             width = module.running_mean
-            own = []
             if first_time(width):
                 other += 2 * tensor_bits(width)
                 original += 2 * tensor_bits(width)
-        else:
-            skipped = module._non_persistent_buffers_set
-            own = [p for p in module._parameters.values() if p is not None]
-            own += [b for name, b in module._buffers.items() if b is not None and name not in skipped]
-        for tensor in own:
+            continue
+        for tensor in own_tensors(module).values():
             if first_time(tensor):
                 other += tensor_bits(tensor)
                 original += tensor_bits(tensor)

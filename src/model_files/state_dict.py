@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError
+from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.subvectors import Layer
 from .norms import NORM_STATISTICS, NORM_VECTORS, is_folded_norm, norm_problem, unfold_norm
 from .pth import CODE_DTYPES, key_of
@@ -35,6 +36,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             optional_target = _buffer(model, name)
             if optional_target is not None:
                 optional_target.copy_(state[name])
+        for module in model.modules():
+            if isinstance(module, QuantizedLayer):
+                module.forget()
         for prefix, norm in norms:
             unfold_norm(norm, state[key_of(prefix, "weight")], state[key_of(prefix, "bias")])
 

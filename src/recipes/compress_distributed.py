@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..compression.permute.groups import Group, resolve
 from ..compression.permute.permute import GroupResult, group_result, group_row
-from ..compression.quantize.compress import LayerResult, build_quantized
+from ..compression.quantize.compress import LayerResult, build_quantized, places_of
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.plan import LayerPlan, Plan
+from ..compression.quantize.weights import WeightPlace
 from ..engines.engine import Engine
 
 
@@ -91,21 +92,19 @@ def quantize_together(
 def _owners(model: nn.Module, plan: Plan, world_size: int) -> dict[str, int]:
     """Which process codes each layer: the costliest first, always to the one with least to do; layers with one weight
     stay together."""
-    modules = dict(model.named_modules())
+    places = places_of(model, plan)
     tied: dict[int, list[str]] = {}
-    for name in plan.layers:
-        tied.setdefault(id(modules[name].weight), []).append(name)
+    for name, place in places.items():
+        tied.setdefault(id(place.parameter), []).append(name)
     load = [0.0] * world_size
     owners: dict[str, int] = {}
-    for names in sorted(tied.values(), key=lambda names: -_cost(modules[names[0]], plan.layers[names[0]])):
+    for names in sorted(tied.values(), key=lambda names: -_cost(places[names[0]], plan.layers[names[0]])):
         owner = load.index(min(load))
-        load[owner] += _cost(modules[names[0]], plan.layers[names[0]])
+        load[owner] += _cost(places[names[0]], plan.layers[names[0]])
         owners |= dict.fromkeys(names, owner)
     return owners
 
 
-def _cost(dense: nn.Module, layer: LayerPlan) -> float:
+def _cost(place: WeightPlace, layer: LayerPlan) -> float:
     """Multiplications of clustering: every value meets every centroid in every iteration."""
-    weight = dense.weight
-    assert isinstance(weight, Tensor)
-    return float(weight.numel()) * layer.k * (layer.k_means_n_iters + 1)
+    return float(place.parameter.numel()) * layer.k * (layer.k_means_n_iters + 1)

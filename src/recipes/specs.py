@@ -12,7 +12,7 @@ from ..compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from ..compression.permute.permute import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
 from ..compression.quantize.plan import QuantizationSpec
-from ..compression.quantize.subvectors import BlockRule
+from ..compression.quantize.subvector_size import BlockRule
 from ..settings import GroupSettings, LayerSpec, Settings
 from ..settings import PermutationSpec as PermutationSection
 

@@ -121,9 +121,8 @@ def whole(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     # uneven codes, so that entropy coding is chosen
     skewed = lively(tiny())
     skewed = quantized(skewed, spec(8)).eval()
-    skewed[3].codes_matrix.masked_fill_(
-        torch.rand(skewed[3].codes_matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.6, 0
-    )
+    rare = torch.rand(skewed[3].codes_matrix.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    skewed[3].set_codes(skewed[3].codebook.detach(), skewed[3].codes_matrix.masked_fill(rare, 0))
     save_packed(model, folder / "packed.safetensors", info)
     save_packed(skewed, folder / "entropy.safetensors", info, entropy_coding=True)
     save_compressed(model, folder / "model.pth")

@@ -25,7 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from src.architectures import ARCHITECTURES
 from src.common.errors import CheckpointError, RunError
 from src.compression.quantize.compress import build_quantized
-from src.compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer
+from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import LayerSpec, QuantizationSpec, make_plan
 from src.model_files.pth import compressed_state, is_compressed, read_tensors, save_compressed, save_dense
 from src.model_files.size import ModelSize, model_size
@@ -33,7 +33,7 @@ from src.model_files.state_dict import check_codes, load_state
 from src.recipes import load_compressed, quantization_spec
 from src.settings import load
 from tests.conftest import ROOT
-from tests.support.helpers import lively, outputs, quantized, relative, spec
+from tests.support.helpers import lively, outputs, quantized, quantized_layer, relative, spec
 from tests.support.patience import PATIENCE
 
 CLOSE = 1e-5
@@ -160,7 +160,7 @@ def test_a_compressed_network_in_another_precision_survives(tmp_path: Path) -> N
 ])  # fmt: skip
 def test_codes_have_the_smallest_type_and_survive_up_to_the_highest(k: int, dtype: torch.dtype, tmp_path: Path) -> None:
     dense = nn.Linear(8, max(4, k // 4))
-    model = nn.Sequential(QUANTIZED_LAYERS[nn.Linear](dense, 1 if k > 2048 else 4, k))
+    model = nn.Sequential(quantized_layer(dense, 1 if k > 2048 else 4, k))
     layer = model[0]
     codes = torch.arange(layer.codes_matrix.numel()) % k
     codes[-1] = k - 1
@@ -168,14 +168,14 @@ def test_codes_have_the_smallest_type_and_survive_up_to_the_highest(k: int, dtyp
     save_compressed(model, tmp_path / "model.pth")
     state = read_tensors(tmp_path / "model.pth")
     assert state["0.codes_matrix"].dtype == dtype
-    twin = nn.Sequential(QUANTIZED_LAYERS[nn.Linear](nn.Linear(8, dense.out_features), layer.d, k))
+    twin = nn.Sequential(quantized_layer(nn.Linear(8, dense.out_features), layer.d, k))
     load_state(twin, state, "file")
     assert twin[0].codes_matrix.dtype == torch.int32
     assert torch.equal(twin[0].codes_matrix.flatten().long(), codes)
 
 
 def test_codes_that_were_stored_as_int16_beyond_its_range_are_read_as_unsigned(tmp_path: Path) -> None:
-    model = nn.Sequential(QUANTIZED_LAYERS[nn.Linear](nn.Linear(8, 16), 4, 65536))
+    model = nn.Sequential(quantized_layer(nn.Linear(8, 16), 4, 65536))
     codes = torch.randint(65536, (16, 2))
     codes[0, 0] = 40000
     state = {

@@ -12,8 +12,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from src.common.randomness import stream
 from src.compression.permute.groups import Group, resolve
 from src.compression.quantize.compress import compress
+from src.compression.quantize.layers import QuantizedLayer, quantize_weight
 from src.compression.quantize.plan import LayerSpec, QuantizationSpec, make_plan
-from src.compression.quantize.subvectors import BlockRule
+from src.compression.quantize.subvector_size import BlockRule
+from src.compression.quantize.weights import WeightPlace
 
 NORMS = (_BatchNorm, FrozenBatchNorm2d)
 
@@ -88,3 +90,8 @@ def spec(
 def quantized(model: nn.Module, how: QuantizationSpec | None = None, seed: int = 0) -> nn.Module:
     """`model` compressed in place (use what is returned)."""
     return compress(model, make_plan(model, how or spec()), seed=seed, show_progress=False)[0]
+
+
+def quantized_layer(dense: nn.Module, d: int, k: int) -> QuantizedLayer:
+    """`dense` itself, with an empty codebook and codes in the place of its weight."""
+    return quantize_weight(WeightPlace(host=dense, attribute="weight", name="layer", below=False), d, k)

@@ -1,4 +1,5 @@
-"""Coding a whole network: every planned layer is clustered and replaced, or built from shapes alone."""
+"""Quantizing a whole network: every planned weight is clustered and gives way to codebook and codes, or to room for
+them."""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ from ...engines.machine import own_processors
 from .assign import one_thread
 from .clustering import Clustering
 from .kmeans import cluster
-from .layers import CODES_DTYPE, QUANTIZED_LAYERS, QuantizedLayer
+from .layers import CODES_DTYPE, QuantizedLayer, quantize_weight, share_codes
 from .plan import LayerPlan, Plan
-from .subvectors import Layer, to_subvectors
+from .subvectors import to_subvectors
+from .weights import WeightPlace, find_weight
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def compress(
     show_progress: bool = True,
     finished: Clusterings | None = None,
 ) -> tuple[nn.Module, list[LayerResult]]:
-    """Cluster and replace every planned layer, in place.
+    """Cluster every planned weight and put codebook and codes in its place.
 
     Args:
-        model: the dense network (permuted or not). A bare layer is replaced as a whole, so use the returned model.
+        model: the dense network (permuted or not). Its modules stay what they are, but for their weights.
         plan: from `make_plan`.
         seed: the run's seed; each layer draws from its own stream.
         device: where to cluster; None: where the weight is.
@@ -83,7 +85,7 @@ def compress(
         finished: is given every finished layer, and asked for it first.
 
     Returns:
-        The network with quantized layers, and how well each was quantized, in the network's order.
+        The same network, and how well each weight was quantized, in the network's order.
 
     Raises:
         PlanError: a weight that cannot be clustered (not finite).
@@ -91,9 +93,9 @@ def compress(
     found = _cluster_layers(model, plan, seed, device, show_progress, finished)
     results = []
 
-    def code(plan: LayerPlan, dense: Layer) -> QuantizedLayer:
-        layer: QuantizedLayer = QUANTIZED_LAYERS[type(dense)](dense, plan.d, plan.k)
-        weight: Tensor = dense.weight.detach()
+    def code(plan: LayerPlan, place: WeightPlace) -> QuantizedLayer:
+        weight = place.parameter.detach()
+        layer = quantize_weight(place, plan.d, plan.k)
         clustering = found.pop(plan.name)
         n = clustering.codes.shape[0]
         layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
@@ -152,20 +154,20 @@ def _cluster_layers(
     layers would not keep more than one busy. The result of a layer depends on its weight and the seed alone. Elsewhere
     one after the other.
     """
-    modules = dict(model.named_modules())
-    jobs = list({id(modules[name].weight): plan.layers[name] for name in reversed(list(plan.layers))}.values())
-    jobs.sort(key=lambda job: -modules[job.name].weight.numel() * job.k * job.k_means_n_iters)
-    on_cpu = all(torch.device(device or modules[job.name].weight.device).type == "cpu" for job in jobs)
+    weights = {name: place.parameter.detach() for name, place in places_of(model, plan).items()}
+    jobs = one_of_each(model, plan)
+    jobs.sort(key=lambda job: -weights[job.name].numel() * job.k * job.k_means_n_iters)
+    on_cpu = all(torch.device(device or weights[job.name].device).type == "cpu" for job in jobs)
     clusterings: dict[str, Clustering] = {}
     if finished is not None:
-        known = {job.name: finished.recall(job.name, modules[job.name].weight.detach()) for job in jobs}
+        known = {job.name: finished.recall(job.name, weights[job.name]) for job in jobs}
         clusterings = {name: clustering for name, clustering in known.items() if clustering is not None}
         jobs = [job for job in jobs if job.name not in clusterings]
     workers = min(own_processors(), len(jobs)) if on_cpu else 1
     stop = threading.Event()
 
     def run(job: LayerPlan) -> tuple[str, Clustering]:
-        weight: Tensor = modules[job.name].weight.detach()
+        weight = weights[job.name]
         vectors = to_subvectors(weight, job.d).float().to(device or weight.device)
         generator = stream(seed, "codebook", job.name)
         try:
@@ -179,7 +181,7 @@ def _cluster_layers(
     def done(result: tuple[str, Clustering]) -> None:
         name, clusterings[result[0]] = result
         if finished is not None:
-            finished.keep(name, modules[name].weight.detach(), result[1])
+            finished.keep(name, weights[name], result[1])
 
     n_known = len(clusterings)
     if workers <= 1:
@@ -201,37 +203,43 @@ def _cluster_layers(
 
 
 def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
-    """Replace every planned layer by a quantized layer of the same shape with an empty codebook; nothing is clustered.
+    """Put an empty codebook and codes in the place of every planned weight; nothing is clustered.
 
     The values come from a file. Works on the meta device.
     """
-    return _replace(model, plan, lambda layer, dense: QUANTIZED_LAYERS[type(dense)](dense, layer.d, layer.k))
+    return _replace(model, plan, lambda layer, place: quantize_weight(place, layer.d, layer.k))
 
 
-def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, nn.Module], QuantizedLayer]) -> nn.Module:
-    modules = dict(model.named_modules())
+def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, WeightPlace], QuantizedLayer]) -> nn.Module:
     made: dict[int, QuantizedLayer] = {}
-    by_weight: dict[int, QuantizedLayer] = {}
+    places = places_of(model, plan)
+    parameters = {name: place.parameter for name, place in places.items()}
     for name, layer in plan.layers.items():
-        dense = modules[name]
-        twin = by_weight.get(id(dense.weight))
-        if twin is not None:
-            quantized = QUANTIZED_LAYERS[type(dense)](dense, layer.d, layer.k)
-            _share(quantized, twin)
+        twin = made.get(id(parameters[name]))
+        if twin is None:
+            made[id(parameters[name])] = make(layer, places[name])
         else:
-            quantized = by_weight[id(dense.weight)] = make(layer, dense)
-        made[id(dense)] = quantized
-    if id(model) in made:
-        return made[id(model)]
-    # every place that holds a replaced module, so that a module used twice stays one module
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and id(child) in made:
-                parent._modules[child_name] = made[id(child)]
+            share_codes(quantize_weight(places[name], layer.d, layer.k), twin)
     return model
 
 
-def _share(quantized: QuantizedLayer, twin: QuantizedLayer) -> None:
-    """Tie two quantized layers whose dense weights were one parameter."""
-    quantized.codebook = twin.codebook
-    quantized.codes_matrix = twin.codes_matrix
+def places_of(model: nn.Module, plan: Plan) -> dict[str, WeightPlace]:
+    """Where the weights of a plan are in the dense network.
+
+    Raises:
+        PlanError: the network has no such weight: the plan was made for another one.
+    """
+    modules = dict(model.named_modules())
+    places = {}
+    for name in plan.layers:
+        place = find_weight(modules, name)
+        if place is None:
+            raise PlanError(f"the network has no weight {name!r}: the plan was made for another one")
+        places[name] = place
+    return places
+
+
+def one_of_each(model: nn.Module, plan: Plan) -> list[LayerPlan]:
+    """The weights of a plan, of tied ones the first."""
+    places = places_of(model, plan)
+    return list({id(places[name].parameter): plan.layers[name] for name in reversed(list(plan.layers))}.values())

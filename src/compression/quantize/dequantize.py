@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, dense_name
 
 
 def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
@@ -15,5 +15,5 @@ def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, QuantizedLayer):
             start = f"{prefix}." if prefix else ""
             del state[f"{start}codebook"], state[f"{start}codes_matrix"]
-            state[f"{start}weight"] = module.dequantize_stored().detach().contiguous()
+            state[dense_name(prefix, module)] = module.dequantize_stored().detach().contiguous()
     return state

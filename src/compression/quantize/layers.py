@@ -1,81 +1,73 @@
-"""Layers whose weight is a codebook and codes.
+"""Modules whose weight is a codebook and codes.
 
-The codebook is the only trained parameter of a quantized layer besides its bias; the codes are a buffer and never
-change. In training the weight is dequantized in every forward pass, and the gradient of a centroid is the sum of the
-gradients of the subvectors that use it (paper section 3.4). Where no gradient is needed the dequantized weight is kept,
-so that inference runs at the speed of the dense layer.
+The module itself stays: its class (a quantized one is a subclass, made on the fly), forward, hooks and attributes. Only
+the parameter gives way to a property that dequantizes. The codebook is the only parameter of a quantized weight; the
+codes are a buffer and never change. In training the weight is dequantized in every forward pass, and the gradient of a
+centroid is the sum of the gradients of the subvectors that use it (paper section 3.4). Where no gradient is needed the
+dequantized weight is kept, so that inference runs at the speed of the dense layer.
+
+A parameter that is not its module's `weight`, such as attention's `in_proj_weight`, is held by a module of its own
+below it, of the parameter's name.
 
 Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .members import Dequantize, Members
-from .subvectors import Layer, bits_per_code, from_subvectors
+from .read_only import ADVICE, DequantizedWeight, watch
+from .subvectors import bits_per_code, from_subvectors
+from .watch import KeptWeight, SeenCodes, is_ordinary, must_be_plain
+from .weights import WeightPlace
 
 CODES_DTYPE = torch.int32
 
 
-def _version(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal as long as nothing was written into `tensor` and it was not moved or replaced."""
-    # tensors made in inference mode cannot be changed outside it and count no versions
-    return (
-        id(tensor),
-        tensor.data_ptr(),
-        tensor.dtype,
-        tensor.device,
-        -1 if tensor.is_inference() else tensor._version,
-    )
-
-
 class QuantizedLayer(nn.Module):
-    """What quantized layers share: codebook, codes, and the dequantized weight, which is kept in evaluation.
+    """What a quantized weight consists of, mixed into the class of the module whose `weight` it is.
 
     Attributes:
         codebook: parameter (k, d).
         codes_matrix: buffer (R, m) int32, values below k.
         weight_shape: shape of the dequantized weight.
+        quantized_kind: the type of the dense module, with the parameter's name where that is not `weight`.
     """
 
-    codebook: nn.Parameter
-    codes_matrix: Tensor
-    bias: nn.Parameter | None
-    # geometry of the dense layer, as far as its type has it
-    in_channels: int
-    out_channels: int
-    kernel_size: Any
-    stride: Any
-    padding: Any
-    output_padding: Any
-    dilation: Any
-    groups: int
-    padding_mode: str
+    if TYPE_CHECKING:  # TorchScript would read them as its own
+        quantized_kind: str
+        codebook: Tensor
+        codes_matrix: Tensor
+        weight_shape: tuple[int, ...]
 
-    def _set_up(self, dense: Layer, d: int, k: int) -> None:
-        """Make room for codes and codebook of `dense`'s shape; the values come from `set_codes` or a file."""
+    def _set_up(self, weight: Tensor, d: int, k: int, kind: str) -> None:
+        """Make room for codes and codebook of a weight; the values come from `set_codes` or a file."""
         bits_per_code(k)
-        weight: Tensor = dense.weight
-        self.weight_shape = tuple(weight.shape)
         row = weight.shape[1:].numel()
         if row % d:
             raise ValueError(f"subvector size {d} does not divide the row length {row}")
-        self.codebook = nn.Parameter(
+        self.weight_shape = tuple(weight.shape)
+        self.quantized_kind = kind
+        codebook = nn.Parameter(
             torch.zeros(k, d, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
         )
+        # in the weight's place: the order of parameters is that of optimizers and files
+        others = {name: value for name, value in self._parameters.items() if name != "weight"}
+        self._parameters.clear()
+        self._parameters.update({"codebook": codebook, **others})
         self.register_buffer(
             "codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device)
         )
-        self.register_parameter("bias", dense.bias)
         self.channels_last = False
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
-        self._members: tuple[tuple[Any, ...], Members] | None = None
-        self.training = dense.training
+        self._kept: KeptWeight | None = None
+        self._seen: SeenCodes | None = None
+        self._members: Members | None = None
 
     @property
     def k(self) -> int:
@@ -86,11 +78,6 @@ class QuantizedLayer(nn.Module):
     def d(self) -> int:
         """Length of a subvector."""
         return self.codebook.shape[1]
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """How a 4-d weight is laid out when it is dequantized."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def set_codes(self, codebook: Tensor, codes: Tensor) -> None:
         """Copy a codebook (k, d) and codes (R*m,) or (R, m) in.
@@ -108,54 +95,94 @@ class QuantizedLayer(nn.Module):
         with torch.no_grad():
             self.codebook.copy_(codebook)
             self.codes_matrix.copy_(codes.reshape(self.codes_matrix.shape))
-        self._kept = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Take codebook and codes as they are now: what was derived from them is made anew when it is needed."""
+        self._kept = self._members = None
+        self._seen = SeenCodes.of(self.codes_matrix) if is_ordinary(self.codes_matrix) else None
+        watch(self._parameters["codebook"])
 
     def dequantize(self) -> Tensor:
-        """The weight with the codebook as it is trained; differentiable with respect to the codebook."""
-        return self._dequantize(self.codebook)
+        """The weight with the codebook as it is trained; differentiable with respect to the codebook.
 
-    def _dequantize(self, codebook: Tensor) -> Tensor:
-        members = self.members() if torch.is_grad_enabled() and codebook.requires_grad else None
-        weight = from_subvectors(Dequantize.apply(codebook, self.codes_matrix.view(-1), members), self.weight_shape)
-        return weight.contiguous(memory_format=self.memory_format) if weight.dim() == 4 else weight
-
-    def members(self) -> Members:
-        """The subvectors of each centroid, sorted when first asked for and again if the codes were replaced."""
-        key = _version(self.codes_matrix)
-        if self._members is None or self._members[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._members = (key, Members.of(self.codes_matrix.reshape(-1), self.k))
-        return self._members[1]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight to compute with.
-
-        Training: dequantized anew. Eval: dequantized from the codebook as a file stores it (16-bit floats), so that
-        what is measured is what is saved, and kept while codebook and codes do not change.
+        Raises:
+            RuntimeError: the codes were averaged in place (see `SeenCodes`).
         """
-        if self.training:
-            self._kept = None
-            return self.dequantize()
-        if torch.is_grad_enabled() and self.codebook.requires_grad:
-            self._kept = None  # a step may follow, and fused optimizers count no versions
-            return self.dequantize_stored()
-        key = (*_version(self.codebook), *_version(self.codes_matrix), self.memory_format)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = None  # free the old one before the new one is made
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (key, self.dequantize_stored())
-        return self._kept[1]
+        return self._dequantize(self.codebook)
 
     def dequantize_stored(self) -> Tensor:
         """The weight with the codebook rounded to 16-bit floats; the gradient passes the rounding unchanged."""
-        rounded = self.codebook.to(torch.float16).to(self.codebook.dtype)
-        codebook = (
-            self.codebook + (rounded - self.codebook).detach()
-            if self.codebook.requires_grad and torch.is_grad_enabled()
-            else rounded
-        )
-        return self._dequantize(codebook)
+        return self._dequantize(_rounded(self.codebook))
+
+    def _dequantize(self, codebook: Tensor) -> Tensor:
+        if must_be_plain() or not is_ordinary(codebook):
+            # plain operators, which everything that follows operators understands
+            subvectors = F.embedding(self.codes_matrix, codebook)
+        else:
+            self.check_codes()
+            members = self.members() if torch.is_grad_enabled() and codebook.requires_grad else None
+            subvectors = Dequantize.apply(codebook, self.codes_matrix.view(-1), members)
+        weight = from_subvectors(subvectors, self.weight_shape)
+        if len(self.weight_shape) == 4 and self.channels_last:
+            return weight.contiguous(memory_format=torch.channels_last)
+        return weight
+
+    def check_codes(self) -> None:
+        """Notice codes that were changed since they were last seen.
+
+        Raises:
+            RuntimeError: by an average over buffers.
+        """
+        seen = self._seen
+        if seen is None or not seen.still(self.codes_matrix):
+            if seen is not None:
+                seen.check_change(self.codes_matrix, self.k)
+            self._members = None
+            self._seen = SeenCodes.of(self.codes_matrix)
+
+    def members(self) -> Members:
+        """The subvectors of each centroid, sorted when first asked for and again if the codes were replaced."""
+        members = self._members
+        if members is None:
+            with torch.inference_mode(False), torch.no_grad():
+                members = self._members = Members.of(self.codes_matrix.reshape(-1), self.k)
+        return members
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight to compute with; it cannot be written into.
+
+        Training: dequantized anew. Evaluation: dequantized from the codebook as a file stores it (16-bit floats), so
+        that what is measured is what is saved, and kept while codebook and codes do not change.
+        """
+        if torch.jit.is_scripting():
+            return _scripted(self.codebook, self.codes_matrix, self.training).view(self.weight_shape)
+        else:
+            return self.computed()
+
+    @torch.jit.unused
+    def computed(self) -> Tensor:
+        """What `weight` returns, wherever the weight is read."""
+        if must_be_plain() or not is_ordinary(self.codebook):
+            return self.dequantize() if self.training else self.dequantize_stored()
+        if self.training:
+            self._kept = None
+            return DequantizedWeight.of(self.dequantize())
+        if torch.is_grad_enabled() and self.codebook.requires_grad:
+            self._kept = None  # a step may follow, and fused optimizers count no versions
+            return DequantizedWeight.of(self.dequantize_stored())
+        self.check_codes()
+        kept, seen = self._kept, self._seen
+        if kept is not None and kept.was_written_into():
+            self._kept = None
+            raise RuntimeError(f"a dequantized weight was written into: {ADVICE}")
+        if kept is None or not kept.still(self.codebook, seen, self.channels_last):
+            self._kept = None  # free the old one before the new one is made
+            with torch.inference_mode(False), torch.no_grad():
+                kept = KeptWeight.of(self.codebook, seen, self.channels_last, self.dequantize_stored())
+            self._kept = kept
+        return kept.weight
 
     def train(self, mode: bool = True) -> QuantizedLayer:
         """Set the mode; the kept weight is dropped."""
@@ -163,111 +190,168 @@ class QuantizedLayer(nn.Module):
         super().train(mode)
         return self
 
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.forget()
+
+    def _apply(self, *arguments: Any, **options: Any) -> QuantizedLayer:
+        super()._apply(*arguments, **options)
+        self.forget()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(f"weight: {ADVICE}")
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_kept"] = state["_members"] = None
-        return state
+        return {**_state(super()), "_kept": None, "_seen": None, "_members": None}  # which `forget` makes anew
 
-    def _coded_repr(self) -> str:
-        return f"k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.forget()
 
-
-class QuantizedConv2d(QuantizedLayer):
-    """A convolution with a quantized weight; same geometry as the dense layer it replaces."""
-
-    def __init__(self, dense: nn.Conv2d, d: int, k: int) -> None:
-        super().__init__()
-        self._set_up(dense, d, k)
-        for name in (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        ):
-            setattr(self, name, getattr(dense, name))
-        self._reversed_padding = list(dense._reversed_padding_repeated_twice)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        weight, bias = self.weight, self.bias
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding, mode=self.padding_mode)
-            return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (dense_type(self), ("weight",)), self.__getstate__()
 
     def extra_repr(self) -> str:
-        """Geometry and coding."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, "
-            f"{self._coded_repr()}"
-        )
+        """What the module says of itself, and how its weight is quantized."""
+        own = super().extra_repr()
+        return f"{own}{', ' if own else ''}k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}"
 
 
-class QuantizedConvTranspose2d(QuantizedLayer):
-    """A transposed convolution with a quantized weight, cut as it is stored (first axis = input channels)."""
+class QuantizedParameter(QuantizedLayer):
+    """A quantized parameter that is not its module's `weight`: a module below it, which has the parameter's name."""
 
-    def __init__(self, dense: nn.ConvTranspose2d, d: int, k: int) -> None:
-        super().__init__()
-        self._set_up(dense, d, k)
-        for name in (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "output_padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        ):
-            setattr(self, name, getattr(dense, name))
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Module.__reduce_ex__(self, protocol)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, H', W')."""
-        # torch's own method; it reads nothing of the layer but `output_padding`
-        geometry: Any = self
-        padding = nn.ConvTranspose2d._output_padding(
-            geometry, x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
-        return F.conv_transpose2d(
-            x, self.weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation
-        )
-
-    def extra_repr(self) -> str:
-        """Geometry and coding."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, groups={self.groups}, "
-            f"{self._coded_repr()}"
-        )
+    def forward(self) -> Tensor:
+        """The parameter to compute with."""
+        return self.weight
 
 
-class QuantizedLinear(QuantizedLayer):
-    """A linear layer with a quantized weight."""
+class QuantizedHost(nn.Module):
+    """Mixed into the class of a module that has `QuantizedParameter`s."""
 
-    def __init__(self, dense: nn.Linear, d: int, k: int) -> None:
-        super().__init__()
-        self._set_up(dense, d, k)
-        self.in_features, self.out_features = dense.in_features, dense.out_features
+    _quantized: tuple[str, ...]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        return F.linear(x, self.weight, self.bias)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self)._quantized:
+            raise AttributeError(f"{name}: {ADVICE}".replace("layer.", f"module.get_submodule({name!r})."))
+        super().__setattr__(name, value)
 
-    def extra_repr(self) -> str:
-        """Geometry and coding."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._coded_repr()}"
+    def __getstate__(self) -> dict[str, Any]:
+        return _state(super())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (dense_type(self), type(self)._quantized), self.__getstate__()
 
 
-QUANTIZED_LAYERS: dict[type, Any] = {
-    nn.Conv2d: QuantizedConv2d,
-    nn.ConvTranspose2d: QuantizedConvTranspose2d,
-    nn.Linear: QuantizedLinear,
-}
-"""The quantized form of each dense layer type."""
+def _state(parent: Any) -> dict[str, Any]:
+    """The state of a module as its own class gives it (before Python 3.11 objects have no method for it)."""
+    return dict(parent.__getstate__() if hasattr(parent, "__getstate__") else parent.__self__.__dict__)
+
+
+def _rounded(codebook: Tensor) -> Tensor:
+    """The codebook as a file stores it; the gradient passes unchanged."""
+    rounded = codebook.to(torch.float16).type_as(codebook)
+    if torch.is_grad_enabled() or must_be_plain():  # what is traced with gradients is the same as without
+        return codebook + (rounded - codebook).detach()
+    return rounded
+
+
+def _scripted(codebook: Tensor, codes: Tensor, training: bool) -> Tensor:
+    """What TorchScript compiles of `weight`."""
+    chosen = codebook if training else codebook.to(torch.float16).type_as(codebook)
+    return chosen.index_select(0, codes.reshape(-1))
+
+
+def dense_type(module: nn.Module) -> Any:
+    """The class that a module had before one of its parameters was quantized."""
+    return getattr(type(module), "_dense_type", type(module))
+
+
+@cache
+def _quantized_class(dense: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `dense` whose parameters of these names are quantized."""
+    body: dict[str, Any] = {"_dense_type": dense, "_quantized": attributes, "__module__": dense.__module__}
+    if attributes == ("weight",):
+        mixin: type[nn.Module] = QuantizedLayer
+    else:
+        mixin = QuantizedHost
+        body |= {name: property(_reader(name)) for name in attributes}
+        if issubclass(dense, nn.RNNBase):  # it keeps a list of its weights, and asks cuDNN to lay them out in one piece
+            body |= {"_flat_weights": property(_flat_weights, _ignored), "flatten_parameters": _ignored}
+    return type(f"Quantized{dense.__name__}", (mixin, dense), body)
+
+
+def _reader(name: str) -> Any:
+    def read(self: nn.Module) -> Tensor:
+        return self._modules[name].weight  # type: ignore[union-attr, return-value]
+
+    read.__doc__ = f"The dequantized {name}; it cannot be written into."
+    return read
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignored(*_: object) -> None:
+    """There is nothing to do: the weights are computed where they are read."""
+
+
+def _empty(dense: Any, attributes: tuple[str, ...]) -> nn.Module:
+    """A module without contents, for copies and pickles."""
+    kind = _quantized_class(dense, attributes)
+    return kind.__new__(kind)
+
+
+def quantize_weight(place: WeightPlace, d: int, k: int) -> QuantizedLayer:
+    """Put an empty codebook and codes in a parameter's place; returns what holds them.
+
+    The values come from `set_codes` or a file. Works on the meta device.
+
+    Raises:
+        ValueError: d does not divide the rows, or k is not a power of two.
+    """
+    host, attribute, weight, kind = place.host, place.attribute, place.parameter, place.kind
+    if not place.below:
+        host.__class__ = _quantized_class(dense_type(host), ("weight",))
+        host._set_up(weight, d, k, kind)
+        return host
+    holder = QuantizedParameter()
+    holder._set_up(weight, d, k, kind)
+    holder.training = host.training
+    earlier = type(host)._quantized if isinstance(host, QuantizedHost) else ()
+    host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute))
+    del host._parameters[attribute]
+    host._modules[attribute] = holder
+    return holder
+
+
+def dense_name(prefix: str, layer: QuantizedLayer) -> str:
+    """The name of the dense parameter that `layer`, the module called `prefix`, stands for."""
+    if isinstance(layer, QuantizedParameter):
+        return prefix
+    return f"{prefix}.weight" if prefix else "weight"
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a module has in a state dict besides codebook and codes, without the modules below it, by name."""
+    skipped = set(module._non_persistent_buffers_set)
+    if isinstance(module, QuantizedLayer):
+        skipped |= {"codebook", "codes_matrix"}
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    return {name: tensor for name, tensor in tensors if tensor is not None and name not in skipped}
+
+
+def share_codes(quantized: QuantizedLayer, twin: QuantizedLayer) -> None:
+    """Tie two quantized weights that were one parameter."""
+    quantized._parameters["codebook"] = twin._parameters["codebook"]
+    quantized._buffers["codes_matrix"] = twin.codes_matrix
+    quantized.forget()
 
 
 def set_memory_format(model: nn.Module, channels_last: bool) -> nn.Module:

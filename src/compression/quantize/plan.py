@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...common.errors import PlanError
-from .subvectors import BlockRule, bits_per_code, can_be_quantized, clamp_centroids, subvector_size, weight_shape
+from .subvector_size import BlockRule, subvector_size
+from .subvectors import bits_per_code, clamp_centroids
+from .weights import WeightPlace, find_weight, matrices, why_dense
 
 
 @dataclass(frozen=True)
@@ -52,93 +54,154 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What happens to every layer of a network.
+class DenseWeight:
+    """A weight that is not quantized.
 
     Attributes:
-        layers: the layers to code, by name; a layer with several names stands under the first.
-        notes: what a reader should know: layers left alone and why, names that the network does not have.
+        name: of its module for a `weight`, else `module.parameter`.
+        n_values: in it.
+        reason: why it stays dense.
+    """
+
+    name: str
+    n_values: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every weight of a network.
+
+    Attributes:
+        layers: the weights to quantize, by name; one with several names stands under the first.
+        notes: what a reader should know: weights left dense and why, names that the network does not have.
+        dense: the weights left dense.
     """
 
     layers: dict[str, LayerPlan]
     notes: tuple[str, ...]
+    dense: tuple[DenseWeight, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Subvector length of every layer that will be quantized, by name."""
+        """Subvector length of every weight that will be quantized, by name."""
         return {name: layer.d for name, layer in self.layers.items()}
 
 
 def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
-    """Resolve `spec` for every layer of `model`.
+    """Resolve `spec` for every weight of `model`.
 
     Names in `ignored_modules` and `layer_specs` that the network does not have are noted, not refused: users' files
-    list the old and new names of one layer.
+    list the old and new names of one layer. `layer_specs` may name any parameter (`module.parameter`).
 
     Raises:
-        PlanError: a layer cannot be quantized as asked, for example because d does not divide its rows.
+        PlanError: layers cannot be quantized as asked, for example because d does not divide their rows; names all.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     notes = [note for key in ("ignored_modules", "layer_specs") if (note := _unknown(key, getattr(spec, key), modules))]
-    # every module below an ignored one, and every other name of it, is ignored
-    ignored = {id(m) for name in spec.ignored_modules if name in modules for m in modules[name].modules()}
+    ignored = _ignored(modules, spec.ignored_modules)
+    own_specs = {
+        (id(place.host), place.attribute): own
+        for name, own in spec.layer_specs.items()
+        if (place := find_weight(modules, name)) is not None
+    }
     layers: dict[str, LayerPlan] = {}
-    spec_of = {id(modules[name]): name for name in spec.layer_specs if name in modules}
-    left: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if id(module) in ignored:
+    places: dict[str, WeightPlace] = {}
+    remarks: dict[str, list[str]] = {}
+    dense: dict[str, str] = {}
+    problems = []
+    for place in matrices(model):
+        own = own_specs.get((id(place.host), place.attribute))
+        places[place.name] = place
+        if id(place.host) in ignored or (id(place.host), place.attribute) in ignored:
+            dense[place.name] = "named in ignored_modules"
             continue
-        if not can_be_quantized(module):
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear | nn.Embedding):
-                left.setdefault(f"a {type(module).__name__} cannot be quantized", []).append(name)
+        reason = why_dense(place)
+        if reason is not None and not (own is not None and place.parameter.is_floating_point()):
+            dense[place.name] = reason
             continue
-        if not weight_shape(module).numel():
+        if not place.parameter.numel():
             continue
-        plan, note = _plan_layer(name, module, spec, spec.layer_specs.get(spec_of.get(id(module), ""), LayerSpec()))
+        try:
+            plan, note = _plan_layer(place, spec, own or LayerSpec())
+        except PlanError as error:
+            problems.append(str(error))
+            continue
+        if plan is None:
+            dense[place.name] = note or ""
+            continue
+        layers[place.name] = plan
         if note:
-            left.setdefault(note, []).append(name)
-        if plan:
-            layers[name] = plan
-    for name, reason in _tied_otherwise(modules, layers).items():
+            remarks.setdefault(note, []).append(place.name)
+    if problems:
+        raise PlanError("\n  ".join(problems))
+    for name, reason in _tied_otherwise(places, layers).items():
         del layers[name]
-        left.setdefault(f"{reason}, left uncompressed", []).append(name)
-    notes += [f"{', '.join(names)}: {note}" for note, names in left.items()]
-    return Plan(layers, tuple(notes))
+        dense[name] = reason
+    left = tuple(
+        DenseWeight(name=name, n_values=places[name].parameter.numel(), reason=dense[name])
+        for name in places
+        if name in dense
+    )
+    notes += [f"{_some(names)}: {note}" for note, names in remarks.items()]
+    notes += _dense_notes(left, sum(place.parameter.numel() for place in places.values()))
+    return Plan(layers=layers, notes=tuple(notes), dense=left)
 
 
-def _plan_layer(
-    name: str, module: nn.Module, spec: QuantizationSpec, own: LayerSpec
-) -> tuple[LayerPlan | None, str | None]:
+def _ignored(modules: Mapping[str, nn.Module], names: Sequence[str]) -> set[object]:
+    """What `ignored_modules` names: every module below one of them, under whatever name, and single parameters."""
+    found: set[object] = {id(m) for name in names if name in modules for m in modules[name].modules()}
+    for name in names:
+        if name not in modules and (place := find_weight(modules, name)) is not None:
+            found.add((id(place.host), place.attribute))
+    return found
+
+
+def _dense_notes(dense: Sequence[DenseWeight], n_values: int) -> list[str]:
+    """A line for every reason, with the names and their share of all weights."""
+    by_reason: dict[str, list[DenseWeight]] = {}
+    for weight in dense:
+        by_reason.setdefault(weight.reason, []).append(weight)
+    return [
+        f"{_some([weight.name or '(the network itself)' for weight in weights])}: {reason}, left uncompressed "
+        f"({100 * sum(weight.n_values for weight in weights) / n_values:.2f} % of all weights)"
+        for reason, weights in by_reason.items()
+    ]
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _plan_layer(place: WeightPlace, spec: QuantizationSpec, own: LayerSpec) -> tuple[LayerPlan | None, str | None]:
     large = spec.rule.large_subvectors if own.large_subvectors is None else own.large_subvectors
     rule = BlockRule(spec.rule.fc_subvector_size, spec.rule.pw_subvector_size, large)
-    where = f"model.compression_parameters.layer_specs.{name}"
+    name, shape = place.name, tuple(place.parameter.shape)
     try:
-        d, note = subvector_size(module, rule, own.subvector_size)
+        d, note = subvector_size(place, rule, own.subvector_size)
         k = spec.k if own.k is None else own.k
         bits_per_code(k)
     except PlanError as error:
         raise PlanError(
-            f"layer {name!r} {tuple(weight_shape(module))}: {error}. Set {where}.subvector_size, or add it to "
-            "model.compression_parameters.ignored_modules"
+            f"layer {name!r} {shape}: {error}. Set model.compression_parameters.layer_specs.{name}.subvector_size, or "
+            "add it to model.compression_parameters.ignored_modules"
         ) from None
-    clamped = clamp_centroids(k, weight_shape(module).numel() // d)
+    clamped = clamp_centroids(k, place.parameter.numel() // d)
     if clamped == 0:
-        return None, "too small for two centroids, left uncompressed"
-    kind = own.k_means_type or spec.k_means_type
-    iterations = spec.k_means_n_iters if own.k_means_n_iters is None else own.k_means_n_iters
+        return None, "too small for two centroids"
     layer = LayerPlan(
         name=name,
         d=d,
         k=clamped,
-        k_means_type=kind,
-        k_means_n_iters=iterations,
+        k_means_type=own.k_means_type or spec.k_means_type,
+        k_means_n_iters=spec.k_means_n_iters if own.k_means_n_iters is None else own.k_means_n_iters,
         k_means_tolerance=spec.k_means_tolerance,
     )
     return layer, note
 
 
 def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Mapping[str, nn.Module]) -> str | None:
-    unknown = [name for name in names if name not in modules]
+    unknown = [name for name in names if name not in modules and find_weight(modules, name) is None]
     if not unknown:
         return None
     return (
@@ -147,24 +210,16 @@ def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Map
     )
 
 
-def _tied_otherwise(modules: Mapping[str, nn.Module], layers: Mapping[str, LayerPlan]) -> dict[str, str]:
-    """Planned layers that share their weight with something that is not quantized alike: layer -> reason."""
+def _tied_otherwise(places: Mapping[str, WeightPlace], layers: Mapping[str, LayerPlan]) -> dict[str, str]:
+    """Planned weights that are shared with something that is not quantized alike: name -> reason."""
     users: dict[int, list[str]] = {}
-    named = {id(module): name for name, module in reversed(list(modules.items()))}  # the first name of each module
-    for name in named.values():
-        for attribute, parameter in modules[name].named_parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(f"{name}.{attribute}" if name else attribute)
+    for name, place in places.items():
+        users.setdefault(id(place.parameter), []).append(name)
     reasons: dict[str, str] = {}
     for name, layer in layers.items():
-        for user in users[id(modules[name].weight)]:
-            other, _, attribute = user.rpartition(".")
+        for other in users[id(places[name].parameter)]:
             twin = layers.get(other)
-            alike = (
-                twin is not None
-                and attribute == "weight"
-                and type(modules[other]) is type(modules[name])
-                and (twin.d, twin.k) == (layer.d, layer.k)
-            )
-            if not alike:
+            if twin is None or (twin.d, twin.k) != (layer.d, layer.k):
+                user = other if places[other].below else f"{other}.weight"
                 reasons[name] = f"shares its weight with {user}, which is not quantized alike"
     return reasons

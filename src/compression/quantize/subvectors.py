@@ -10,39 +10,21 @@ Shapes: R rows (first axis of the weight), C channels of the second axis, d subv
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from ...common.errors import PlanError
 
 Layer = Any
 """A module whose attributes depend on its type (torch's own annotation of them is Tensor | Module)."""
 
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-QUANTIZABLE_TYPES = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-"""Layer types that can be quantized. A subclass is left alone: its forward may use the weight in another way."""
-
-
-def can_be_quantized(module: Layer) -> bool:
-    """Whether `module` is exactly one of the layer types that can be quantized, with a weight of its own.
-
-    A weight that hooks compute from other parameters (older weight and spectral norm, pruning) is not a parameter
-    itself.
-    """
-    return type(module) in QUANTIZABLE_TYPES and module._parameters.get("weight") is not None
-
 
 def kernel_area(module: Layer) -> int:
-    """h*w of a convolution's kernel; 1 for a linear layer."""
-    return math.prod(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 1
-
-
-def weight_shape(module: Layer) -> torch.Size:
-    """Shape of the weight as it is stored."""
-    return module.weight.shape
+    """h*w of a convolution's kernel; 1 for any other module."""
+    return math.prod(module.kernel_size) if isinstance(module, _ConvNd) else 1
 
 
 def to_subvectors(weight: Tensor, d: int) -> Tensor:
@@ -62,57 +44,6 @@ def to_subvectors(weight: Tensor, d: int) -> Tensor:
 def from_subvectors(subvectors: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Put subvectors (R*m, d) back together as a weight of `shape`; the inverse of `to_subvectors`."""
     return subvectors.reshape(shape)
-
-
-@dataclass(frozen=True)
-class BlockRule:
-    """Subvector lengths of the three kinds of layers (spec: `pw_subvector_size`, `fc_subvector_size`,
-    `large_subvectors`)."""
-
-    fc_subvector_size: int = 4
-    pw_subvector_size: int = 4
-    large_subvectors: bool = False
-
-
-def subvector_size(module: Layer, rule: BlockRule, override: int | None = None) -> tuple[int, str | None]:
-    """The subvector length d of a layer, and a note where the rule could not be followed.
-
-    Linear: `fc_subvector_size`. 1x1 convolution: `pw_subvector_size`. Other convolutions: h*w, or 2*h*w with large
-    blocks (h*w where the channels cannot be paired). `override` (layer_specs) replaces d of a linear layer or 1x1
-    convolution.
-
-    Raises:
-        PlanError: d does not divide the row length, or `override` is given for a spatial convolution.
-    """
-    area = kernel_area(module)
-    row = weight_shape(module)[1:].numel()
-    if area > 1:
-        if override is not None and override not in (area, 2 * area):
-            raise PlanError(
-                f"subvector_size {override} was given for a {'x'.join(map(str, module.kernel_size))} convolution, "
-                f"whose subvectors have {area} (small blocks) or {2 * area} values (large blocks); use "
-                "large_subvectors: True or False instead"
-            )
-        large = rule.large_subvectors if override is None else override == 2 * area
-        if large and row % (2 * area):
-            return (
-                area,
-                f"an odd number of channels ({row // area}) cannot be paired: small blocks (d = {area}) are used "
-                "instead of large ones",
-            )
-        return (2 * area if large else area), None
-    d = (
-        override
-        if override is not None
-        else (rule.fc_subvector_size if isinstance(module, nn.Linear) else rule.pw_subvector_size)
-    )
-    if row % d:
-        divisors = [n for n in range(2, min(row, 32) + 1) if row % n == 0] or [1]
-        raise PlanError(
-            f"subvector size {d} does not divide its {row} inputs per output; possible sizes: "
-            f"{', '.join(map(str, divisors))}"
-        )
-    return d, None
 
 
 def clamp_centroids(k: int, n_subvectors: int) -> int:

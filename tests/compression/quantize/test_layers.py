@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.compression.quantize.layers import QUANTIZED_LAYERS, QuantizedLayer, set_memory_format
+from src.compression.quantize.layers import QuantizedLayer, set_memory_format
 from src.compression.quantize.subvectors import from_subvectors
+from tests.support.helpers import quantized_layer
 
 LAYERS = [
     (nn.Conv2d(4, 6, 3), 9),
@@ -43,7 +44,7 @@ def make(
     eval mode."""
     draw = torch.Generator().manual_seed(seed)
     dense = copy.deepcopy(dense).to(dtype).eval()
-    layer = QUANTIZED_LAYERS[type(dense)](copy.deepcopy(dense), d, K)
+    layer = quantized_layer(copy.deepcopy(dense), d, K)
     codebook = torch.randn(K, d, generator=draw).half().to(dtype)
     codes = torch.randint(K, (layer.codes_matrix.numel(),), generator=draw)
     layer.set_codes(codebook, codes)
@@ -150,10 +151,10 @@ def test_only_codebook_and_bias_are_parameters_and_codes_are_a_saved_buffer(dens
 def test_the_bias_stays_the_same_parameter_and_frozen_stays_frozen() -> None:
     dense = nn.Linear(8, 4)
     dense.weight.requires_grad_(False)
-    layer = QUANTIZED_LAYERS[nn.Linear](dense, 4, 2)
+    layer = quantized_layer(dense, 4, 2)
     assert layer.bias is dense.bias
     assert not layer.codebook.requires_grad
-    assert QUANTIZED_LAYERS[nn.Linear](nn.Linear(8, 4), 4, 2).codebook.requires_grad
+    assert quantized_layer(nn.Linear(8, 4), 4, 2).codebook.requires_grad
 
 
 def test_eval_keeps_the_decoded_weight_where_no_gradient_is_needed() -> None:
@@ -353,9 +354,9 @@ def test_codes_and_codebooks_that_do_not_fit_are_refused() -> None:
             layer.set_codes(codebook, wrong)
     assert torch.equal(layer.codes_matrix, codes)
     with pytest.raises(ValueError, match="does not divide"):
-        QUANTIZED_LAYERS[nn.Linear](nn.Linear(10, 5), 4, 8)
+        quantized_layer(nn.Linear(10, 5), 4, 8)
     with pytest.raises(ValueError, match="power of two"):
-        QUANTIZED_LAYERS[nn.Linear](nn.Linear(8, 5), 4, 6)
+        quantized_layer(nn.Linear(8, 5), 4, 6)
 
 
 def test_autocast_gives_gradients_in_the_codebooks_own_precision() -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from src.common.errors import PlanError
 from src.compression.quantize.compress import build_quantized, candidate_distortion, compress
-from src.compression.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import LayerSpec, make_plan
 from src.compression.quantize.subvectors import to_subvectors
 from tests.support.helpers import lively, outputs, quantized, spec
@@ -106,11 +106,12 @@ def test_a_layer_with_two_names_takes_the_settings_of_either() -> None:
 def test_unknown_names_are_noted_once_and_take_no_effect() -> None:
     plan = make_plan(small(), spec(ignored=["stem", "0", "stam"], layers={"head": LayerSpec(k=4), "8": LayerSpec(k=4)}))
     assert list(plan.layers) == ["3", "5", "8"]
-    assert len(plan.notes) == 2
+    assert len(plan.notes) == 3
     assert "ignored_modules" in plan.notes[0]
     assert plan.notes[0].endswith(": stem, stam")
     assert "layer_specs" in plan.notes[1]
     assert plan.notes[1].endswith(": head")
+    assert plan.notes[2] == "0: named in ignored_modules, left uncompressed (11.89 % of all weights)"
 
 
 def test_a_layer_too_small_for_two_centroids_stays_dense_with_a_note() -> None:
@@ -118,7 +119,7 @@ def test_a_layer_too_small_for_two_centroids_stays_dense_with_a_note() -> None:
     plan = make_plan(model, spec())
     assert list(plan.layers) == ["1"]  # 8 subvectors: 2 centroids
     assert plan.layers["1"].k == 2
-    assert plan.notes == ("0: too small for two centroids, left uncompressed",)
+    assert plan.notes == ("0: too small for two centroids, left uncompressed (46.67 % of all weights)",)
 
 
 def test_k_that_is_no_power_of_two_is_refused_naming_the_layer() -> None:
@@ -128,9 +129,18 @@ def test_k_that_is_no_power_of_two_is_refused_naming_the_layer() -> None:
         make_plan(small(), spec(layers={"5": LayerSpec(k=6)}))
 
 
-def test_a_d_that_does_not_divide_names_layer_and_key() -> None:
-    with pytest.raises(PlanError, match=r"'8' \(12, 16\).*size 5.*layer_specs\.8\.subvector_size.*ignored_modules"):
-        make_plan(small(), spec(fc=5))
+def test_all_layers_whose_own_d_does_not_divide_are_named_with_their_keys() -> None:
+    with pytest.raises(
+        PlanError, match=r"'8' \(12, 16\).*size 5.*layer_specs\.8\.subvector_size.*ignored_modules"
+    ) as found:
+        make_plan(small(), spec(layers={"8": LayerSpec(subvector_size=5), "3": LayerSpec(subvector_size=7)}))
+    assert "layer '3'" in str(found.value)
+
+
+def test_a_d_for_all_layers_that_does_not_divide_is_replaced_with_one_note() -> None:
+    plan = make_plan(small(), spec(fc=5))
+    assert plan.layers["8"].d == 4
+    assert plan.notes == ("8: fc_subvector_size 5 does not divide 16 inputs per output: subvectors of 4 are used",)
 
 
 def test_a_weight_that_is_not_finite_is_refused_naming_the_layer() -> None:
@@ -222,7 +232,7 @@ def test_a_module_used_twice_stays_one_module() -> None:
     block = nn.Linear(16, 16)
     model = nn.Sequential(block, nn.ReLU(), block, nn.Sequential(block))
     model = quantized(model, spec(8)).eval()
-    assert isinstance(model[0], QuantizedLinear)
+    assert isinstance(model[0], QuantizedLayer)
     assert model[0] is model[2] is model[3][0]
     x = torch.randn(3, 16)
     with torch.no_grad():
@@ -231,7 +241,7 @@ def test_a_module_used_twice_stays_one_module() -> None:
         assert torch.allclose(model(x), y @ w.T + b, atol=1e-5)  # float32
 
 
-def test_a_weight_shared_with_an_embedding_stays_dense_with_a_note() -> None:
+def test_a_weight_shared_with_an_embedding_is_quantized_once() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -244,27 +254,31 @@ def test_a_weight_shared_with_an_embedding_stays_dense_with_a_note() -> None:
             return self.head(self.middle(self.embedding(x)))
 
     model = Net()
-    plan = make_plan(model, spec())
+    assert list(make_plan(model, spec()).layers) == ["embedding", "middle", "head"]
+    plan = make_plan(model, spec(layers={"head": LayerSpec(subvector_size=8)}))
     assert list(plan.layers) == ["middle"]
-    assert any("head" in note and "shares its weight with embedding.weight" in note for note in plan.notes)
-    model = quantized(model)
-    assert model.head.weight is model.embedding.weight
+    assert any("shares its weight with embedding.weight, which is not quantized alike" in note for note in plan.notes)
+    model = quantized(model).eval()
+    assert model.head.codebook is model.embedding.codebook
+    assert torch.equal(model.head.weight, model.embedding.weight)
     assert model(torch.arange(4)).shape == (4, 20)
 
 
-def test_subclasses_stay_dense_and_the_network_still_runs() -> None:
+def test_attention_is_quantized_with_its_packed_projection_and_the_network_still_runs() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     plan = make_plan(model, spec())
-    assert list(plan.layers) == ["linear1", "linear2"]
-    assert any("self_attn.out_proj" in note and "cannot be quantized" in note for note in plan.notes)
+    assert list(plan.layers) == ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
+    assert plan.dense == ()
     model = quantized(model)
-    # torch's fast path for attention in eval mode reads the dense weights itself: both ways must run
-    for training in (True, False):
-        model.train(training)
-        assert model(torch.randn(2, 5, 16)).shape == (2, 5, 16)
-        with torch.no_grad():
-            assert torch.isfinite(model(torch.randn(2, 5, 16))).all()
+    # torch's fast path for attention in eval mode reads the weights itself: both ways must run
+    x = torch.randn(2, 5, 16)
+    found = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found.append(model(x).detach())
+    assert torch.allclose(*found, atol=1e-5)
+    assert model.train()(x).shape == (2, 5, 16)
 
 
 def pruned(layer: nn.Module) -> nn.Module:
@@ -296,7 +310,8 @@ def test_training_mode_device_and_dtype_are_kept() -> None:
     model = small().double()
     model[3].eval()
     model = quantized(model, spec(8))
-    assert isinstance(model[0], QuantizedConv2d)
+    assert isinstance(model[0], QuantizedLayer)
+    assert isinstance(model[0], nn.Conv2d)
     assert (model[0].training, model[3].training) == (True, False)
     assert all(p.dtype == torch.float64 for p in model.parameters())
     half = quantized(small().half(), spec(8))

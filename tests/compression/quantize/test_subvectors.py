@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from src.common.errors import PlanError
-from src.compression.quantize.subvectors import (
-    BlockRule,
-    bits_per_code,
-    can_be_quantized,
-    clamp_centroids,
-    from_subvectors,
-    subvector_size,
-    to_subvectors,
-)
+from src.compression.quantize.subvector_size import BlockRule, nearest_divisor, subvector_size
+from src.compression.quantize.subvectors import bits_per_code, clamp_centroids, from_subvectors, to_subvectors
+from src.compression.quantize.weights import WeightPlace
+
+
+def weight_of(layer: nn.Module) -> WeightPlace:
+    return WeightPlace(host=layer, attribute="weight", name="layer", below=False)
+
 
 SIZES = [
     # layer, small blocks, large blocks (with pw_subvector_size 4, fc_subvector_size 6)
@@ -34,38 +33,57 @@ SIZES = [
 
 @pytest.mark.parametrize(("layer", "small", "large"), SIZES, ids=[str(layer) for layer, *_ in SIZES])
 def test_d_follows_the_table_of_layer_kinds(layer: nn.Module, small: int, large: int) -> None:
-    assert subvector_size(layer, BlockRule(6, 4, False)) == (small, None)
-    assert subvector_size(layer, BlockRule(6, 4, True)) == (large, None)
+    assert subvector_size(weight_of(layer), BlockRule(6, 4, False)) == (small, None)
+    assert subvector_size(weight_of(layer), BlockRule(6, 4, True)) == (large, None)
 
 
 def test_an_override_replaces_d() -> None:
-    assert subvector_size(nn.Linear(12, 5), BlockRule(), 3) == (3, None)
-    assert subvector_size(nn.Conv2d(12, 5, 1), BlockRule(large_subvectors=True), 2) == (2, None)
-    assert subvector_size(nn.Conv2d(12, 5, 3), BlockRule(), 18) == (18, None)
-    assert subvector_size(nn.Conv2d(12, 5, 3), BlockRule(large_subvectors=True), 9) == (9, None)
+    assert subvector_size(weight_of(nn.Linear(12, 5)), BlockRule(), 3) == (3, None)
+    assert subvector_size(weight_of(nn.Conv2d(12, 5, 1)), BlockRule(large_subvectors=True), 2) == (2, None)
+    assert subvector_size(weight_of(nn.Conv2d(12, 5, 3)), BlockRule(), 18) == (18, None)
+    assert subvector_size(weight_of(nn.Conv2d(12, 5, 3)), BlockRule(large_subvectors=True), 9) == (9, None)
     with pytest.raises(PlanError, match=r"subvector_size 4 was given for a 3x3 convolution.*large_subvectors"):
-        subvector_size(nn.Conv2d(12, 5, 3), BlockRule(), 4)
+        subvector_size(weight_of(nn.Conv2d(12, 5, 3)), BlockRule(), 4)
 
 
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(7, 4, 3), nn.Conv2d(1, 4, 3), nn.Conv2d(6, 4, 3, groups=2), nn.ConvTranspose2d(4, 7, 3)]
 )
 def test_an_odd_number_of_channels_gets_small_blocks_and_a_note(layer: nn.Module) -> None:
-    d, note = subvector_size(layer, BlockRule(large_subvectors=True))
+    d, note = subvector_size(weight_of(layer), BlockRule(large_subvectors=True))
     assert d == 9
     assert note is not None
     assert "odd number of channels" in note
     assert "d = 9" in note
-    assert subvector_size(layer, BlockRule())[1] is None
+    assert subvector_size(weight_of(layer), BlockRule())[1] is None
 
 
-def test_a_d_that_does_not_divide_is_refused_with_the_sizes_that_do() -> None:
+def test_an_override_that_does_not_divide_is_refused_with_the_sizes_that_do() -> None:
     with pytest.raises(PlanError, match=r"size 4 .* 6 inputs .* 2, 3, 6$"):
-        subvector_size(nn.Linear(6, 5), BlockRule())
+        subvector_size(weight_of(nn.Linear(6, 5)), BlockRule(), 4)
     with pytest.raises(PlanError, match=r"size 5 .* 9 inputs .* 3, 9$"):
-        subvector_size(nn.Conv2d(9, 5, 1), BlockRule(), 5)
+        subvector_size(weight_of(nn.Conv2d(9, 5, 1)), BlockRule(), 5)
     with pytest.raises(PlanError, match=r"size 4 does not divide the row length 6 .*\(5, 6\)"):
         to_subvectors(torch.zeros(5, 6), 4)
+
+
+def test_where_a_size_for_all_layers_does_not_divide_the_nearest_one_that_does_is_taken_with_a_note() -> None:
+    assert subvector_size(weight_of(nn.Linear(6, 5)), BlockRule()) == (
+        3,
+        "fc_subvector_size 4 does not divide 6 inputs per output: subvectors of 3 are used",
+    )
+    d, note = subvector_size(weight_of(nn.Conv2d(9, 5, 1)), BlockRule(pw_subvector_size=8))
+    assert d == 9
+    assert note is not None
+    assert note.startswith("pw_subvector_size 8 does not divide 9 inputs")
+
+
+@given(row=st.integers(1, 500), wanted=st.integers(1, 40))
+def test_the_nearest_divisor_divides_and_none_is_nearer(row: int, wanted: int) -> None:
+    d = nearest_divisor(row, wanted)
+    assert row % d == 0
+    nearer = [n for n in range(2, row + 1) if row % n == 0 and abs(n - wanted) < abs(d - wanted)]
+    assert not nearer
 
 
 def test_rows_are_cut_one_after_the_other() -> None:
@@ -107,12 +125,3 @@ def test_only_powers_of_two_have_a_number_of_bits() -> None:
     for k in (-2, 0, 1, 3, 100, 257):
         with pytest.raises(PlanError, match=f"k = {k} is not a power of two"):
             bits_per_code(k)
-
-
-def test_subclasses_and_other_layers_are_not_coded() -> None:
-    class Own(nn.Linear):
-        pass
-
-    assert can_be_quantized(nn.Linear(2, 2))
-    for module in (Own(2, 2), nn.Conv1d(2, 2, 1), nn.Embedding(2, 2), nn.BatchNorm2d(2), nn.LazyLinear(2)):
-        assert not can_be_quantized(module)
