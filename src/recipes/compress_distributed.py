@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compression.permute.groups import Group, resolve
 from ..compression.permute.permute import GroupResult, group_result, group_row
 from ..compression.quantize.compress import LayerResult, build_quantized, places_of
-from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.layers import quantized_layers
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.weights import WeightPlace
 from ..engines.engine import Engine
@@ -75,14 +75,12 @@ def quantize_together(
     others = {name: layer for name, layer in plan.layers.items() if owners[name] != engine.rank}
     model, results = code(model, replace(plan, layers=mine))
     model = build_quantized(model, replace(plan, layers=others))
-    modules = dict(model.named_modules())
+    layers = quantized_layers(model, plan.layers)
     for source in range(engine.world_size):
         tensors: list[Tensor] = []
         for name in plan.layers:
-            layer = modules[name]
-            assert isinstance(layer, QuantizedLayer)
             if owners[name] == source:
-                tensors += [layer.codebook, layer.codes_matrix]
+                tensors += [layers[name].codebook, layers[name].codes_matrix]
         engine.broadcast(tensors, source)
     place = {name: number for number, name in enumerate(plan.layers)}
     gathered = [LayerResult(**row) for row in engine.gather([asdict(result) for result in results])]

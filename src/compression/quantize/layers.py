@@ -7,13 +7,14 @@ centroid is the sum of the gradients of the subvectors that use it (paper sectio
 dequantized weight is kept, so that inference runs at the speed of the dense layer.
 
 A parameter that is not its module's `weight`, such as attention's `in_proj_weight`, is held by a module of its own
-below it, of the parameter's name.
+below it, of the parameter's name and `SUFFIX`.
 
 Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from .members import Dequantize, Members
 from .read_only import ADVICE, DequantizedWeight, watch
 from .subvectors import bits_per_code, from_subvectors
 from .watch import KeptWeight, SeenCodes, is_ordinary, must_be_plain
-from .weights import WeightPlace
+from .weights import SUFFIX, WeightPlace
 
 CODES_DTYPE = torch.int32
 
@@ -238,7 +239,7 @@ class QuantizedHost(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self)._quantized:
-            raise AttributeError(f"{name}: {ADVICE}".replace("layer.", f"module.get_submodule({name!r})."))
+            raise AttributeError(f"{name}: {ADVICE}".replace("layer.", f"module.{name}{SUFFIX}."))
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,7 +289,7 @@ def _quantized_class(dense: Any, attributes: tuple[str, ...]) -> type[nn.Module]
 
 def _reader(name: str) -> Any:
     def read(self: nn.Module) -> Tensor:
-        return self._modules[name].weight  # type: ignore[union-attr, return-value]
+        return self._modules[name + SUFFIX].weight  # type: ignore[union-attr, return-value]
 
     read.__doc__ = f"The dequantized {name}; it cannot be written into."
     return read
@@ -327,15 +328,22 @@ def quantize_weight(place: WeightPlace, d: int, k: int) -> QuantizedLayer:
     earlier = type(host)._quantized if isinstance(host, QuantizedHost) else ()
     host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute))
     del host._parameters[attribute]
-    host._modules[attribute] = holder
+    host._modules[attribute + SUFFIX] = holder
     return holder
 
 
 def dense_name(prefix: str, layer: QuantizedLayer) -> str:
     """The name of the dense parameter that `layer`, the module called `prefix`, stands for."""
     if isinstance(layer, QuantizedParameter):
-        return prefix
+        return prefix.removesuffix(SUFFIX)
     return f"{prefix}.weight" if prefix else "weight"
+
+
+def quantized_layers(model: nn.Module, names: Iterable[str]) -> dict[str, QuantizedLayer]:
+    """What holds codebook and codes of the weights that a plan calls `names`."""
+    modules = dict(model.named_modules())
+    found = {name: modules.get(name, modules.get(name + SUFFIX)) for name in names}
+    return {name: layer for name, layer in found.items() if isinstance(layer, QuantizedLayer)}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class WeightPlace:
         host: the module whose parameter it is.
         attribute: its name there.
         name: what the plan and files call it: that of the module for its `weight`, else `module.attribute`.
-        below: whether codebook and codes get a module of their own below the host (`module.attribute`).
+        below: whether codebook and codes get a module of their own below the host, of the parameter's name and `SUFFIX`.
     """
 
     host: Layer
@@ -78,6 +78,9 @@ def matrices(model: nn.Module) -> Iterator[WeightPlace]:
             yield WeightPlace(host=module, attribute=attribute, name=name, below=below)
 
 
+SUFFIX = "_quantized"
+"""Ends the name of a module that holds codebook and codes of one of its host's parameters."""
+
 RESERVED = frozenset(
     (
         *("k", "d", "weight_shape", "quantized_kind", "channels_last", "codebook", "codes_matrix", "set_codes"),
@@ -98,12 +101,12 @@ def find_weight(modules: Mapping[str, nn.Module], name: str) -> WeightPlace | No
 
     Args:
         modules: of the network by name (`named_modules`, without duplicates or with).
-        name: of a module, for its `weight`, or `module.attribute`.
+        name: of a module, for its `weight`, or `module.attribute`, with or without `SUFFIX`.
     """
     module = modules.get(name)
     attribute = "weight"
     if module is None:
-        prefix, _, attribute = name.rpartition(".")
+        prefix, _, attribute = name.removesuffix(SUFFIX).rpartition(".")
         module = modules.get(prefix)
     parameter = None if module is None else module._parameters.get(attribute)
     if module is None or parameter is None or isinstance(parameter, UninitializedParameter) or parameter.dim() < 2:
