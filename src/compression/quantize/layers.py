@@ -213,7 +213,7 @@ class QuantizedLayer(nn.Module):
         self.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (dense_type(self), ("weight",)), self.__getstate__()
+        return _empty, (dense_type(self), ("weight",), False), self.__getstate__()
 
     def extra_repr(self) -> str:
         """What the module says of itself, and how its weight is quantized."""
@@ -246,7 +246,7 @@ class QuantizedHost(nn.Module):
         return _state(super())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (dense_type(self), type(self)._quantized), self.__getstate__()
+        return _empty, (dense_type(self), type(self)._quantized, True), self.__getstate__()
 
 
 def _state(parent: Any) -> dict[str, Any]:
@@ -274,10 +274,10 @@ def dense_type(module: nn.Module) -> Any:
 
 
 @cache
-def _quantized_class(dense: Any, attributes: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `dense` whose parameters of these names are quantized."""
+def _quantized_class(dense: Any, attributes: tuple[str, ...], below: bool) -> type[nn.Module]:
+    """The subclass of `dense` whose parameters of these names are quantized, in the module itself or below it."""
     body: dict[str, Any] = {"_dense_type": dense, "_quantized": attributes, "__module__": dense.__module__}
-    if attributes == ("weight",):
+    if not below:
         mixin: type[nn.Module] = QuantizedLayer
     else:
         mixin = QuantizedHost
@@ -303,9 +303,9 @@ def _ignored(*_: object) -> None:
     """There is nothing to do: the weights are computed where they are read."""
 
 
-def _empty(dense: Any, attributes: tuple[str, ...]) -> nn.Module:
+def _empty(dense: Any, attributes: tuple[str, ...], below: bool) -> nn.Module:
     """A module without contents, for copies and pickles."""
-    kind = _quantized_class(dense, attributes)
+    kind = _quantized_class(dense, attributes, below)
     return kind.__new__(kind)
 
 
@@ -319,14 +319,14 @@ def quantize_weight(place: WeightPlace, d: int, k: int) -> QuantizedLayer:
     """
     host, attribute, weight, kind = place.host, place.attribute, place.parameter, place.kind
     if not place.below:
-        host.__class__ = _quantized_class(dense_type(host), ("weight",))
+        host.__class__ = _quantized_class(dense_type(host), ("weight",), False)
         host._set_up(weight, d, k, kind)
         return host
     holder = QuantizedParameter()
     holder._set_up(weight, d, k, kind)
     holder.training = host.training
     earlier = type(host)._quantized if isinstance(host, QuantizedHost) else ()
-    host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute))
+    host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute), True)
     del host._parameters[attribute]
     host._modules[attribute + SUFFIX] = holder
     return holder

@@ -36,7 +36,7 @@ class WeightPlace:
         host: the module whose parameter it is.
         attribute: its name there.
         name: what the plan and files call it: that of the module for its `weight`, else `module.attribute`.
-        below: whether codebook and codes get a module of their own below the host, of the parameter's name and `SUFFIX`.
+        below: whether codebook and codes get a module of their own below the host, named `attribute` + `SUFFIX`.
     """
 
     host: Layer
