@@ -3,13 +3,15 @@
 Tensors (L: quantized layer, B: batch norm):
 - `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded
   (`entropy`; in files of format 1 `L.codes_entropy`, see `rans`);
-- `L.codebook`: F16 (k, d); `B.weight`, `B.bias`: the folded norm; everything else as in the published format (`pth`);
+- `L.codebook`: F16 (k, d); `.norms`: U8, the folded norms of 32-bit floats and how they train (`packed_norms`);
+  `B.weight`, `B.bias`: a norm that is known as two vectors only; everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
 number of classes, compression settings and metric, null where not known; `layers`: for each quantized layer type,
-weight shape, d, k; `permutations`: parents, children, width and reshapes of each group; `tied`: names that share the
-tensors of another name.
+weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents, children, width
+and reshapes of each group; `tied`: names that share the tensors of another name. A file without `.norms` has the
+format version 2.
 """
 
 from __future__ import annotations
@@ -39,14 +41,17 @@ from .metadata import (
     group_entry,
     index_bits,
     layer_type,
+    norm_widths,
 )
 from .norms import NORM_VECTORS, is_folded_norm
+from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of
 from .safetensors_file import read_container, read_metadata, write_container
 
 FORMAT = "pqf"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = ("1", "2")
+FORMAT_VERSION = 3
+VERSION_WITHOUT_NORMS = 2
+READABLE_VERSIONS = ("1", "2", "3")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -110,6 +115,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     """
     state = compressed_state(model)
     tied = _tied(model, state)
+    norms, stream = take_norms(model, state, tied)
     tensors: dict[str, Tensor] = {}
     layers = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -141,8 +147,12 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         "settings": info.settings,
         "metric": None if info.metric is None else {name: float(value) for name, value in info.metric.items()},
     }
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "producer": info.producer}
-    for name, value in {"model": known, "layers": layers, "permutations": groups, "tied": tied}.items():
+    described = {"model": known, "layers": layers, "permutations": groups, "tied": tied}
+    if norms:
+        tensors[STREAM], described["norms"] = stream, norms
+    version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
+    metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
+    for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))
     write_container(path, tensors, metadata)
 
@@ -169,6 +179,8 @@ def load_packed(path: Path) -> PackedFile:
             f"this program reads versions {' and '.join(READABLE_VERSIONS)}"
         )
     info, layers, tied = describe(source, metadata, tensors.get(PERMUTATIONS))
+    if STREAM in tensors:
+        tensors, tied = put_norms(source, tensors, norm_widths(source, metadata), tied)
     packed = PackedFile(source=source, info=info, layers=layers, tensors=tensors, tied=tied)
     _check_layers(packed)
     return packed

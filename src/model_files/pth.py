@@ -5,8 +5,9 @@ A plain dict of tensors:
   unsigned), `L.codebook` (k x d, float16), `L.bias` if any;
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
-A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. Files are read with
-`weights_only=True`, always.
+A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. In files of ours the
+dict has an attribute that says how the norms train, which readers of the format do not see (`norm_training`). Files
+are read with `weights_only=True`, always.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..common.paths import write_atomically
 from ..compression.quantize.layers import QuantizedLayer
+from .norm_training import key_of, training_vectors_in, training_vectors_of, with_training_vectors
 from .norms import NORM_VECTORS, fold_norm, is_folded_norm
 from .pickle_safety import check_pickle_safety, check_tensors
 from .safetensors_file import read_container, read_metadata, write_container
@@ -30,11 +32,6 @@ from .safetensors_file import read_container, read_metadata, write_container
 _OURS = {"written_by": "pqf"}
 """Metadata of dense `.safetensors` files with a checksum."""
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def key_of(prefix: str, name: str) -> str:
-    """The name of a tensor of the module `prefix`, which is empty for the network itself."""
-    return f"{prefix}.{name}" if prefix else name
 
 
 def codes_dtype(k: int) -> torch.dtype:
@@ -75,14 +72,14 @@ def save_compressed(model: nn.Module, path: Path) -> None:
         RunError: the disk is full or the folder cannot be written; an existing file is unchanged.
         CheckpointError: a codebook that 16-bit floats cannot hold.
     """
-    state = compressed_state(model)
-    write_atomically(path, partial(_save, state))
+    contents = with_training_vectors(compressed_state(model), training_vectors_of(model))
+    write_atomically(path, partial(_save, contents))
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
     """Equal contents give equal bytes: into an open file, as torch would put the name of a path into the archive."""
     with open(path, "wb") as file:
-        torch.save(dict(state), file)
+        torch.save(state, file)
 
 
 def save_dense(model: nn.Module, path: Path) -> None:
@@ -142,7 +139,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{path} does not hold named tensors; expected a state dict or a compressed model")
     check_tensors(contents, path)
-    return _without_prefix(dict(contents))
+    return _without_prefix({**contents, **training_vectors_in(contents, str(path))})
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.errors import CheckpointError
 from ..compression.quantize.subvectors import Layer
-from .norms import NORM_STATISTICS, NORM_VECTORS, is_folded_norm, norm_problem, unfold_norm
+from .norms import (
+    NORM_STATISTICS,
+    NORM_VECTORS,
+    TRAINING_VECTORS,
+    is_folded_norm,
+    norm_problem,
+    set_known_folded,
+    set_known_whole,
+    unfold_norm,
+)
 from .pth import CODE_DTYPES, key_of
 
 
@@ -32,11 +42,28 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             if isinstance(target, Tensor):
                 target.copy_(_unsigned(state[name]) if name.endswith("codes_matrix") else state[name])
         for name in optional & set(state):
-            optional_target = _buffer(model, name)
+            optional_target = None if name.rpartition(".")[2] in TRAINING_VECTORS else _buffer(model, name)
             if optional_target is not None:
                 optional_target.copy_(state[name])
-        for prefix, norm in norms:
-            unfold_norm(norm, state[key_of(prefix, "weight")], state[key_of(prefix, "bias")])
+        _load_norms(dict(norms), state, source)
+
+
+def _load_norms(norms: Mapping[str, Layer], state: Mapping[str, Tensor], source: str) -> None:
+    """Unfold the norms of a file; those of which it does not say how they train will warn when they are trained."""
+    folded = {}
+    for prefix, norm in norms.items():
+        set_known_whole(norm)
+        training = _training_vectors(prefix, state)
+        unfold_norm(norm, state[key_of(prefix, "weight")], state[key_of(prefix, "bias")], training)
+        if training is None and isinstance(norm, _BatchNorm) and norm.weight is not None:
+            folded[prefix] = norm
+    set_known_folded(folded, source)
+
+
+def _training_vectors(prefix: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """How the norm `prefix` trains; None: the file does not say it."""
+    deviation, bias = (state.get(key_of(prefix, name)) for name in TRAINING_VECTORS)
+    return None if deviation is None or bias is None else (deviation, bias)
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -51,15 +78,21 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if not problems:
         problems = [p for name, target in expected.items() if (p := _value_problem(name, state[name], target))]
     if not problems:
-        problems = [
-            f"{prefix}: {p}"
-            for prefix, norm in norms
-            if (p := norm_problem(norm, *(state[key_of(prefix, name)] for name in NORM_VECTORS)))
-        ]
+        problems = [f"{prefix}: {p}" for prefix, norm in norms if (p := _norm_problem(prefix, norm, state))]
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{source} does not fit the network:\n  " + "\n  ".join(problems[:12]) + more)
     check_codes(state, source)
+
+
+def _norm_problem(prefix: str, norm: Layer, state: Mapping[str, Tensor]) -> str | None:
+    weight, bias = (state[key_of(prefix, name)] for name in NORM_VECTORS)
+    training = _training_vectors(prefix, state)
+    for name, vector in zip(TRAINING_VECTORS, training or (), strict=False):
+        problem = _value_problem(key_of(prefix, name), vector, _Vector(weight.shape))
+        if problem is not None:
+            return problem
+    return norm_problem(norm, weight, bias, training)
 
 
 def _buffer(model: nn.Module, name: str) -> Tensor | None:
@@ -94,6 +127,7 @@ def _expected(
             norms.append((prefix, module))
             for name in NORM_VECTORS:
                 expected[key_of(prefix, name)] = _Vector(module.running_mean.shape)
+            optional.update(key_of(prefix, name) for name in TRAINING_VECTORS)
             continue
         skipped = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
