@@ -81,6 +81,11 @@ def training_vectors(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     return (deviation, bias) if usable else None
 
 
+def scale_of(norm: Layer, weight: Tensor) -> Tensor:
+    """What `norm` multiplies its input with in evaluation, from the first vector (C,) of a file; float64."""
+    return weight.double() / (1 + (float(norm.eps) or PLAIN_EPS)) ** 0.5
+
+
 def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor, training: tuple[Tensor, Tensor] | None = None) -> None:
     """Make `norm`, which has no `norm_problem` with them, compute what the two vectors (C,) of a file stand for; in
     place.
@@ -92,7 +97,7 @@ def unfold_norm(norm: Layer, weight: Tensor, bias: Tensor, training: tuple[Tenso
         training: deviation of its input and own bias (C,), with which it is the same layer in training too.
     """
     eps = float(norm.eps)
-    scale = weight.double() / (1 + (eps or PLAIN_EPS)) ** 0.5
+    scale = scale_of(norm, weight)
     with torch.no_grad():
         norm.running_mean.zero_()
         norm.running_var.fill_(1)
@@ -163,7 +168,7 @@ def folded_text(source: str, names: Sequence[str]) -> str:
         f"{source} holds {len(names)} batch norms folded into scale and shift ({listed}): they evaluate right, but in "
         "training mode they are other layers than those that were saved, so that training starts from a worse "
         "network. Rebuild their running statistics from training images first (train_* with "
-        "--model.reestimate_norms True, or reestimate_norms of src.compression.finetune.norms), or keep them in "
+        "--model.reestimate_norms True, or reestimate_norms of src.model_files.norm_estimation), or keep them in "
         "evaluation mode"
     )
 
@@ -174,6 +179,14 @@ def set_known_folded(norms: Mapping[str, Layer], source: str) -> None:
     for norm in norms.values():
         set_known_whole(norm)
         norm.register_forward_pre_hook(hook)
+
+
+def set_told(model: nn.Module) -> None:
+    """The folded norms of `model` need not warn any more."""
+    for norm in folded_norms(model).values():
+        for hook in norm._forward_pre_hooks.values():
+            if isinstance(hook, FoldedNormWarning):
+                hook.told = True
 
 
 def set_known_whole(norm: nn.Module) -> None:

@@ -27,7 +27,7 @@ from ..tasks.coco.metrics import read_results, write_results
 from ..tasks.detection import Scores, score
 from .coco_data import detection_task, read_splits, splits_fingerprint
 from .evaluate import verdict
-from .initial_model import dense_model, model_to_evaluate
+from .initial_model import model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, train
 
@@ -52,9 +52,9 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         train_split.dropped,
     )
     with first_here(engine):
-        model = dense_model(
-            architecture, weights, settings.dataloader.num_classes or _classes(train_split), engine.is_main
-        )
+        n_classes = settings.dataloader.num_classes or _classes(train_split)
+        start = starting_model(settings, architecture, weights, n_classes, engine.is_main)
+    model = start.model
     for split in (train_split, validation):
         check_categories(split, n_outputs(architecture, model))
     _configure(model, settings)
@@ -64,6 +64,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         example=torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE),
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
+        compressed=start.compressed,
     )
 
 
