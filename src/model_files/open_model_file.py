@@ -175,7 +175,7 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
     layers = {}
     for key in state:
         name, _, leaf = key.rpartition(".")
-        if leaf != "codes_matrix" or name not in modules:
+        if leaf != "codes_matrix" or name not in modules or _has(modules[name], leaf):
             continue  # a layer that the network does not have is reported with all keys that do not fit
         codebook = state.get(f"{name}.codebook")
         module = modules[name]
@@ -188,6 +188,11 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
             )
         layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
     return Plan(layers=layers, notes=())
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of the module itself bears the name."""
+    return name in module._parameters or name in module._buffers
 
 
 def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Architecture:

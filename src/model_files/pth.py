@@ -46,7 +46,7 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
     """The contents of a published-format file for `model`, on the CPU; works for networks without quantized layers too.
 
     Raises:
-        CheckpointError: a codebook holds values that 16-bit floats cannot hold.
+        CheckpointError: a codebook holds values that 16-bit floats cannot hold, or a tensor is not a plain one.
     """
     state: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -65,7 +65,19 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
             skipped = module._non_persistent_buffers_set
             own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in skipped}}
         state.update({key_of(prefix, name): tensor.detach() for name, tensor in own.items() if tensor is not None})
-    return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    return {name: _plain(name, tensor) for name, tensor in state.items()}
+
+
+def _plain(name: str, value: object) -> Tensor:
+    """An entry of a state dict as files hold it: a contiguous tensor of numbers on the CPU.
+
+    Raises:
+        CheckpointError: it is something else, which could not be read back.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        what = f"a {value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise CheckpointError(f"{name!r} is {what}; model files hold plain tensors of numbers. Convert or remove it")
+    return value.detach().cpu().contiguous()
 
 
 def save_compressed(model: nn.Module, path: Path) -> None:
@@ -86,19 +98,18 @@ def _save(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def save_dense(model: nn.Module, path: Path) -> None:
-    """Write the ordinary state dict of `model`, atomically. Raises RunError as `save_compressed`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Write the ordinary state dict of `model`, atomically. Raises as `save_compressed`."""
+    state = {name: _plain(name, tensor) for name, tensor in model.state_dict().items()}
     write_atomically(path, partial(_save, state))
 
 
 def save_dense_safetensors(model: nn.Module, path: Path) -> None:
     """Write the ordinary state dict of `model` as safetensors, for any framework, atomically; with a checksum.
 
-    Raises RunError as `save_compressed`.
+    Raises as `save_compressed`.
     """
-    write_container(
-        path, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, {"format": "pt", **_OURS}
-    )
+    state = {name: _plain(name, tensor) for name, tensor in model.state_dict().items()}
+    write_container(path, state, {"format": "pt", **_OURS})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -158,7 +169,17 @@ def _first_line(error: Exception) -> str:
 
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are those of a network with quantized layers."""
-    return any(
-        name.rpartition(".")[2] in ("codes_matrix", "codes_packed", "codes_huffman", "codes_entropy") for name in state
+    """Whether the tensors are those of a network with quantized layers: codes with a codebook beside them."""
+    return any(_is_codes(name, tensor, state) for name, tensor in state.items())
+
+
+def _is_codes(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
+    prefix, _, leaf = name.rpartition(".")
+    codebook = state.get(key_of(prefix, "codebook"))
+    return (
+        leaf == "codes_matrix"
+        and tensor.dtype in CODE_DTYPES
+        and codebook is not None
+        and codebook.dim() == 2
+        and codebook.dtype.is_floating_point
     )

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..common.errors import CheckpointError
+from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.subvectors import Layer
 from .norms import NORM_STATISTICS, NORM_VECTORS, is_folded_norm, norm_problem, unfold_norm
 from .pth import CODE_DTYPES, key_of
@@ -27,10 +29,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     """
     check_state(model, state, source)
     expected, optional, norms = _expected(model, state)
+    codes = _codes_of(model)
     with torch.no_grad():
         for name, target in expected.items():
             if isinstance(target, Tensor):
-                target.copy_(_unsigned(state[name]) if name.endswith("codes_matrix") else state[name])
+                target.copy_(_unsigned(state[name]) if name in codes else state[name])
         for name in optional & set(state):
             optional_target = _buffer(model, name)
             if optional_target is not None:
@@ -47,9 +50,16 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
             value is not finite. The message lists every one of them.
     """
     expected, optional, norms = _expected(model, state)
+    codes = _codes_of(model)
     problems = _key_problems(state, expected, optional)
     if not problems:
-        problems = [p for name, target in expected.items() if (p := _value_problem(name, state[name], target))]
+        problems = [
+            p for name, target in expected.items() if (p := _kind_problem(name, state[name], target, name in codes))
+        ]
+    if not problems:
+        finite = expected.keys() - _infinite_allowed(model)
+        infinite = [name for name in expected if name in finite and not torch.isfinite(state[name]).all()]
+        problems = [f"{name} holds values that are not finite" for name in infinite]
     if not problems:
         problems = [
             f"{prefix}: {p}"
@@ -59,7 +69,24 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{source} does not fit the network:\n  " + "\n  ".join(problems[:12]) + more)
-    check_codes(state, source)
+    needed = {*codes, *(key_of(name.rpartition(".")[0], "codebook") for name in codes)}
+    check_codes({name: state[name] for name in needed}, source)
+
+
+def _codes_of(model: nn.Module) -> set[str]:
+    """The keys of codes in a file for `model`; other tensors may bear the name too."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {key_of(prefix, "codes_matrix") for prefix, module in modules if isinstance(module, QuantizedLayer)}
+
+
+def _infinite_allowed(model: nn.Module) -> set[str]:
+    """The keys of buffers that may hold an infinity on purpose, as masks do; those of norms do not."""
+    return {
+        key_of(prefix, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if not is_folded_norm(module) and not isinstance(module, _NormBase)
+        for name in module._buffers
+    }
 
 
 def _buffer(model: nn.Module, name: str) -> Tensor | None:
@@ -99,7 +126,7 @@ def _expected(
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or name in skipped:
                 continue
-            if name == "num_batches_tracked":
+            if name == "num_batches_tracked" and isinstance(module, _NormBase):
                 optional.add(key_of(prefix, name))  # files written by old torch versions have none
             else:
                 expected[key_of(prefix, name)] = tensor
@@ -137,7 +164,7 @@ def _unsigned(codes: Tensor) -> Tensor:
     return wide & 0xFFFF if codes.dtype == torch.int16 else wide
 
 
-def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | None:
+def _kind_problem(name: str, value: Tensor, target: Tensor | _Vector, is_codes: bool) -> str | None:
     leaf = name.rpartition(".")[2]
     if value.shape != target.shape:
         advice = ""
@@ -146,14 +173,16 @@ def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | 
         elif target.shape and value.shape and value.shape[1:] == target.shape[1:]:
             advice = f": the file is for {value.shape[0]} outputs"
         return f"{name} is {tuple(value.shape)} in the file, {tuple(target.shape)} in the network{advice}"
-    if leaf == "codes_matrix":
+    if is_codes:
         return None if value.dtype in CODE_DTYPES else f"{name} holds {value.dtype}, expected integers"
-    wanted = target.dtype.is_floating_point if isinstance(target, Tensor) else True
-    if wanted != value.dtype.is_floating_point or value.dtype.is_complex:
-        return f"{name} holds {value.dtype}, expected {'floating-point' if wanted else 'whole'} numbers"
-    if value.dtype.is_floating_point and not torch.isfinite(value).all():
-        return f"{name} holds values that are not finite"
+    wanted = _kind_of_number(target.dtype) if isinstance(target, Tensor) else "floating-point"
+    if _kind_of_number(value.dtype) != wanted:
+        return f"{name} holds {value.dtype}, expected {wanted} numbers"
     return None
+
+
+def _kind_of_number(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "floating-point" if dtype.is_floating_point else "whole"
 
 
 def _quantization_advice(layer: str, leaf: str, found: torch.Size, wanted: torch.Size) -> str:
