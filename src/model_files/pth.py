@@ -26,6 +26,7 @@ from ..compression.quantize.layers import QuantizedLayer
 from .norms import NORM_VECTORS, fold_norm, is_folded_norm
 from .pickle_safety import check_pickle_safety, check_tensors
 from .safetensors_file import read_container, read_metadata, write_container
+from .wrapping import unwrapped
 
 _OURS = {"written_by": "pqf"}
 """Metadata of dense `.safetensors` files with a checksum."""
@@ -115,6 +116,8 @@ def save_dense_safetensors(model: nn.Module, path: Path) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU, without executing anything the file may carry.
 
+    They have their names in the file; `load_state` takes out what wrappers put into them.
+
     Raises:
         CheckpointError: not such a file, truncated, or it holds something else than named tensors.
     """
@@ -142,25 +145,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read: truncated, damaged or not a model file ({_first_line(error)})."
         ) from error
-    for wrapper in ("state_dict", "model"):
-        # training scripts often wrap the state dict
-        if isinstance(contents, dict) and isinstance(contents.get(wrapper), Mapping):
-            contents = contents[wrapper]
-    if (
-        not isinstance(contents, Mapping)
-        or not contents
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in contents.items())
-    ):
-        raise CheckpointError(f"{path} does not hold named tensors; expected a state dict or a compressed model")
-    check_tensors(contents, path)
-    return _without_prefix(dict(contents))
-
-
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the `module.` that DataParallel puts before every name (as in the semi-supervised ResNet-50)."""
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+    tensors = dict(unwrapped(contents, str(path)))
+    check_tensors(tensors, path)
+    return tensors
 
 
 def _first_line(error: Exception) -> str:

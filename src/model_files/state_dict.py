@@ -14,6 +14,7 @@ from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.subvectors import Layer
 from .norms import NORM_STATISTICS, NORM_VECTORS, is_folded_norm, norm_problem, unfold_norm
 from .pth import CODE_DTYPES, key_of
+from .wrapping import fitted, is_wrapped, unknown_prefix
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -27,6 +28,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     Raises:
         CheckpointError: as `check_state`. The model is unchanged.
     """
+    state = _named_as_in(model, state, source)
     check_state(model, state, source)
     expected, optional, norms = _expected(model, state)
     codes = _codes_of(model)
@@ -49,6 +51,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         CheckpointError: keys are missing or left over, shapes or kinds of numbers differ, a code is not below k, or a
             value is not finite. The message lists every one of them.
     """
+    state = _named_as_in(model, state, source)
     expected, optional, norms = _expected(model, state)
     codes = _codes_of(model)
     problems = _key_problems(state, expected, optional)
@@ -71,6 +74,14 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         raise CheckpointError(f"{source} does not fit the network:\n  " + "\n  ".join(problems[:12]) + more)
     needed = {*codes, *(key_of(name.rpartition(".")[0], "codebook") for name in codes)}
     check_codes({name: state[name] for name in needed}, source)
+
+
+def _named_as_in(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+    """The file's tensors under the names that `model` has for them, where a known wrapping explains the difference."""
+    if not is_wrapped(state):
+        return state
+    expected, optional, _ = _expected(model, state)
+    return fitted(state, {*expected, *optional}, source)
 
 
 def _codes_of(model: nn.Module) -> set[str]:
@@ -147,6 +158,9 @@ def _key_problems(state: Mapping[str, Tensor], expected: Mapping[str, object], o
     ):
         if layers:
             problems.append(f"{text} (use_compression, ignored_modules, k): {_some(sorted(layers))}")
+    prefix = unknown_prefix(state, expected) if missing and unexpected else None
+    if prefix:
+        problems.append(f"every name in the file begins with {prefix!r}, and would fit without it: save it without")
     if missing:
         problems.append(f"{len(missing)} keys missing: {_some(missing)}")
     if unexpected:
@@ -154,7 +168,7 @@ def _key_problems(state: Mapping[str, Tensor], expected: Mapping[str, object], o
     return problems
 
 
-def _some(names: list[str], most: int = 40) -> str:
+def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
