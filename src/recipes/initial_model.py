@@ -16,7 +16,7 @@ from ..common.log import note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..model_files.compression_report import permutations_of_run
 from ..model_files.norms import TRAINING_VECTORS
-from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file
+from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
 from ..model_files.packed import ModelInfo, PackedFile
 from ..model_files.pth import read_tensors
 from ..model_files.state_dict import load_state
@@ -110,7 +110,7 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
         file, source = read_model_file(weights), str(weights)
         if file.quantized or file.packed is not None:
             raise CheckpointError(f"model.weights: {weights} is a compressed model, and a dense one is wanted here")
-        state = architecture.current_state(file.tensors)
+        state = state_for(architecture, file.tensors, source)
     else:
         if architecture.licence:
             note(f"licence of the weights of {architecture.name}: {architecture.licence}")
