@@ -115,7 +115,7 @@ def test_numbers_that_cocos_evaluation_cannot_use_are_replaced_and_areas_filled_
         del annotation["area"], annotation["iscrowd"]
     del objects[1]["segmentation"]
     source = write(tmp_path, "val", contents([entry(1, 40, 30)], objects))
-    api = make_api(read_annotation_file(source))
+    api = make_api(read_annotation_file(source)[0])
     assert sorted(api.anns) == [1, 2]
     assert [(annotation["area"], annotation["iscrowd"]) for annotation in api.anns.values()] == [(100.0, 0), (30.0, 0)]
 
@@ -313,10 +313,17 @@ WRONG_FILES = [
     (at(["annotations", 1, "category_id"], 3), "annotations[1] (id 2): category_id 3 is not among the categories"),
     (at(["annotations", 0, "bbox"], [1, 2, 3]), "bbox is [1, 2, 3]"),
     (at(["annotations", 0, "bbox", 0], float("nan")), "bbox is [nan"),
-    (at(["annotations", 0, "bbox"], None), "bbox is None"),
+    (at(["annotations", 0, "bbox", 0], 10**400), "bbox is [1000"),
+    (at(["annotations", 1, "bbox"], None), "bbox is None"),
+    (at(["images", 0, "id"], 1 << 63), "images[0]: id is 9223372036854775808, expected a whole number of at most 64"),
+    (at(["images", 0, "id"], -(1 << 63) - 1), "images[0]: id is -9223372036854775809"),
+    (at(["categories", 0, "id"], 1e300), "categories[0]: id is 1000"),
+    (at(["images", 0, "width"], 40.5), "width is 40.5"),
+    (at(["images", 0, "width"], 1 << 31), "2147483648x30 pixels are more than can be read"),
     (at(["annotations", 0, "iscrowd"], 2), "iscrowd is 2"),
     (at(["annotations", 0, "area"], "big"), "area is 'big'"),
-    (at(["annotations", 0, "segmentation", 0], [1, 2, 3, 4]), "at least three points"),
+    (at(["annotations", 0, "segmentation", 0], ["a"] * 6), "at least three points"),
+    (at(["annotations", 0, "segmentation", 0, 0], 10**400), "at least three points"),
     (at(["annotations", 0, "segmentation"], "mask"), "neither polygons nor a run-length"),
     (at(["annotations", 0, "segmentation", 0, 0], 55), "does not fit the image: a polygon reaches from 2 to 55 where the image has 40"),
     (at(["annotations", 1, "segmentation", "size"], [40, 30]), "the mask is for an image of size [40, 30]"),
