@@ -72,7 +72,7 @@ class Pictures:
         for image_id in bar(image_ids, "draw", unit="image"):
             image = pil_to_tensor(load_rgb(split.path(image_id)))
             beside = None if dense is None else detected(dense, image, engine.device)
-            picture = draw_side_by_side(image, beside, detected(model, image, engine.device), split.names)
+            picture = draw_side_by_side(image, beside, detected(model, image, engine.device), split.label_names())
             target = self.folder / f"{Path(split.path(image_id)).stem}.png"
             write_atomically(target, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))  # type: ignore[misc]
         return len(image_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Prepared:
         example: images (B, 3, H, W) to try permutations on.
         results: further entries of the results, known before training.
         images_digest: of the lists of training and validation images.
+        files: further files of the output folder, by name.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Prepared:
     example: Tensor
     results: Mapping[str, Any]
     images_digest: str
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 Prepare = Callable[[Run, Architecture, "str | Path"], Prepared]
@@ -79,6 +81,8 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         )
         save = ModelWriter(run.settings, architecture, run.output)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
+        for name, text in prepared.files.items():
+            run.recorder.file(name, text)
         if plan is not None:
             model = _compressed(run, plan, model, resumed)
             results |= report_size(model, run.recorder)

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class CocoSplit:
         image_ids: the images that are used, in the order of the file.
         annotations: per image (as `image_ids`) the objects to train on; the evaluation asks `api` instead.
         dropped: what a training split leaves out; of any split the broken masks.
+        outputs: category id -> output of the network's head, see `classes`; None: not known yet.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class CocoSplit:
     image_ids: tuple[int, ...]
     annotations: tuple[tuple[Mapping[str, Any], ...], ...]
     dropped: Dropped = Dropped()
+    outputs: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -83,6 +85,14 @@ class CocoSplit:
         """Category id -> name."""
         return {category["id"]: str(category["name"]) for category in self.api.dataset["categories"]}
 
+    def label(self, category_id: int) -> int:
+        """The output of the network's head that stands for a category."""
+        return category_id if self.outputs is None else self.outputs[category_id]
+
+    def label_names(self) -> dict[int, str]:
+        """Output of the network's head -> name of its category."""
+        return {self.label(number): name for number, name in self.names.items()}
+
     def path(self, image_id: int) -> str:
         """The file of an image."""
         return str(self.folder / self.api.imgs[image_id]["file_name"])
@@ -96,13 +106,10 @@ class CocoSplit:
         """The same split with these of its images only."""
         wanted = set(image_ids)
         kept = [number for number, image_id in enumerate(self.image_ids) if image_id in wanted]
-        return CocoSplit(
-            self.folder,
-            self.source,
-            self.api,
-            tuple(self.image_ids[number] for number in kept),
-            tuple(self.annotations[number] for number in kept),
-            self.dropped,
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[number] for number in kept),
+            annotations=tuple(self.annotations[number] for number in kept),
         )
 
 
@@ -235,22 +242,3 @@ def check_same_categories(train: CocoSplit, validation: CocoSplit) -> None:
     ]
     if other:
         raise DataError(f"{KEY}: the two splits give the same category ids to different things: {some(other)}")
-
-
-def check_categories(split: CocoSplit, n_classes: int) -> None:
-    """A category id is the number of an output of the network's head, of which the first is the background.
-
-    Raises:
-        DataError: an object's category id has no output.
-    """
-    names = split.names
-    used = {annotation["category_id"] for annotation in split.api.dataset["annotations"]}
-    beyond = sorted(number for number in used if not 1 <= number < n_classes)
-    if beyond:
-        listing = some(f"{number} ({names[number]})" for number in beyond)
-        raise DataError(
-            f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. "
-            f"The head has {n_classes} "
-            f"classes, which are ids 1 to {n_classes - 1} and the background, 0. Use the data the model was trained "
-            "for, or a model made for these."
-        )

@@ -1,7 +1,8 @@
 """From COCO's images and annotations to batches in the form that torchvision's detection networks take.
 
-A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (category ids), masks (N, H,
-W) uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image) alone.
+A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (outputs of the
+head), masks (N, H, W) uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image)
+alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def target_of(split: CocoSplit, number: int) -> Target:
     masks = [torch.from_numpy(split.api.annToMask(annotation)) for annotation in objects]
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor([annotation["category_id"] for annotation in objects], dtype=torch.int64),
+        "labels": torch.tensor([split.label(annotation["category_id"]) for annotation in objects], dtype=torch.int64),
         "masks": torch.stack(masks).to(torch.uint8) if masks else torch.zeros(0, height, width, dtype=torch.uint8),
         "image_id": torch.tensor([image_id]),
     }

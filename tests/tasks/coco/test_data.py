@@ -20,9 +20,9 @@ from pycocotools.coco import COCO
 
 from src.common.errors import DataError
 from src.tasks.coco.checks import decoded_counts
+from src.tasks.coco.classes import outputs_of, with_outputs
 from src.tasks.coco.data import (
     Dropped,
-    check_categories,
     check_same_categories,
     make_api,
     read_annotation_file,
@@ -85,7 +85,7 @@ def test_a_folder_reads_as_pycocotools_does(many_coco: Path) -> None:
         assert split.api.anns == theirs.anns
         kept, bad = require_images(split, "full", show=False)
         assert (len(kept), bad) == (len(split), [])
-        check_categories(split, 91)
+        assert with_outputs(split, outputs_of(split.names, 91), 91).label_names() == split.names
         if name == "train":
             plain = [annotation for annotation in theirs.anns.values() if not annotation["iscrowd"]]
             assert sum(map(len, split.annotations)) == len(plain)
@@ -399,21 +399,6 @@ def test_missing_unreadable_and_ill_fitting_images_are_named_before_training(tmp
     assert any("64x64 pixels, but the annotations say 96x64" in why for _, why in bad)
     Path(split.path(3)).unlink()
     refused(lambda: require_images(split, "quick", True, False), "not one image")
-
-
-def test_category_ids_beyond_the_head_are_named(coco: Path) -> None:
-    split = read_coco(coco, "train")
-    check_categories(split, 5)
-    refused(lambda: check_categories(split, 4), "4 (bar)", "4 classes", "ids 1 to 3", "background")
-
-
-def test_an_object_of_category_zero_would_be_background(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        "train",
-        contents([entry(1, 40, 30)], [rectangle(1, 1, 0, [2, 2, 10, 10])], [{"id": 0, "name": "zero"}]),
-    )
-    refused(lambda: check_categories(read_coco(tmp_path, "train"), 5), "0 (zero)")
 
 
 def test_splits_that_name_a_category_otherwise_are_refused(tmp_path: Path) -> None:
