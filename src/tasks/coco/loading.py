@@ -16,10 +16,10 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import functional
 
 from ...common.randomness import stream
-from ..images import load_rgb, reason
+from ..images import reason
 from ..loading import EpochOrder, Unreadable
 from .data import CocoSplit, box_in_image
-from .image_checks import size_problem
+from .orientation import load_as_annotated
 
 Target = dict[str, Tensor]
 
@@ -79,14 +79,11 @@ class CocoDataset(Dataset):
         image_id = self.split.image_ids[number]
         path = self.split.path(image_id)
         try:
-            picture = load_rgb(path)
+            picture = load_as_annotated(path, self.split.size(image_id))
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
             return Unreadable(path, reason(error))
-        problem = size_problem(picture.size, self.split.size(image_id))
-        if problem:
-            return Unreadable(path, problem)
         image, target = functional.to_tensor(picture), target_of(self.split, number)
         if self.flip and torch.rand((), generator=stream(self.seed, "augmentation", epoch, number)) < 0.5:
             image, target = flipped(image, target)
