@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +49,7 @@ class Prepared:
         results: further entries of the results, known before training.
         images_digest: of the lists of training and validation images.
         compressed: what the file says that the network comes from, if that is a compressed one.
+        files: further files of the output folder, by name.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Prepared:
     results: Mapping[str, Any]
     images_digest: str
     compressed: ModelInfo | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 Prepare = Callable[[Run, Architecture, "str | Path"], Prepared]
@@ -86,6 +88,8 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
         if resumed is None:
             rebuild_folded_norms(run, model, prepared.task)
+        for name, text in prepared.files.items():
+            run.recorder.file(name, text)
         if plan is not None:
             model = _compressed(run, plan, model, resumed)
         if run.settings.model.use_compression:
