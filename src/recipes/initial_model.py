@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,10 @@ from ..architectures.architecture import Architecture, n_outputs
 from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
-from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file
-from ..model_files.packed import PackedFile
+from ..model_files.compression_report import permutations_of_run
+from ..model_files.norms import TRAINING_VECTORS
+from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
+from ..model_files.packed import ModelInfo, PackedFile
 from ..model_files.pth import read_tensors
 from ..model_files.state_dict import load_state
 from ..run.agreement import first_here
@@ -25,6 +27,19 @@ from ..settings import Settings, given_on_command_line
 from .specs import quantization_spec, with_current_names
 
 COMPRESSION = "model.compression_parameters"
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """A network to train.
+
+    Attributes:
+        model: on the CPU.
+        compressed: what the compressed file says that it comes from; None: it is dense.
+    """
+
+    model: nn.Module
+    compressed: ModelInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,42 @@ class EvaluatedModel:
     source: str
 
 
+def starting_model(
+    settings: Settings, architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool
+) -> StartingModel:
+    """The network that a training starts from: dense, as `dense_model`, or that of a compressed file, which is trained
+    on.
+
+    Raises:
+        SettingsError: as `dense_model`; or the settings contradict a compressed file.
+        CheckpointError: as `dense_model`, but a compressed file is none.
+    """
+    file = read_model_file(weights) if isinstance(weights, Path) else None
+    if file is None or not (file.quantized or file.packed is not None):
+        return StartingModel(dense_model(architecture, weights, n_classes, show_progress))
+    if not settings.model.use_compression:
+        raise SettingsError(
+            f"model.weights: {weights} is a compressed model, and use_compression False trains a dense one. Leave "
+            f"use_compression out, or make it dense first: python -m src.convert {weights} dense.safetensors --dense"
+        )
+    if file.packed is not None and (found := architecture_of(file.packed, architecture.task)) != architecture:
+        raise SettingsError(
+            f"model.weights: {weights} holds a {found.name}, and model.arch is {architecture.name}; use --model.arch "
+            f"{found.name}"
+        )
+    tensors = file.tensors if file.packed is None else file.packed.tensors
+    whole = any(name.rpartition(".")[2] in TRAINING_VECTORS for name in tensors)
+    if architecture.build_frozen is not None and not whole:  # norms that were frozen are saved as scale and shift
+        architecture = replace(architecture, build=architecture.build_frozen)
+    model = build_network(file, architecture)
+    note(
+        f"{weights} is a compressed model, which is trained on: it is not permuted or quantized again, and settings of "
+        "that are not used"
+    )
+    known = ModelInfo(permutations=permutations_of_run(file.path)) if file.packed is None else file.packed.info
+    return StartingModel(model, known)
+
+
 def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool) -> nn.Module:
     """The dense network to start from; `n_classes` counts only where the head has random weights.
 
@@ -59,7 +110,7 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
         file, source = read_model_file(weights), str(weights)
         if file.quantized or file.packed is not None:
             raise CheckpointError(f"model.weights: {weights} is a compressed model, and a dense one is wanted here")
-        state = architecture.current_state(file.tensors)
+        state = state_for(architecture, file.tensors, source)
     else:
         if architecture.licence:
             note(f"licence of the weights of {architecture.name}: {architecture.licence}")

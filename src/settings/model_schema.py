@@ -89,7 +89,18 @@ class ModelSettings(Section):
 
     arch: ArchitectureName = Field("resnet50", description="Architecture.")
     weights: Text = Field(
-        "pretrained", description="Starting weights: pretrained, none (random), or a checkpoint's path."
+        "pretrained",
+        description=(
+            "Starting weights: pretrained, none (random), or the path of a dense network, or of a compressed one to "
+            "train it on."
+        ),
+    )
+    reestimate_norms: Annotated[Flag, TRAINING] = Field(
+        False,
+        description=(
+            "Before training, rebuild from training images the running statistics of batch norms of which "
+            "model.weights holds scale and shift only."
+        ),
     )
     use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
     state_dict_compressed: Annotated[Text | None, EVALUATION] = Field(None, description="Compressed model to evaluate.")

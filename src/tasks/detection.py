@@ -187,7 +187,7 @@ class Detection:
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
         """
-        found, image_ids = Detections(), list[int]()
+        found, image_ids = Detections(self.validation.outputs), list[int]()
         self._validation_order.set_epoch(0)
         with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)

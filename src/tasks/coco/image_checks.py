@@ -8,7 +8,9 @@ from PIL import Image
 
 from ...common.errors import DataError
 from ..images import CHECKS, BadFiles, in_threads, some, unreadable_error
+from ..shapes import too_narrow
 from .data import KEY, MISSING, CocoSplit
+from .orientation import misfit, orientation_of
 
 
 def require_images(
@@ -45,7 +47,7 @@ def unusable_images(split: CocoSplit, how: str = "quick", show: bool = True) -> 
     }
 
     def look(path: str) -> str | None:
-        return check(path) or _size_problem(path, sizes[path])
+        return check(path) or _misfit(path, sizes[path])
 
     return bad + [
         (path, why) for path, why in in_threads(look, list(sizes), f"checking images ({how})", show) if why is not None
@@ -72,13 +74,15 @@ def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[Coc
     return kept, bad
 
 
-def _size_problem(path: str, expected: tuple[int, int]) -> str | None:
+def _misfit(path: str, expected: tuple[int, int]) -> str | None:
     with Image.open(path) as image:
-        return size_problem(image.size, expected)
+        return misfit(image.size, orientation_of(image), expected)
 
 
-def size_problem(found: tuple[int, int], expected: tuple[int, int]) -> str | None:
-    """Why an image of the size (width, height) does not fit its annotations; None: it does."""
-    if found == expected:
-        return None
-    return f"the image has {found[0]}x{found[1]} pixels, but the annotations say {expected[0]}x{expected[1]}"
+def too_narrow_images(split: CocoSplit, min_size: int, max_size: int) -> BadFiles:
+    """(path, reason) of every image of which nothing is left at the size that the network sees."""
+    return [
+        (split.path(image_id), why)
+        for image_id in split.image_ids
+        if (why := too_narrow(split.size(image_id), min_size, max_size)) is not None
+    ]
