@@ -161,7 +161,7 @@ def _is_codes(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
     prefix, _, leaf = name.rpartition(".")
     codebook = state.get(key_of(prefix, "codebook"))
     return (
-        leaf == "codes_matrix"
+        leaf in ("codes_matrix", "codes_packed", "codes_huffman", "codes_entropy")
         and tensor.dtype in CODE_DTYPES
         and codebook is not None
         and codebook.dim() == 2
