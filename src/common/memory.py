@@ -12,6 +12,8 @@ WORDS = (
     "bad_alloc", "bad allocation",
 )  # fmt: skip
 """Of the messages of torch's allocators, of CUDA and of its libraries, in lower case."""
+TOO_MUCH = "out of memory while it was loaded"
+"""The reason of a file that this machine could not load, whatever the file is like."""
 LONGEST = 160
 """Letters of such a message that are repeated."""
 

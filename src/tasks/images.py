@@ -19,7 +19,6 @@ from torchvision.datasets.folder import make_dataset
 
 from ..common import progress
 from ..common.errors import DataError
-from ..common.memory import is_out_of_memory
 
 KEY = "dataloader.imagenet_path"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -27,8 +26,6 @@ END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 TAIL_BYTES = 4096
 NAMED_AT_MOST = 5
 FILES_PER_JOB = 64
-TOO_MUCH = "out of memory while it was loaded"
-"""The reason of an image that this machine could not load, whatever its file is like."""
 
 BadFiles = list[tuple[str, str]]
 """(path, reason) of files that cannot be read."""
@@ -121,8 +118,6 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 def reason(error: Exception) -> str:
     """Why a file could not be decoded, in a few words and without its path."""
-    if is_out_of_memory(error):
-        return TOO_MUCH
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow can read"
     if isinstance(error, OSError) and error.strerror:

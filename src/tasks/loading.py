@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..common.errors import DataError, RunError, SettingsError
 from ..common.log import log
-from ..common.memory import out_of_memory
+from ..common.memory import TOO_MUCH, is_out_of_memory, out_of_memory
 from ..common.randomness import stream
-from .images import TOO_MUCH, ImageFolderIndex, load_rgb, reason, unreadable_error
+from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 from .transforms import Transform
 
 PREFETCHED_PER_WORKER = 2
@@ -88,7 +88,7 @@ class ImageDataset(Dataset):
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
-            return Unreadable(path, reason(error))
+            return Unreadable(path, TOO_MUCH if is_out_of_memory(error) else reason(error))
         return self.transform(image, stream(self.seed, "augmentation", epoch, i)), self.index.labels[i]
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import functional
 
-from ...common.memory import is_out_of_memory
+from ...common.memory import TOO_MUCH, is_out_of_memory
 from ...common.randomness import stream
-from ..images import TOO_MUCH, reason
+from ..images import reason
 from ..loading import EpochOrder, Unreadable
 from .data import CocoSplit, box_in_image
 from .orientation import load_as_annotated
@@ -87,7 +87,7 @@ class CocoDataset(Dataset):
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
-            return Unreadable(path, reason(error))
+            return Unreadable(path, TOO_MUCH if is_out_of_memory(error) else reason(error))
         try:
             target = target_of(self.split, number)
             if self.flip and torch.rand((), generator=stream(self.seed, "augmentation", epoch, number)) < 0.5:
