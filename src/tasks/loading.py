@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..common.errors import DataError, RunError, SettingsError
 from ..common.log import log
-from ..common.memory import TOO_MUCH, is_out_of_memory, out_of_memory
+from ..common.memory import TOO_MUCH, out_of_memory
 from ..common.randomness import stream
 from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 from .transforms import Transform
@@ -85,10 +85,12 @@ class ImageDataset(Dataset):
         path = self.index.paths[i]
         try:
             image = load_rgb(path)
+        except MemoryError:
+            return Unreadable(path, TOO_MUCH)
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
-            return Unreadable(path, TOO_MUCH if is_out_of_memory(error) else reason(error))
+            return Unreadable(path, reason(error))
         return self.transform(image, stream(self.seed, "augmentation", epoch, i)), self.index.labels[i]
 
 
