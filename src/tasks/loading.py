@@ -85,7 +85,11 @@ class ImageDataset(Dataset):
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
             return Unreadable(path, reason(error))
-        return self.transform(image, stream(self.seed, "augmentation", epoch, i)), self.index.labels[i]
+        try:
+            seen = self.transform(image, stream(self.seed, "augmentation", epoch, i))
+        except DataError as error:
+            return Unreadable(path, str(error))
+        return seen, self.index.labels[i]
 
 
 @dataclass(frozen=True)
