@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...common.compiling import CompiledLoop
 from .assign import assign
 from .clustering import Clustering
 from .members import Members
@@ -27,12 +28,14 @@ from .registry import QUANTIZERS
 from .revive import revive
 from .sixteen_bits import range_problem
 
-accumulate: Any
-try:
-    from .accumulate import accumulate
-except ImportError:  # numba is not there for every platform and Python version
-    accumulate = None
 
+def _accumulate() -> Any:
+    from .accumulate import accumulate
+
+    return accumulate
+
+
+ACCUMULATE = CompiledLoop(_accumulate)
 START_NOISE = 1e-5
 CHUNK = 1 << 19
 """Vectors that are compared at a time."""
@@ -63,10 +66,12 @@ def never() -> bool:
 def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sum-of-members divided by count for every centroid, (k, d), and the counts (k,); empty ones come back as
     zeros."""
-    if vectors.device.type == "cpu" and vectors.dtype == torch.float32 and accumulate is not None:
+    if vectors.device.type == "cpu" and vectors.dtype == torch.float32:
         total, members = np.zeros((k, vectors.shape[1])), np.zeros(k, dtype=np.int64)
-        accumulate(vectors.contiguous().numpy(), codes.numpy(), total, members)
-        return torch.from_numpy(total / np.maximum(members, 1)[:, None]).float(), torch.from_numpy(members).float()
+        arrays = (vectors.contiguous().numpy(), codes.numpy(), total, members)
+        if accumulate := ACCUMULATE.ready(*arrays):
+            accumulate(*arrays)
+            return torch.from_numpy(total / np.maximum(members, 1)[:, None]).float(), torch.from_numpy(members).float()
     counts = torch.bincount(codes, minlength=k).to(vectors.dtype)
     if vectors.device.type == "cuda":  # index_add_ there adds in another order at every call
         sums = Members.of(codes, k).sums(vectors)

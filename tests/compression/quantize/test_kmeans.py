@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from src.common.compiling import CompiledLoop
 from src.common.randomness import stream
 from src.compression.quantize import kmeans as kmeans_module
 from src.compression.quantize.assign import assign, assign_in_chunks
@@ -299,7 +300,7 @@ def test_compiled_means_equal_plain_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     draw = torch.Generator().manual_seed(0)
     vectors, codes = torch.randn(4000, 9, generator=draw), torch.randint(40, (4000,), generator=draw)
     found, counts = kmeans_module.means(vectors, codes, 64)
-    monkeypatch.setattr(kmeans_module, "accumulate", None)
+    monkeypatch.setattr(kmeans_module, "ACCUMULATE", CompiledLoop(lambda: None))
     plain, plain_counts = kmeans_module.means(vectors, codes, 64)
     assert torch.allclose(found, plain, atol=1e-6)  # float32 sums of 100 members
     assert torch.equal(counts, plain_counts)
