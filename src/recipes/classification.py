@@ -16,7 +16,7 @@ from ..settings import Settings
 from ..tasks.classification import check_classes
 from .data import classification_task, images_fingerprint, read_images
 from .evaluate import verdict
-from .initial_model import model_to_evaluate, starting_model
+from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .train import Prepared, train
 
 
@@ -30,7 +30,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     with first_here(run.engine):
         start = starting_model(run.settings, architecture, weights, len(train_images.classes), run.engine.is_main)
     model = start.model
-    check_classes(len(train_images.classes), n_outputs(architecture, model))
+    check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE)
     side = run.settings.dataloader.image_size
     return Prepared(
         model=model,

@@ -36,7 +36,7 @@ from ..tasks.coco.metrics import read_results, write_results
 from ..tasks.detection import Scores, score
 from .coco_data import detection_task, read_splits, splits_fingerprint
 from .evaluate import verdict
-from .initial_model import model_to_evaluate, starting_model
+from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, train
 
@@ -65,8 +65,9 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     with first_here(engine):
         start = starting_model(settings, architecture, weights, n_classes, engine.is_main)
     model = start.model
-    outputs = _outputs(splits, n_outputs(architecture, model), weights)
-    train_split, validation = (with_outputs(split, outputs, n_outputs(architecture, model)) for split in splits)
+    n_classes = n_outputs(architecture, model)
+    outputs = _outputs(splits, n_classes, "none" if settings.model.new_head else weights)
+    train_split, validation = (with_outputs(split, outputs, n_classes, NEW_HEAD_ADVICE) for split in splits)
     _configure(model, settings)
     return Prepared(
         model=model,

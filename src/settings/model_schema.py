@@ -95,6 +95,13 @@ class ModelSettings(Section):
             "train it on."
         ),
     )
+    new_head: Annotated[Flag, TRAINING] = Field(
+        False,
+        description=(
+            "Start from model.weights but for the layers that are sized by the classes: these get new random weights, "
+            "for the classes of the data."
+        ),
+    )
     reestimate_norms: Annotated[Flag, TRAINING] = Field(
         False,
         description=(

@@ -23,11 +23,11 @@ from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFile
 from .transforms import Transform, training_transform, validation_transform
 
 
-def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
+def check_classes(n_folders: int, n_outputs: int, key: str = KEY, advice: str = "") -> None:
     """Compare the number of class folders with the outputs of a model.
 
     A label is a place in the sorted list of folders: with another number of folders the labels would mean other
-    classes.
+    classes. `advice` ends the message.
 
     Raises:
         DataError: the two differ.
@@ -37,6 +37,7 @@ def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
             f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs. A label is a "
             "place in the sorted list "
             "of folders, so both must agree: use the data the model was trained for, or a model made for these classes."
+            f"{advice}"
         )
 
 

@@ -45,8 +45,8 @@ def _are_outputs(listed: list[int], n_outputs: int) -> bool:
     return listed[0] >= 1 and listed[-1] < n_outputs
 
 
-def with_outputs(split: CocoSplit, outputs: Mapping[int, int], n_outputs: int) -> CocoSplit:
-    """The split with labels that are outputs of a head of `n_outputs`.
+def with_outputs(split: CocoSplit, outputs: Mapping[int, int], n_outputs: int, advice: str = "") -> CocoSplit:
+    """The split with labels that are outputs of a head of `n_outputs`; `advice` ends the message of an error.
 
     Raises:
         DataError: an object's category has no output; the background is none.
@@ -59,7 +59,7 @@ def with_outputs(split: CocoSplit, outputs: Mapping[int, int], n_outputs: int) -
             f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. "
             f"The head has {n_outputs} classes: the background and {n_outputs - 1} categories in the order of their "
             f"ids, or ids 1 to {n_outputs - 1}; the annotations list {len(split.names):,} categories. Use the data the "
-            "model was trained for, or a model made for these."
+            f"model was trained for, or a model made for these.{advice}"
         )
     return replace(split, outputs=dict(outputs))
 
