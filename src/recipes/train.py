@@ -24,10 +24,10 @@ from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
+from ..run.starting_norms import rebuild_folded_norms, warn_of_folded_norms
 from ..settings import Settings
 from .compress import CompressionPlan, compress_network, plan_compression, report_size
 from .specs import finetune_spec, with_current_names
-from .starting_norms import rebuild_folded_norms, warn_of_folded_norms
 
 
 class TaskOnFiles(Task, Protocol):

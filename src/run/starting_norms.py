@@ -13,7 +13,7 @@ from ..common.log import log, note
 from ..compression.finetune.task import Task
 from ..model_files.norm_estimation import reestimate_norms
 from ..model_files.norms import folded_norms, folded_text, set_told
-from ..run.open_run import Run
+from .open_run import Run
 
 N_IMAGES = 2048
 """Training images of all processes together from which running statistics are rebuilt, or as many as there are."""
