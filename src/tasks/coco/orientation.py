@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ..images import load_rgb
+from ..decoding import UPRIGHT, load_rgb, orientation_of
 
-TAG = 0x0112
-UPRIGHT = 1
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -23,22 +21,6 @@ TURNS = {
 }
 """Value of the tag -> what brings the stored pixels to what viewers show."""
 SIDES_SWAPPED = (5, 6, 7, 8)
-
-
-def orientation_of(image: Image.Image) -> int:
-    """The tag of an opened image, without decoding it; `UPRIGHT` where there is none that can be read."""
-    if image.format == "TIFF":  # Pillow turns these itself
-        return UPRIGHT
-    try:
-        if image.format == "PNG":  # getexif would decode it
-            exif = Image.Exif()
-            exif.load(image.info.get("exif", b""))
-        else:
-            exif = image.getexif()
-        value = exif.get(TAG, UPRIGHT)
-    except Exception:  # a tag that cannot be read, of a file that may be good otherwise
-        return UPRIGHT
-    return value if value in TURNS else UPRIGHT
 
 
 def misfit(stored: tuple[int, int], orientation: int, expected: tuple[int, int]) -> str | None:

@@ -13,7 +13,8 @@ from src.common.errors import DataError
 from src.tasks.coco.data import CocoSplit, read_coco
 from src.tasks.coco.image_checks import require_images, too_narrow_images
 from src.tasks.coco.loading import CocoDataset
-from src.tasks.coco.orientation import TAG, load_as_annotated
+from src.tasks.coco.orientation import load_as_annotated
+from src.tasks.decoding import ORIENTATION
 from src.tasks.loading import Unreadable
 from tests.support.coco import contents, entry, rectangle, write
 
@@ -30,7 +31,7 @@ def photo(
     image = {**entry(1, width, height), "file_name": f"1.{ending}"}
     write(root, "train", contents([image], [rectangle(1, 1, 1, [2, 2, 10, 10])]), pictures=False)
     exif = Image.Exif()
-    exif[TAG] = orientation
+    exif[ORIENTATION] = orientation
     Image.fromarray(pixels).save(root / "train2017" / f"1.{ending}", exif=exif)
     return read_coco(root, "train")
 
