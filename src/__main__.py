@@ -6,6 +6,8 @@ import difflib
 import importlib
 import sys
 
+from .common import output
+
 COMMANDS = {
     "train-resnet": "compress and fine-tune a ResNet",
     "train-maskrcnn": "compress and fine-tune a Mask R-CNN",
@@ -38,13 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command that the first argument names; returns its exit status, 2 where there is none of that name."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage(), end="")
+        output.out(usage())
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, 1)
         advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        print(f"error: pqf: unknown command {name!r}; {advice}", file=sys.stderr)
+        output.err(f"error: pqf: unknown command {name!r}; {advice}\n")
         return 2
     entry = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     return int(entry.main(rest))

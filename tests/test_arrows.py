@@ -52,7 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "compression",
         "architectures.architecture",
         "model_files",
-        "tasks.loading",
+        "tasks.workers",
     ),
     "run.signals": (),
     "run.output_folder": ("common",),

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import output
+
 log = logging.getLogger("pqf")
 
 
@@ -22,22 +24,13 @@ def note(text: str) -> None:
 
 
 class LineHandler(logging.Handler):
-    """Writes every record as a line to the standard output of the moment, whatever its encoding; a closed pipe is an
-    error, not a report."""
+    """Writes every record as a line to the standard output of the moment; what cannot be written is `output.loss`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line, above a progress bar if there is one.
-
-        Raises:
-            OSError: the output cannot be written.
-        """
+        """Write one line, above a progress bar if there is one."""
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        text = f"{prefix}{record.getMessage()}\n"
-        stream = sys.stdout
-        encoding = getattr(stream, "encoding", None) or "utf-8"
         with _above_bars():
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            stream.flush()
+            output.out(f"{prefix}{record.getMessage()}\n")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterable
 from typing import TypeVar
 
@@ -23,8 +24,8 @@ def bar(
         unit: what an item is called.
         done: how many of `total` were done before.
     """
-    # disable=None asks tqdm to stay silent when the stream is not a terminal
-    hidden = None if show else True
+    # disable=None asks tqdm to stay silent when the stream is not a terminal; there may be no stream at all
+    hidden = None if show and sys.stderr is not None else True
     yield from tqdm(
         items, desc=label, total=total, unit=unit, disable=hidden, leave=False, dynamic_ncols=True, initial=done
     )

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from .. import evaluate_resnet, train_resnet
+from ..common import output
 from .steps import Row, Step, demonstrate, file_size, folder_and_flags, percent, results, seconds
 
 USAGE = """usage: python -m src.demo [--output_path FOLDER] [--dotted.key value ...]
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demonstration; returns the exit status of the first step that fails, or 0."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
-        print(USAGE, end="")
+        output.out(USAGE)
         return 0
     folder, flags = folder_and_flags(arguments, "output/demo")
     dense, compressed = folder / "dense", folder / "compressed"

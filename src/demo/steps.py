@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..common import output
 from ..common.errors import RunError
 
 Row = tuple[str, ...]
@@ -60,7 +61,7 @@ def run_steps(steps: Sequence[Step]) -> int:
     """Run the commands, each printed before; returns the status of the first that fails, or 0."""
     for number, step in enumerate(steps, start=1):
         command = f"python -m {step.entry.__name__} {' '.join(step.arguments)}"
-        print(f"\n== {number}/{len(steps)} {step.title}\n   {command}", flush=True)
+        output.out(f"\n== {number}/{len(steps)} {step.title}\n   {command}\n")
         status: int = step.entry.main(step.arguments)
         if status:
             return status
@@ -80,9 +81,9 @@ def demonstrate(steps: Sequence[Step], folder: Path, rows: Callable[[], Sequence
     status = run_steps(steps)
     if status:
         return status
-    print(
+    output.out(
         f"\n{table(folder, rows)}\n\n{time.perf_counter() - started:.0f} seconds in all; the compressed network is "
-        f"{best}"
+        f"{best}\n"
     )
     return 0
 

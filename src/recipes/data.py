@@ -47,9 +47,8 @@ def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
     for index in indices:
 
         def check(share: slice, index: ImageFolderIndex = index) -> BadFiles:
-            return check_images(
-                replace(index, paths=index.paths[share], labels=index.labels[share]), data.verify_images, engine.is_main
-            )
+            own = replace(index, paths=index.paths[share], labels=index.labels[share])
+            return check_images(own, data.verify_images, engine.is_main, resize=data.resize, part=part_name(engine))
 
         kept, bad = leave_out(index, check_together(engine, index.paths, check), data.skip_unreadable)
         warn_of_skipped(bad, index.root, engine.is_main)
@@ -85,6 +84,11 @@ def check_together(engine: Engine, paths: Sequence[str], check: Callable[[slice]
     """
     bad = dict(engine.gather(check(slice(engine.rank, None, engine.world_size))))
     return [(path, bad[path]) for path in paths if path in bad] if bad else []
+
+
+def part_name(engine: Engine) -> str:
+    """Of the part of the images that this process looks at."""
+    return f"{engine.rank}of{engine.world_size}"
 
 
 def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:

@@ -39,10 +39,11 @@ def inspect(
     if html is not None and Path(html).suffix not in (".html", ".htm"):
         raise SettingsError(f"--html {html}: expected a name that ends in .html")
     found = examine(path, dense, arch)
+    if html is not None:
+        write_text(Path(html).expanduser(), page(found))
     for line in text(found):
         log.info("%s", line)
     if html is not None:
-        write_text(Path(html).expanduser(), page(found))
         log.info("page with figures: %s", html)
     return 0
 

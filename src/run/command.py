@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..common.errors import LostContactError, SettingsError, UserError
+from ..common import output
+from ..common.errors import LostContactError, RunError, SettingsError, UserError
 from ..common.log import lines_of, log
 from ..engines import launch
 from ..settings import Settings, help_text, ineffective, load
@@ -51,15 +51,14 @@ def run(
 
     Returns:
         The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C,
-            143 after
-        SIGTERM where the job handles it, 141 when the reader of the output went away. Any other exception is a defect
-        and propagates.
+            143 after SIGTERM where the job handles it, 141 when the reader of the output went away, 1 when the output
+            could not be written. Any other exception is a defect and propagates.
     """
 
     def whole() -> int:
         arguments = sys.argv[1:] if argv is None else argv
         if "-h" in arguments or "--help" in arguments:
-            print(help_text(prog, default_config, purpose, kind, task), end="", flush=True)
+            output.out(help_text(prog, default_config, purpose, kind, task))
             return 0
         config, overrides = split_config(arguments, default_config)
         settings = load(config, overrides)
@@ -75,23 +74,37 @@ def run(
 def guarded(job: Callable[[], int]) -> int:
     """Run `job`; errors for people become one message, warnings and notes lines of the log.
 
+    Standard output that cannot be written ends nothing: the job goes on and keeps what it keeps in files, and the
+    status tells afterwards.
+
     Returns:
         As `run`.
     """
+    output.keep_standard_files_open()
+    status = _status(job)
+    lost = output.loss()
+    if lost is None:
+        return status
+    if isinstance(lost, BrokenPipeError):
+        return status or BROKEN_PIPE
+    reason = lost.strerror or str(lost)
+    output.err(f"error: standard output cannot be written: {reason}; what went into files is complete\n")
+    return status or RunError.status
+
+
+def _status(job: Callable[[], int]) -> int:
     try:
         with lines_of(lambda: launch.here().is_main), _quiet_threads():
-            status = job()
-        sys.stdout.flush()
-        return status
+            return job()
     except UserError as error:
-        print(f"error: {_whose(error)}{error}", file=sys.stderr, flush=True)
+        output.err(f"error: {_whose(error)}{error}\n")
         return error.status
     except KeyboardInterrupt as interrupt:
         if launch.here().is_main:
-            print(": ".join(["interrupted", *filter(None, [str(interrupt)])]), file=sys.stderr, flush=True)
+            output.err(": ".join(["interrupted", *filter(None, [str(interrupt)])]) + "\n")
         return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
-    except BrokenPipeError:
-        _silence_output()
+    except BrokenPipeError as error:  # a library that prints
+        output.failed(error)
         return BROKEN_PIPE
 
 
@@ -165,9 +178,3 @@ def split_config(arguments: list[str], default_config: str) -> tuple[str, list[s
         if not config or config.startswith("--"):
             raise SettingsError("command line: --config has no value; write --config FILE")
     return config, others
-
-
-def _silence_output() -> None:
-    """Point standard output at nothing, so that Python's own flush at exit does not fail once more."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,7 @@ from ..common.errors import LostContactError
 from ..engines import choosing
 from ..engines.engine import Engine
 from ..settings import Settings
-from ..tasks.loading import loader_death
+from ..tasks.workers import loader_death
 from .agreement import check_same_settings
 
 
@@ -34,7 +34,7 @@ def processes(settings: Settings) -> Iterator[Engine]:
             raise LostContactError(
                 f"another process of this run has ended, and its message says why ({_first_line(error)})"
             ) from error
-        if isinstance(error, RuntimeError) and (death := loader_death(error)):
+        if death := loader_death(error):
             raise death from error
         raise
     engine.close()

@@ -1,32 +1,30 @@
 """Folders of images in ImageNet's layout, and whether their files can be read.
 
 `<root>/<split>/<class>/*.jpg`: one folder per class, the label of a class is its place in the sorted list of names (as
-in torchvision's `ImageFolder`). Names that begin with a dot are passed over.
+in torchvision's `ImageFolder`). What systems and programs leave behind is passed over.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import make_dataset
 
 from ..common import progress
 from ..common.errors import DataError
+from .decoding import full_check, load_rgb, looks, quick_check, reason
+from .folders import EXTENSIONS, images_below, is_leaving, tell_others
+from .shapes import too_long
+
+__all__ = [
+    "KEY", "BadFiles", "ImageFolderIndex", "check_images", "check_same_classes", "full_check", "leave_out", "load_rgb",
+    "quick_check", "read_folder", "reason", "require_readable", "some", "unreadable_error",
+]  # fmt: skip
 
 KEY = "dataloader.imagenet_path"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-TAIL_BYTES = 4096
 NAMED_AT_MOST = 5
-FILES_PER_JOB = 64
-
 BadFiles = list[tuple[str, str]]
 """(path, reason) of files that cannot be read."""
 
@@ -59,19 +57,23 @@ def some(names: Iterable[str], separator: str = ", ") -> str:
 
 
 def read_folder(root: str | Path, split: str, show_progress: bool = True) -> ImageFolderIndex:
-    """The images of `<root>/<split>/<class>/`.
+    """The images of `<root>/<split>/<class>/`; says how many other files there are.
 
     Raises:
-        DataError: the folder is missing or is a file, has no class folders, or a class folder holds no image.
+        DataError: the folder is missing or is a file, has no class folders, or a class folder holds no image or cannot
+            be read.
     """
     folder = Path(os.path.abspath(Path(root).expanduser())) / split
     classes = _class_names(folder)
     paths: list[str] = []
     labels: list[int] = []
     empty: list[str] = []
+    others: Counter[str] = Counter()
     for label, name in enumerate(progress.bar(classes, f"listing {split}", show=show_progress, unit="class")):
-        samples = make_dataset(folder, {name: 0}, extensions=EXTENSIONS, allow_empty=True)
-        found = [path for path, _ in samples if not os.path.basename(path).startswith(".")]
+        try:
+            found = images_below(folder / name, others)
+        except OSError as error:
+            raise DataError(f"{KEY}: {error.filename} cannot be read: {error.strerror}. Allow it.") from error
         if not found:
             empty.append(name)
         paths += found
@@ -82,6 +84,7 @@ def read_folder(root: str | Path, split: str, show_progress: bool = True) -> Ima
             f"Expected files ending in {', '.join(EXTENSIONS)}. Add the images, or remove the empty folders from every "
             "split."
         )
+    tell_others(folder, others)
     return ImageFolderIndex(folder, tuple(classes), paths, labels)
 
 
@@ -95,7 +98,7 @@ def _class_names(folder: Path) -> list[str]:
         if not place.is_dir():
             raise DataError(f"{KEY}: {place} is a file, not a folder. {expected}")
     try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        entries = [entry for entry in os.scandir(folder) if not is_leaving(entry.name)]
     except OSError as error:
         raise DataError(f"{KEY}: {folder} cannot be read: {error.strerror}. {expected}") from error
     classes = sorted(entry.name for entry in entries if entry.is_dir())
@@ -106,83 +109,24 @@ def _class_names(folder: Path) -> list[str]:
     return classes
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """The decoded image as 8-bit RGB, whatever it was stored as. Raises whatever the decoder raises: see `reason`."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip 16-bit greys to white instead of scaling them
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:  # the same colours, without Pillow's warning
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
+def check_images(
+    index: ImageFolderIndex, how: str = "quick", show: bool = True, *, resize: int | None = None, part: str = "all"
+) -> BadFiles:
+    """(path, reason) of every file that cannot be read.
 
-
-def reason(error: Exception) -> str:
-    """Why a file could not be decoded, in a few words and without its path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
-
-
-def full_check(path: str) -> str | None:
-    """Decode the whole image; the reason why that failed, or None."""
-    try:
-        load_rgb(path)
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for bad files
-        return reason(error)
-    return None
-
-
-def quick_check(path: str) -> str | None:
-    """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is
-    refused."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                return "the file is empty"
-            with Image.open(file) as image:
-                marker = END_MARKERS.get(image.format or "")
-            if marker is None:
-                return None
-            file.seek(max(0, size - TAIL_BYTES))
-            if marker in file.read():
-                return None
-    except Exception as error:  # as in full_check
-        return reason(error)
-    return full_check(path)
-
-
-CHECKS: dict[str, Callable[[str], str | None] | None] = {"none": None, "quick": quick_check, "full": full_check}
-
-
-def check_images(index: ImageFolderIndex, how: str = "quick", show: bool = True) -> BadFiles:
-    """(path, reason) of every file that cannot be read. `how` is `quick`, `full` (decodes everything) or `none`."""
-    if how not in CHECKS:
-        raise DataError(f"checking images: {how!r} is not known; there are {', '.join(CHECKS)}")
-    check = CHECKS[how]
-    if check is None:
-        return []
-    return [
-        (path, why) for path, why in in_threads(check, index.paths, f"checking images ({how})", show) if why is not None
-    ]
-
-
-def in_threads(
-    check: Callable[[str], str | None], paths: list[str], label: str, show: bool
-) -> Iterator[tuple[str, str | None]]:
-    """(path, what `check` finds) for all paths, in their order."""
-
-    def check_some(start: int) -> list[tuple[str, str | None]]:
-        return [(path, check(path)) for path in paths[start : start + FILES_PER_JOB]]
-
-    pool = ThreadPoolExecutor()
-    try:
-        results = chain.from_iterable(pool.map(check_some, range(0, len(paths), FILES_PER_JOB)))
-        yield from progress.bar(results, label, total=len(paths), show=show, unit="image")
-    finally:  # an interrupted check does not first finish its queue
-        pool.shutdown(cancel_futures=True)
+    Args:
+        index: of the files.
+        how: `quick`, `full` (decodes everything) or `none`.
+        show: show a progress bar.
+        resize: what the short side is brought to; images that would become huge then count as unreadable.
+        part: name of this process's part of the images.
+    """
+    bad = []
+    for path, look in looks(index.paths, how, show, index.root, part):
+        why = look.problem or (None if resize is None else too_long(look.size, resize))
+        if why is not None:
+            bad.append((path, why))
+    return bad
 
 
 def unreadable_error(bad: BadFiles, key: str = KEY) -> DataError:

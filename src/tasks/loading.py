@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..common.errors import DataError, RunError, SettingsError
+from ..common.errors import DataError, SettingsError
 from ..common.log import log
+from ..common.memory import TOO_MUCH, out_of_memory
 from ..common.randomness import stream
 from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 from .transforms import Transform
+from .workers import CollateToShip, LoadingFailed, Shipped, broken_loader, prepare_worker
 
 PREFETCHED_PER_WORKER = 2
+LOADING_LESS = (
+    "Use a smaller dataloader.batch_size or fewer dataloader.num_workers, or make the image smaller (and its objects "
+    "fewer)."
+)
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,11 +86,17 @@ class ImageDataset(Dataset):
         path = self.index.paths[i]
         try:
             image = load_rgb(path)
+        except MemoryError:
+            return Unreadable(path, TOO_MUCH)
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
             return Unreadable(path, reason(error))
-        return self.transform(image, stream(self.seed, "augmentation", epoch, i)), self.index.labels[i]
+        try:
+            seen = self.transform(image, stream(self.seed, "augmentation", epoch, i))
+        except DataError as error:
+            return Unreadable(path, str(error))
+        return seen, self.index.labels[i]
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,15 @@ class UnreadableFiles:
         self.reasons: dict[str, str] = {}
 
     def report(self, batch: HasUnreadable) -> None:
-        """Check what `batch` could not read. Raises DataError if there is any and `skip` is False."""
+        """Check what `batch` could not read.
+
+        Raises:
+            DataError: there is any, and `skip` is False.
+            RunError: there was no memory to load an image, which may be a good one.
+        """
+        for item in batch.unreadable:
+            if item.reason.startswith(TOO_MUCH):
+                raise out_of_memory(f"on an image, {item.path}. {LOADING_LESS}", MemoryError(item.reason))
         if batch.unreadable and not self.skip:
             raise self.error(batch)
         for item in batch.unreadable:
@@ -219,7 +239,8 @@ def make_loader(
         cast(Dataset, dataset),
         **batching,
         num_workers=num_workers,
-        collate_fn=collate_items,
+        collate_fn=CollateToShip(collate_items) if num_workers > 0 else collate_items,
+        worker_init_fn=prepare_worker if num_workers > 0 else None,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCHED_PER_WORKER if num_workers > 0 else None,
@@ -231,27 +252,14 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's batches.
 
     Raises:
-        RunError: a worker process died (usually the system ended it for want of memory).
+        RunError: a process or a thread of the loader died, or the machine lacks what they need.
     """
     try:
-        yield from loader
-    except RuntimeError as error:
-        if death := loader_death(error):
-            raise death from error
+        for batch in loader:
+            if isinstance(batch, LoadingFailed):
+                raise batch.error()
+            yield batch.unpacked() if isinstance(batch, Shipped) else batch
+    except (OSError, EOFError, MemoryError, RuntimeError) as error:
+        if fault := broken_loader(error):
+            raise fault from error
         raise
-
-
-def loader_death(error: RuntimeError) -> RunError | None:
-    """An error for people if `error` is torch's word for a loader process that died.
-
-    Torch raises it wherever the main process happens to be when the system tells it, not only where it waits for a
-    batch.
-    """
-    if "DataLoader worker" not in str(error):
-        return None
-    return RunError(
-        f"a process that loads images died: {str(error).splitlines()[0]}. This is usually a lack of memory or of "
-        "shared "
-        "memory (/dev/shm): use fewer --dataloader.num_workers (0 loads in the main process) or a smaller "
-        "--dataloader.batch_size"
-    )

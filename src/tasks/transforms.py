@@ -10,8 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
+from ..common.errors import DataError
+from .shapes import too_long
+
 Transform = Callable[[Image.Image, torch.Generator], Tensor]
-"""An RGB image and a source of randomness -> normalised float32 tensor (3, H, W)."""
+"""An RGB image and a source of randomness -> normalised float32 tensor (3, H, W). Raises DataError for an image so
+narrow that it would become huge."""
 
 
 def training_transform(
@@ -27,6 +31,12 @@ def validation_transform(resize: int, image_size: int, mean: Sequence[float], st
     return partial(_centre, resize, image_size, list(mean), list(std))
 
 
+def _resized(image: Image.Image, resize: int) -> Image.Image:
+    if problem := too_long(image.size, resize):
+        raise DataError(problem)
+    return functional.resize(image, [resize])
+
+
 def _augment(
     resize: int,
     size: int,
@@ -37,7 +47,7 @@ def _augment(
     image: Image.Image,
     generator: torch.Generator,
 ) -> Tensor:
-    image = functional.resize(image, [resize])
+    image = _resized(image, resize)
     if padding:
         image = functional.pad(image, [padding])
     # all three are always drawn, so that a crop does not depend on whether flips are on
@@ -58,5 +68,5 @@ def _centre(
     image: Image.Image,
     generator: torch.Generator | None = None,  # noqa: ARG001 (of Transform)
 ) -> Tensor:
-    image = functional.center_crop(functional.resize(image, [resize]), [size])
+    image = functional.center_crop(_resized(image, resize), [size])
     return functional.normalize(functional.to_tensor(image), mean, std)

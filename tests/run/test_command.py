@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -69,9 +70,8 @@ def test_config_without_a_value_is_an_error(argv: list[str], file: Path, capsys:
     [(DataError("no images"), 2), (RunError("disk full"), 1), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)],
 )
 def test_errors_for_people_have_a_status_and_no_traceback(
-    error: BaseException, status: int, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException, status: int, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "_silence_output", lambda: None)  # would point the test run's own output at nothing
     assert run(raising(error), file) == status
     expected = {130: "interrupted\n", 141: ""}.get(status, f"error: {error}\n")
     assert capsys.readouterr().err == expected
@@ -102,3 +102,81 @@ def test_a_reader_that_goes_away_leaves_no_noise() -> None:
     process.stderr.close()
     assert process.wait() == 141
     assert noise == b""
+
+
+TELLING = """
+import sys
+from pathlib import Path
+from src.common.log import log
+from src.run.command import guarded
+
+def job():
+    log.info("{text}" * {times})
+    log.warning("{text}")
+    Path(sys.argv[1]).write_text("kept")
+    log.info("{text}" * {times})
+    return {status}
+
+sys.exit(guarded(job))
+"""
+"""A job that tells something, keeps something, and tells something once more."""
+
+
+def telling(folder: Path, redirection: str, times: int = 1, status: int = 0, **variables: str) -> tuple[int, str]:
+    """Status and standard error of a job that talks, started by a shell; what it keeps is there in any case."""
+    kept = folder / "kept.txt"
+    kept.unlink(missing_ok=True)
+    code = TELLING.format(text="stra\\u00dfe \\u732b", times=times, status=status)
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" "$2" {redirection}', sys.executable, code, str(kept)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert kept.read_text() == "kept"
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}],
+    ids=str,
+)
+def test_names_that_the_terminal_cannot_show_end_nothing(variables: dict[str, str], tmp_path: Path) -> None:
+    assert telling(tmp_path, "> /dev/null", **variables) == (0, "")
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-", "2>&-"])
+def test_closed_outputs_end_nothing(redirection: str, tmp_path: Path) -> None:
+    assert telling(tmp_path, redirection) == (0, "")
+    assert telling(tmp_path, redirection, status=3) == (3, "")
+
+
+def test_a_reader_that_goes_away_ends_nothing_and_shows_in_the_status(tmp_path: Path) -> None:
+    assert telling(tmp_path, "| true; exit ${PIPESTATUS[0]}", times=100_000) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_standard_output_ends_nothing_and_is_told_afterwards(tmp_path: Path) -> None:
+    status, told = telling(tmp_path, "> /dev/full")
+    assert status == 1
+    assert (
+        told == "error: standard output cannot be written: No space left on device; what went into files is complete\n"
+    )
+    assert telling(tmp_path, "> /dev/full 2> /dev/full") == (1, "")
+
+
+def test_a_closed_output_is_no_file_that_a_job_opens(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom src.run.command import guarded\n"
+        "def job():\n with open(sys.argv[1], 'w') as file:\n  os.write(1, b'noise of a library')\n return 0\n"
+        "sys.exit(guarded(job))"
+    )
+    target = tmp_path / "model"
+    subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" "$2" >&-', sys.executable, code, str(target)], cwd=ROOT, check=True, timeout=120
+    )
+    assert target.read_bytes() == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -247,6 +248,85 @@ def test_every_colour_mode_becomes_rgb_without_a_warning(tmp_path):
         )
     assert np.array_equal(np.asarray(loaded["grey16.png"]), np.asarray(image.convert("L").convert("RGB")))
     assert np.array_equal(np.asarray(loaded["palette.png"]), np.asarray(image.quantize(16).convert("RGB")))
+
+
+RAMP = np.tile(np.arange(64) * 1024, (8, 1))
+"""Grey values (8, 64) from 0 to 64,512."""
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "options"),
+    [
+        ("16.png", RAMP.astype(np.uint16), {}),
+        ("16.pgm", RAMP.astype(np.uint16), {}),
+        ("16.tif", RAMP.astype(np.uint16), {}),
+        ("16b.tif", RAMP.astype(">u2"), {}),
+        ("inverse.tif", (65535 - RAMP).astype(np.uint16), {"tiffinfo": {262: 0}}),
+    ],
+)
+def test_16_bits_are_scaled_to_8(name: str, values: np.ndarray, options: dict, tmp_path: Path) -> None:
+    if values.dtype.byteorder == ">":
+        Image.frombuffer("I;16B", (64, 8), values.tobytes(), "raw", "I;16B", 0, 1).save(tmp_path / name)
+    elif name.endswith(".pgm"):  # Pillow before 10.4 reads them, but cannot write them
+        (tmp_path / name).write_bytes(b"P5 64 8 65535 " + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values).save(tmp_path / name, **options)
+    loaded = np.asarray(load_rgb(tmp_path / name))
+    assert np.array_equal(loaded, np.repeat((RAMP >> 8).astype(np.uint8)[..., None], 3, axis=2))
+    assert quick_check(str(tmp_path / name)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [(np.int32, "I"), (np.float32, "F"), (np.uint32, "I"), (np.int16, "I")], ids=str
+)
+def test_values_without_a_known_range_are_unreadable(kind: type, mode: str, tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    place = tmp_path / "val" / "cat" / "depth.tif"
+    values = (RAMP // 2).astype(kind)
+    if kind in (np.uint32, np.int16):  # Pillow reads such files, but does not write them
+        sign, bits = (1, 32) if kind is np.uint32 else (2, 16)
+        write_tiff(place, values, sign, bits)
+    else:
+        Image.fromarray(values).save(place)
+    with Image.open(place) as image:
+        assert image.mode == mode
+    index = read_folder(tmp_path, "val", False)
+    for how in ("quick", "full"):
+        ((path, why),) = check_images(index, how, False)
+        assert path == str(place)
+        assert "store it with 8 or 16 bits" in why
+    item = ImageDataset(index, validation_transform(32, 32, MEAN, STD), 0)[0, index.paths.index(str(place))]
+    assert isinstance(item, Unreadable)
+
+
+def write_tiff(path: Path, values: np.ndarray, sample_format: int, bits: int) -> None:
+    """A grey TIFF of one strip."""
+    height, width = values.shape
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags += [(279, values.nbytes), (339, sample_format)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = struct.pack("<2sHI", b"II", 42, 8 + values.nbytes)
+    path.write_bytes(header + values.tobytes() + struct.pack("<H", len(tags)) + directory + bytes(4))
+
+
+@pytest.mark.parametrize("size", [(9000, 1), (1, 9000)])
+def test_a_strip_is_unreadable_not_huge(size: tuple[int, int], tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    place = tmp_path / "val" / "cat" / "strip.png"
+    noise(size).save(place)
+    index = read_folder(tmp_path, "val", False)
+    ((path, why),) = check_images(index, "quick", False, resize=256)
+    assert path == str(place)
+    assert "dataloader.resize" in why
+    for transform in (validation_transform(256, 224, MEAN, STD), training_transform(256, 224, 0, True, MEAN, STD)):
+        item = ImageDataset(index, transform, 0)[0, index.paths.index(str(place))]
+        assert item == Unreadable(path, why)
+
+
+def test_one_pixel_is_an_image(tmp_path: Path) -> None:
+    noise((1, 1)).save(tmp_path / "a.png")
+    seen = validation_transform(256, 224, MEAN, STD)(load_rgb(tmp_path / "a.png"), torch.Generator())
+    assert seen.shape == (3, 224, 224)
 
 
 # --- what the network sees

@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from ...common.compiling import CompiledLoop
 from .objective import ChildObjective, Floats, Ints
 
-kernel: Any
-try:
-    from . import kernel
-except ImportError:  # numba is not there for every platform and Python version
-    kernel = None
+
+def _run_swaps() -> Any:
+    from .kernel import run_swaps
+
+    return run_swaps
+
+
+RUN_SWAPS = CompiledLoop(_run_swaps)
 
 REFRESH = 4096
 """Swaps tried between two computations of moment and mean from all subvectors: rounding errors of the updates must not
@@ -44,7 +48,7 @@ class GroupObjective:
         self.children = list(children)
         self.weights = np.asarray(weights, dtype=np.float64)
         self.n_channels = children[0].n_channels
-        self.compiled = compiled and kernel is not None
+        self.compiled = compiled and RUN_SWAPS.function() is not None
         if self.compiled:
             self._flatten()
 
@@ -102,10 +106,15 @@ class GroupObjective:
         }
         logdet = np.array([child.value for child in self.children])
         shared = (self._shape, self.weights, self._ridge, self._gram, self._gram_at, self._column_sum, self._column_at)
-        _, lowest, made = kernel.run_swaps(
+        arrays = (
             first, second, temperatures, draws, permutation, *shared, present["columns"], self._columns_at,
             present["moment"], self._moment_at, present["mean"], self._mean_at, logdet, best,
         )  # fmt: skip
+        run_swaps = RUN_SWAPS.ready(*arrays)
+        if run_swaps is None:
+            self.compiled = False
+            return self._run_numpy(first, second, temperatures, draws)
+        _, lowest, made = run_swaps(*arrays)
         if made:
             self.reset(permutation)
         return lowest, best, made

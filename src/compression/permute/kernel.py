@@ -42,14 +42,15 @@ with which gram holds the entries of `ChildObjective.table` instead.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from ...common.compiling import loop
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@njit(cache=True, nogil=True)
+@loop()
 def logdet_of(moment: Floats, mean: Floats, ridge: float, d: int, work: Floats) -> float:
     """log det(moment - mean mean^T + ridge I) by symmetric elimination; infinity where it is not positive definite.
 
@@ -79,7 +80,7 @@ def logdet_of(moment: Floats, mean: Floats, ridge: float, d: int, work: Floats) 
     return total + np.log(product)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@loop(inline="always")
 def inner_product(
     gram: Floats, start: int, area: int, width: int, tail: int, first_column: int, later: int, earlier: int
 ) -> float:
@@ -102,7 +103,7 @@ def inner_product(
     return gram[start + width * area + row * n_channels * tail + later_channel * tail + later - later_channel * area]
 
 
-@njit(cache=True, nogil=True)
+@loop()
 def run_swaps(
     first: Ints,
     second: Ints,

@@ -6,11 +6,12 @@ Shapes: vectors (n, d) float32, codes (n,) int64, sums (k, d) float64, counts (k
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from ...common.compiling import loop
 
-@njit(cache=True, nogil=True)
+
+@loop()
 def accumulate(
     vectors: NDArray[np.float32], codes: NDArray[np.int64], sums: NDArray[np.float64], counts: NDArray[np.int64]
 ) -> None:

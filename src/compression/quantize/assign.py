@@ -78,7 +78,7 @@ def one_thread() -> None:
 def _faiss() -> Any:
     try:
         import faiss
-    except ImportError:  # there is no wheel for every platform and Python version
+    except Exception:  # not there for every platform and Python version, or libraries that do not fit each other
         return None
     # n * d below which faiss compares vectors one by one (its default, 128,000, holds most layers of a ResNet): with
     # the one nearest

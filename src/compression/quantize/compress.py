@@ -23,6 +23,7 @@ from .clustering import Clustering
 from .kmeans import cluster
 from .layers import CODES_DTYPE, QuantizedLayer, quantize_weight, share_codes
 from .plan import LayerPlan, Plan
+from .sixteen_bits import energies, rounding_loss, weight_problem
 from .subvectors import to_subvectors
 from .weights import WeightPlace, find_weight
 
@@ -39,6 +40,7 @@ class LayerResult:
         distortion: squared error summed over the weight.
         power: sum of squares of the weight; distortion / power is the relative error.
         iterations: mean updates that the clustering made.
+        rounding: share of the power that 16-bit floats lose by themselves, part of the distortion.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LayerResult:
     distortion: float
     power: float
     iterations: int
+    rounding: float
 
     @property
     def relative_error(self) -> float:
@@ -88,8 +91,10 @@ def compress(
         The same network, and how well each weight was quantized, in the network's order.
 
     Raises:
-        PlanError: a weight that cannot be clustered (not finite).
+        PlanError: a weight that cannot be clustered (not finite, or of values that 16-bit floats cannot hold); before
+            any is, and with all layers of which that is so.
     """
+    check_weights(model, plan)
     found = _cluster_layers(model, plan, seed, device, show_progress, finished)
     results = []
 
@@ -97,15 +102,38 @@ def compress(
         weight = place.parameter.detach()
         layer = quantize_weight(place, plan.d, plan.k)
         clustering = found.pop(plan.name)
-        n = clustering.codes.shape[0]
         layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
-        power = float(weight.cpu().double().square().sum())
+        lost, power = energies(weight.cpu(), clustering.codebook.cpu(), clustering.codes.cpu())
         results.append(
-            LayerResult(plan.name, plan.d, plan.k, n, clustering.distortion * n, power, clustering.iterations)
+            LayerResult(
+                name=plan.name,
+                d=plan.d,
+                k=plan.k,
+                n_subvectors=clustering.codes.shape[0],
+                distortion=lost,
+                power=power,
+                iterations=clustering.iterations,
+                rounding=rounding_loss(weight.cpu()),
+            )
         )
         return layer
 
     return _replace(model, plan, code), results
+
+
+def check_weights(model: nn.Module, plan: Plan) -> None:
+    """Check that 16-bit codebooks can hold every planned weight.
+
+    Raises:
+        PlanError: one is not finite, too large or too small for them; names every such layer.
+    """
+    problems = [
+        f"layer {name!r}: {problem}"
+        for name, place in places_of(model, plan).items()
+        if (problem := weight_problem(place.parameter.detach()))
+    ]
+    if problems:
+        raise PlanError("\n  ".join(problems))
 
 
 MANY_VECTORS = 1024

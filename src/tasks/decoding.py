@@ -1,0 +1,173 @@
+"""Image files: decoded to 8-bit RGB, and checked whether they can be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..common import progress
+from ..common.errors import DataError
+from .remembered import Look, Remembered
+
+END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+TAIL_BYTES = 4096
+FILES_PER_JOB = 64
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose greys have up to 16 bits, though Pillow may hold them in 32."""
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+"""Of TIFF."""
+ORIENTATION = 274
+"""Of EXIF."""
+UPRIGHT, ORIENTATIONS = 1, 8
+"""Values of that tag: the first and how many there are."""
+
+T = TypeVar("T")
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """The decoded image as 8-bit RGB, whatever it was stored as. Raises whatever the decoder raises, and ValueError for
+    values of which nobody knows what white is: see `reason`."""
+    with Image.open(path) as image:
+        if problem := range_problem(image):
+            raise ValueError(problem)
+        if image.mode == "I" or image.mode.startswith("I;"):  # Pillow would clip such greys to white
+            return Image.fromarray(_grey(image)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:  # the same colours, without Pillow's warning
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def range_problem(image: Image.Image) -> str | None:
+    """Why the values of an opened image cannot be brought to 8 bits; None: they can."""
+    if image.mode == "F":
+        kind = "floating-point numbers"
+    elif image.mode == "I" and image.format not in SIXTEEN_BITS:
+        kind = "integers of 32 bits, or with a sign,"
+    else:
+        return None
+    return f"its values are {kind} of which nothing says what is black and white: store it with 8 or 16 bits"
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    """The values (H, W) of a grey image of up to 16 bits, as 8 bits."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+    grey = (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be decoded, in a few words and without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The tag of an opened image, without decoding it; `UPRIGHT` where there is none that can be read."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return UPRIGHT
+    try:
+        if image.format == "PNG":  # getexif would decode it
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+        else:
+            exif = image.getexif()
+        value = exif.get(ORIENTATION, UPRIGHT)
+    except Exception:  # a tag that cannot be read, of a file that may be good otherwise
+        return UPRIGHT
+    return value if value in range(UPRIGHT, ORIENTATIONS + 1) else UPRIGHT
+
+
+def full_check(path: str) -> str | None:
+    """Decode the whole image; the reason why that failed, or None."""
+    try:
+        load_rgb(path)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for bad files
+        return reason(error)
+    return None
+
+
+def quick_check(path: str) -> str | None:
+    """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is
+    refused."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                return "the file is empty"
+            with Image.open(file) as image:
+                if problem := range_problem(image):
+                    return problem
+                marker = END_MARKERS.get(image.format or "")
+            if marker is None:
+                return None
+            file.seek(max(0, size - TAIL_BYTES))
+            if marker in file.read():
+                return None
+    except Exception as error:  # as in full_check
+        return reason(error)
+    return full_check(path)
+
+
+CHECKS: dict[str, Callable[[str], str | None] | None] = {"none": None, "quick": quick_check, "full": full_check}
+
+
+def looks(paths: list[str], how: str, show: bool, place: Path, part: str = "all") -> Iterator[tuple[str, Look]]:
+    """(path, what looking at it told) for all `paths`, in their order; nothing for the check `none`.
+
+    A file that was found to be readable before, and has the same size and time since, is not looked at again.
+
+    Args:
+        paths: the files.
+        how: name of the check.
+        show: show a progress bar.
+        place: the data set's folder.
+        part: name of this process's part of the data set.
+
+    Raises:
+        DataError: there is no such check.
+    """
+    if how not in CHECKS:
+        raise DataError(f"checking images: {how!r} is not known; there are {', '.join(CHECKS)}")
+    check = CHECKS[how]
+    if check is None:
+        return
+    memory = Remembered(place, how, part)
+
+    def look(path: str) -> Look:
+        return memory.look(path, lambda path: _look(path, check))
+
+    yield from in_threads(look, paths, f"checking images ({how})", show)
+    memory.keep()
+
+
+def _look(path: str, check: Callable[[str], str | None]) -> Look:
+    if problem := check(path):
+        return Look(problem)
+    with Image.open(path) as image:
+        return Look(None, image.size, orientation_of(image))
+
+
+def in_threads(check: Callable[[str], T], paths: list[str], label: str, show: bool) -> Iterator[tuple[str, T]]:
+    """(path, what `check` finds) for all paths, in their order."""
+
+    def check_some(start: int) -> list[tuple[str, T]]:
+        return [(path, check(path)) for path in paths[start : start + FILES_PER_JOB]]
+
+    pool = ThreadPoolExecutor()
+    try:
+        results = chain.from_iterable(pool.map(check_some, range(0, len(paths), FILES_PER_JOB)))
+        yield from progress.bar(results, label, total=len(paths), show=show, unit="image")
+    finally:  # an interrupted check does not first finish its queue
+        pool.shutdown(cancel_futures=True)
