@@ -6,7 +6,7 @@ ready model in under 1 s on one core.
 
     python -m benchmarks.packed [--repeats 9] [--published resnet18.pth]
 
-The networks have random codes, which no entropy coding makes smaller; `--published` adds the authors' file, where it
+The networks have random codes, which no entropy coding makes smaller, and norms as after training; `--published` adds the authors' file, where it
 does.
 """
 
@@ -66,10 +66,26 @@ def random_network(arch: str, flags: list[str]) -> tuple[nn.Module, ModelInfo]:
         if isinstance(module, QuantizedLayer):
             codes = torch.randint(module.k, (module.codes_matrix.numel(),), generator=draw)
             module.set_codes(torch.randn(module.codebook.shape, generator=draw), codes)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            _as_after_training(module, draw)
     info = ModelInfo(
         arch, architecture.n_classes, compression_settings(settings), {"accuracy": 75.04}, tuple(applied), "pqf"
     )
     return model.eval(), info
+
+
+def _as_after_training(norm: torch.nn.BatchNorm2d, draw: torch.Generator) -> None:
+    """Values as various as those of the published ResNet-18's norms, which are harder to code than constants."""
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            assert tensor is not None
+            tensor.normal_(generator=draw)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.weight.mul_(0.15).exp_().mul_(0.7)
+        norm.bias.mul_(0.3)
+        norm.running_var.exp_()
+        norm.running_mean.mul_(norm.running_var.sqrt())
 
 
 def measure(name: str, model: nn.Module, info: ModelInfo, repeats: int, folder: Path) -> dict[str, Any]:

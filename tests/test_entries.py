@@ -583,18 +583,6 @@ def test_a_checkpoint_of_another_architecture_or_other_k(
     )
 
 
-def test_a_compressed_model_is_no_starting_point(
-    capsys: pytest.CaptureFixture[str], run: Path, small_images: Path, tmp_path: Path
-) -> None:
-    flags = [
-        *SMALL,
-        *paths(small_images, tmp_path / "out"),
-        "--model.weights",
-        str(run / "trained_models" / "best.pth"),
-    ]
-    refused(capsys, train_resnet.main, flags, "compressed model", "dense")
-
-
 def test_weights_for_other_classes(capsys: pytest.CaptureFixture[str], small_images: Path, tmp_path: Path) -> None:
     torch.save(architectures.get("resnet18", "classification").build(5).state_dict(), tmp_path / "five.pth")
     flags = [*SMALL, *paths(small_images, tmp_path / "out"), "--model.weights", str(tmp_path / "five.pth")]

@@ -345,3 +345,39 @@ def test_bad_evaluations_are_refused(run: Path, coco: Path, tmp_path: Path, caps
         "9 (star)",
         "the network's head",
     )
+
+
+# --- categories ---
+
+
+def test_ids_of_a_database_are_trained_on_and_come_back_in_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = small_coco(tmp_path / "data")
+    ids = {1: 74_673_216, 2: 0, 4: 5_000}
+    for source in (root / "annotations").iterdir():
+        what = json.loads(source.read_text())
+        for row in what["categories"]:
+            row["id"] = ids[row["id"]]
+        for row in what["annotations"]:
+            row["category_id"] = ids[row["category_id"]]
+        source.write_text(json.dumps(what))
+    train = [*QUICK, *paths(root, tmp_path / "run"), "--epochs", "1", "--model.use_compression", "False"]
+    fewer = ["--model.boxes_per_image", "16", "--model.proposals", "50", "--skip_initial_validation", "True"]
+    assert train_maskrcnn.main([*train, *fewer]) == 0
+    model = tmp_path / "run" / "trained_models" / "best.pth"
+    tensors = read_tensors(model)
+    assert tensors["roi_heads.box_predictor.cls_score.bias"].shape == (4,)
+    left = json.loads((tmp_path / "run" / "categories.json").read_text())
+    assert [(row["output"], row["id"], row["name"]) for row in left] == [
+        (1, 0, "disc"), (2, 5_000, "bar"), (3, 74_673_216, "square"),
+    ]  # fmt: skip
+    # one more detection of everything, so that there are some
+    tensors["roi_heads.box_predictor.cls_score.bias"] = torch.tensor([0.0, 0.0, 3.0, 3.0])
+    torch.save(tensors, model)
+    capsys.readouterr()
+    flags = ["--model.use_compression", "False", "--model.weights", str(model), "--model.proposals", "50"]
+    evaluated(capsys, *paths(root, tmp_path / "out"), *flags)
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {row["category_id"] for row in rows} <= {5_000, 74_673_216}
+    assert rows

@@ -27,6 +27,7 @@ class Architecture:
         weights_url: the published dense weights; the file name ends in the first hex digits of their SHA-256.
         n_classes: classes of the published weights.
         head: name of the layer whose rows are the classes.
+        heads_beside: further layers whose rows are counted in classes.
         groups: network -> its permutation groups (spec: `model.permutations` left out).
         licence: of the published weights, where it restricts their use.
         build_frozen: the same network with frozen batch norms, for state dicts that come from such a one.
@@ -43,6 +44,7 @@ class Architecture:
     n_classes: int
     head: str
     groups: Callable[[nn.Module], list[Group]]
+    heads_beside: tuple[str, ...] = ()
     licence: str = ""
     build_frozen: Callable[[int], nn.Module] | None = None
     outputs: Outputs = call_network
@@ -85,13 +87,17 @@ class Architecture:
                 return int(tensor.shape[0])
         return None
 
-    def build_for(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A network with the classes of `state`, and with frozen norms where `state` has norms that never counted a
-        batch."""
+    def belongs_to_a_head(self, name: str) -> bool:
+        """Whether the tensor `name` has rows for classes, so that it is of no use to other classes."""
+        return name.rpartition(".")[0] in (self.head, *self.heads_beside)
+
+    def build_for(self, state: Mapping[str, Tensor], n_classes: int | None = None) -> nn.Module:
+        """A network with `n_classes`, or those of `state`, and with frozen norms where `state` has norms that never
+        counted a batch."""
         leaves = {name.rpartition(".")[2] for name in state}
         frozen = "running_var" in leaves and "num_batches_tracked" not in leaves
         make = self.build_frozen if frozen and self.build_frozen else self.build
-        return make(self.classes_of(state) or self.n_classes)
+        return make(n_classes or self.classes_of(state) or self.n_classes)
 
     def backbone_of(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The tensors of `backbone` where `state` is that of a classifier, from which this network can start; else

@@ -126,6 +126,7 @@ MASKRCNN = Architecture(
     weights_url=MaskRCNN_ResNet50_FPN_Weights.COCO_V1.url,
     n_classes=91,
     head=HEAD,
+    heads_beside=("roi_heads.box_predictor.bbox_pred", "roi_heads.mask_predictor.mask_fcn_logits"),
     groups=maskrcnn_groups,
     build_frozen=build_frozen,
     outputs=head_outputs,

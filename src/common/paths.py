@@ -7,12 +7,15 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import RunError, SettingsError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BINARY_TEMPORARY_SUFFIX = ".part"
+SHOWN = 100
+"""Bytes of a name that temporary names and messages repeat: names may have 255, on some file systems 143."""
 
 
 def candidates(path: str | Path) -> list[Path]:
@@ -56,6 +59,33 @@ def _exists(place: Path) -> bool:
         return False
 
 
+def check_name(path: Path) -> None:
+    """Check that a file or folder can be called so, whether it is there or not.
+
+    Raises:
+        SettingsError: the name is too long, or holds what no name can hold.
+    """
+    try:
+        there = next(folder for folder in (path, *path.absolute().parents) if _exists(folder))
+        below = path.absolute().parts[len(there.absolute().parts) :]
+        for part in below:
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                os.lstat(there / part)
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.lstat(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        name = ascii(str(path))[1:-1]
+        shown = name if len(name) <= SHOWN else f"{name[: SHOWN // 2]}...{name[-SHOWN // 2 :]}"
+        raise SettingsError(f"no file can be called {shown}: {reason}. Choose another name.") from error
+
+
+def temporary_name(name: str) -> str:
+    """A name for the file that becomes `name`, hidden, found by `remove_half_written`, and never too long itself."""
+    start = os.fsencode(name)[:SHOWN].decode("utf-8", "ignore")
+    return f".{start}.{secrets.token_hex(4)}{BINARY_TEMPORARY_SUFFIX}"
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
@@ -63,12 +93,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary one is removed.
 
     Raises:
+        SettingsError: no file can be called so.
         RunError: the disk is full or the folder cannot be written; the message says what was kept.
     """
+    check_name(path)
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{BINARY_TEMPORARY_SUFFIX}"
+        temporary = path.parent / temporary_name(path.name)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
         with open(temporary, "rb") as written:
@@ -78,7 +110,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its zip writer
         reason = _disk_reason(error, path)
-        kept = f"the previous {path.name} is unchanged" if path.exists() else "nothing was left behind"
+        kept = f"the previous {path.name} is unchanged" if _exists(path) else "nothing was left behind"
         raise RunError(
             f"cannot write {path}: {reason}; {kept}. Free some space or choose another output_path."
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +22,9 @@ MEETING_TIME = timedelta(minutes=5)
 
 WORKING_TIME = timedelta(days=2)
 """How long one may work (search, cluster) while others wait; a process that dies is the launcher's to notice."""
+
+GIVING_BACK = 0.2
+"""Seconds that gloo's threads get to finish with the last exchange."""
 
 
 class TorchRun(Processes):
@@ -90,6 +94,9 @@ class TorchRun(Processes):
 
     def close(self) -> None:
         """Leave the group."""
+        # a thread of gloo may still be giving back the tensors of the last exchange, for which it needs Python's lock;
+        # the group's end holds that lock and waits for the thread (seen to hang with torch 2.6)
+        time.sleep(GIVING_BACK)
         dist.destroy_process_group()
 
 

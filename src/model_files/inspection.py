@@ -18,7 +18,7 @@ from ..compression.quantize.subvectors import Layer, bits_per_code
 from .building import build_and_load
 from .metadata import AppliedPermutation, ModelInfo, layer_type
 from .norms import is_folded_norm
-from .open_model_file import OpenModelFile, open_model_file
+from .open_model_file import OpenModelFile, open_model_file, state_for
 from .pth import is_compressed, read_tensors
 from .size import CODEBOOK_BITS, ModelSize, model_size, tensor_bits
 
@@ -145,7 +145,7 @@ def _row(name: str, module: Layer) -> Row | None:
 
 def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module, list[str]]:
     """The dense network with its channels permuted as those of the opened one, and what to know about that."""
-    state = opened.architecture.current_state(read_tensors(path))
+    state = state_for(opened.architecture, read_tensors(path), str(path))
     if is_compressed(state):
         raise CheckpointError(f"--against: {path} is a compressed model, and the dense one is wanted here")
     model = build_and_load(lambda: opened.architecture.build_for(state), None, state, str(path))

@@ -106,6 +106,15 @@ def describe(
     return _Reader(source, metadata).read(permutations)
 
 
+def norm_widths(source: str, metadata: Mapping[str, str]) -> dict[str, int]:
+    """Channels of each norm of a packed file's stream of norms, in their order.
+
+    Raises:
+        CheckpointError: they are not as `packed` writes them.
+    """
+    return _Reader(source, metadata).norms()
+
+
 class _Reader:
     """Reads JSON metadata field by field; whatever is not as written is a CheckpointError."""
 
@@ -127,6 +136,13 @@ class _Reader:
         if not all(isinstance(owner, str) for owner in tied.values()):
             raise self._wrong("tied")
         return info, {name: self._layer(name, entry) for name, entry in self._table("layers").items()}, tied
+
+    def norms(self) -> dict[str, int]:
+        """See `norm_widths`."""
+        found = self._table("norms")
+        if not found or not all(type(width) is int and 1 <= width < 1 << 31 for width in found.values()):
+            raise self._wrong("norms")
+        return found
 
     def _wrong(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: its metadata are damaged ({what})")

@@ -23,6 +23,7 @@ from .building import build_and_load
 from .compression_report import permutations_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
 from .pth import is_compressed, read_tensors
+from .wrapping import fitted, is_wrapped
 
 MOST_CLASSES = 1 << 24
 
@@ -104,7 +105,7 @@ def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
         info = file.packed.info
     else:
         architecture = _identify(file.tensors, str(path), arch)
-        state = architecture.current_state(file.tensors)
+        state = state_for(architecture, file.tensors, str(path))
         info = replace(
             ModelInfo(architecture.name, _classes(architecture, state)), permutations=permutations_of_run(path)
         )
@@ -134,9 +135,28 @@ def build_network(
     """
     if file.packed is not None:
         return _build_packed(file.packed, architecture)
-    source, state = str(file.path), architecture.current_state(file.tensors)
+    source = str(file.path)
+    state = state_for(architecture, file.tensors, source)
     own = plan or (lambda dense: plan_of(dense, state, source))
     return build_and_load(lambda: architecture.build_for(state), own if file.quantized else None, state, source)
+
+
+def state_for(architecture: Architecture, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors of a published or dense file under the names that the network has for them now.
+
+    Raises:
+        CheckpointError: the file holds the network more than once.
+    """
+    state = architecture.current_state(tensors)
+    if not is_wrapped(tensors):
+        return state
+    with torch.device("meta"):
+        model = architecture.build(architecture.n_classes)
+    names = [set(model.state_dict())]
+    if architecture.backbone:  # the network may start from that of a classifier
+        names.append({*model.get_submodule(architecture.backbone).state_dict(), "fc.weight", "fc.bias"})
+    found = (fitted(tensors, own, source, architecture.current_state) for own in names)
+    return next((renamed for renamed in found if renamed.keys() != state.keys()), state)
 
 
 def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture:
@@ -175,7 +195,7 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
     layers = {}
     for key in state:
         name, _, leaf = key.rpartition(".")
-        if leaf != "codes_matrix" or name not in modules:
+        if leaf != "codes_matrix" or name not in modules or _has(modules[name], leaf):
             continue  # a layer that the network does not have is reported with all keys that do not fit
         codebook = state.get(f"{name}.codebook")
         module = modules[name]
@@ -188,6 +208,11 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
             )
         layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
     return Plan(layers=layers, notes=())
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of the module itself bears the name."""
+    return name in module._parameters or name in module._buffers
 
 
 def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Architecture:
@@ -203,12 +228,12 @@ def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Arc
             raise SettingsError(f"--arch {arch} is not known; known: {', '.join(sorted(known))}")
         return known[arch]
     for architecture in known.values():
-        state = architecture.current_state(state)
-        layers = {name.rpartition(".")[0] for name in state}
+        found = state_for(architecture, state, source)
+        layers = {name.rpartition(".")[0] for name in found}
         with torch.device("meta"):
             model = architecture.build(architecture.n_classes)
         own = {name.rpartition(".")[0] for name in model.state_dict()}
-        if own == layers and all(_same_shape(name, tensor, model, architecture) for name, tensor in state.items()):
+        if own == layers and all(_same_shape(name, tensor, model, architecture) for name, tensor in found.items()):
             return architecture
     raise CheckpointError(
         f"{source} is no architecture known here ({', '.join(known)}); with another one's layers, name it with --arch"

@@ -3,13 +3,15 @@
 Tensors (L: quantized layer, B: batch norm):
 - `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded
   (`entropy`; in files of format 1 `L.codes_entropy`, see `rans`);
-- `L.codebook`: F16 (k, d); `B.weight`, `B.bias`: the folded norm; everything else as in the published format (`pth`);
+- `L.codebook`: F16 (k, d); `.norms`: U8, the folded norms of 32-bit floats and how they train (`packed_norms`);
+  `B.weight`, `B.bias`: a norm that is known as two vectors only; everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
 number of classes, compression settings and metric, null where not known; `layers`: for each quantized layer type,
-weight shape, d, k; `permutations`: parents, children, width and reshapes of each group; `tied`: names that share the
-tensors of another name.
+weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents, children, width
+and reshapes of each group; `tied`: names that share the tensors of another name; `renamed`, where there are any:
+tensors that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,14 +40,18 @@ from .metadata import (
     group_entry,
     index_bits,
     layer_type,
+    norm_widths,
 )
-from .norms import NORM_VECTORS, is_folded_norm
+from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of
+from .renamed import RENAMED, read_renamed, stored_names
 from .safetensors_file import read_container, read_metadata, write_container
+from .tied import tied_names
 
 FORMAT = "pqf"
-FORMAT_VERSION = 2
-READABLE_VERSIONS = ("1", "2")
+FORMAT_VERSION = 3
+VERSION_WITHOUT_NORMS = 2
+READABLE_VERSIONS = ("1", "2", "3")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -60,8 +65,9 @@ class PackedFile:
         source: the file, for messages.
         info: what it says about the model.
         layers: the quantized layers by name.
-        tensors: as they stand in the file.
+        tensors: of the network, as they stand in the file.
         tied: name -> the name that holds its tensor.
+        renamed: name of one of `tensors` -> its name in the network, where that is another one.
     """
 
     source: str
@@ -69,6 +75,13 @@ class PackedFile:
     layers: Mapping[str, PackedLayer]
     tensors: Mapping[str, Tensor]
     tied: Mapping[str, str]
+    renamed: Mapping[str, str]
+
+    def own_name(self, name: str) -> str:
+        """The name that one of `tensors` has in the published format."""
+        layer, _, leaf = name.rpartition(".")
+        is_codes = leaf in CODES and layer in self.layers
+        return self.renamed.get(name, key_of(layer, "codes_matrix") if is_codes else name)
 
     @property
     def plan(self) -> Plan:
@@ -88,10 +101,9 @@ class PackedFile:
         state = {}
         for name, tensor in self.tensors.items():
             layer, _, leaf = name.rpartition(".")
-            if leaf in CODES and layer in self.layers:
-                state[key_of(layer, "codes_matrix")] = _unpacked(self.source, layer, self.layers[layer], leaf, tensor)
-            elif name != PERMUTATIONS:
-                state[name] = tensor
+            if leaf in CODES and layer in self.layers and name not in self.renamed:
+                tensor = _unpacked(self.source, layer, self.layers[layer], leaf, tensor)
+            state[self.own_name(name)] = tensor
         return {**state, **{name: state[owner] for name, owner in self.tied.items()}}
 
 
@@ -109,23 +121,14 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         CheckpointError: a codebook that 16-bit floats cannot hold.
     """
     state = compressed_state(model)
-    tied = _tied(model, state)
-    tensors: dict[str, Tensor] = {}
-    layers = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, tensor in state.items():
-        if name in tied:
-            continue
-        prefix, _, leaf = name.rpartition(".")
-        module = modules[prefix]
-        if isinstance(module, QuantizedLayer) and leaf == "codes_matrix":
-            written_as, codes = _packed(module, entropy_coding)
-            tensors[key_of(prefix, written_as)] = torch.from_numpy(codes)
-        else:
-            tensors[name] = tensor
-    for prefix, module in model.named_modules():  # a layer used twice once
-        if isinstance(module, QuantizedLayer):
-            layers[prefix] = [layer_type(module), list(module.weight_shape), module.d, module.k]
+    tied = tied_names(model, state)
+    norms, stream = take_norms(model, state, tied)
+    tensors, renamed = _stored(model, {name: state[name] for name in state if name not in tied}, entropy_coding)
+    layers = {
+        prefix: [layer_type(module), list(module.weight_shape), module.d, module.k]
+        for prefix, module in model.named_modules()  # a layer used twice once
+        if isinstance(module, QuantizedLayer)
+    }
     groups = None
     if info.permutations is not None:
         groups = [group_entry(group) for group in info.permutations]
@@ -141,10 +144,36 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         "settings": info.settings,
         "metric": None if info.metric is None else {name: float(value) for name, value in info.metric.items()},
     }
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "producer": info.producer}
-    for name, value in {"model": known, "layers": layers, "permutations": groups, "tied": tied}.items():
+    described = {"model": known, "layers": layers, "permutations": groups, "tied": tied}
+    if renamed:
+        described[RENAMED] = renamed
+    if norms:
+        tensors[STREAM], described["norms"] = stream, norms
+    version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
+    metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
+    for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))
     write_container(path, tensors, metadata)
+
+
+def _stored(
+    model: nn.Module, state: Mapping[str, Tensor], entropy_coding: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of `state` as they stand in a file, and the network's names of those that are stored under others."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    codes: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, leaf = name.rpartition(".")
+        module = modules[prefix]
+        if isinstance(module, QuantizedLayer) and leaf == "codes_matrix":
+            written_as, packed = _packed(module, entropy_coding)
+            codes[key_of(prefix, written_as)] = torch.from_numpy(packed)
+        else:
+            others[name] = tensor
+    renamed = stored_names(others, CODES, (PERMUTATIONS,))
+    now = {own: stored for stored, own in renamed.items()}
+    return {**codes, **{now.get(name, name): tensor for name, tensor in others.items()}}, renamed
 
 
 def is_packed(path: Path) -> bool:
@@ -168,8 +197,11 @@ def load_packed(path: Path) -> PackedFile:
             f"{metadata.get('producer', '?')[:40]}); "
             f"this program reads versions {' and '.join(READABLE_VERSIONS)}"
         )
-    info, layers, tied = describe(source, metadata, tensors.get(PERMUTATIONS))
-    packed = PackedFile(source=source, info=info, layers=layers, tensors=tensors, tied=tied)
+    info, layers, tied = describe(source, metadata, tensors.pop(PERMUTATIONS, None))
+    renamed = read_renamed(source, metadata, tensors)
+    if STREAM in tensors:
+        tensors, tied = put_norms(source, tensors, norm_widths(source, metadata), tied)
+    packed = PackedFile(source=source, info=info, layers=layers, tensors=tensors, tied=tied, renamed=renamed)
     _check_layers(packed)
     return packed
 
@@ -195,24 +227,22 @@ def check_layers_of(model: nn.Module, packed: PackedFile) -> None:
 def _check_layers(packed: PackedFile) -> None:
     """Every quantized layer has one tensor of codes of the right size and a codebook; nothing calls itself codes
     without a layer."""
-    names = {**dict.fromkeys(packed.tensors), **dict.fromkeys(packed.tied)}
+    held = {packed.own_name(name) for name in packed.tensors}
     for name, owner in packed.tied.items():
-        if name in packed.tensors:
+        if name in held:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r} and yet there")
-        prefix, _, leaf = owner.rpartition(".")
-        is_codes = leaf == "codes_matrix" and any(key_of(prefix, name) in packed.tensors for name in CODES)
-        if owner not in packed.tensors and not is_codes:
+        if owner not in held:
             raise CheckpointError(f"{packed.source}: {name!r} is tied to {owner!r}, which the file does not hold")
     for name, layer in packed.layers.items():
-        held = [leaf for leaf in CODES if key_of(name, leaf) in packed.tensors]
-        if len(held) + (key_of(name, "codes_matrix") in packed.tied) != 1:
+        codes = [leaf for leaf in CODES if key_of(name, leaf) in packed.tensors]
+        if len(codes) + (key_of(name, "codes_matrix") in packed.tied) != 1:
             raise CheckpointError(f"{packed.source}: layer {name!r} must have its codes once")
         codebook = packed.tensors.get(packed.tied.get(key_of(name, "codebook"), key_of(name, "codebook")))
         if codebook is None or tuple(codebook.shape) != (layer.k, layer.d) or codebook.dtype != torch.float16:
             raise CheckpointError(
                 f"{packed.source}: layer {name!r} has no codebook of {layer.k} x {layer.d} 16-bit floats"
             )
-        for leaf in held:
+        for leaf in codes:
             stream = packed.tensors[key_of(name, leaf)]
             exact = leaf != PACKED or stream.numel() == packed_size(layer.n_codes, bits_per_code(layer.k))
             if stream.dtype != torch.uint8 or stream.dim() != 1 or not exact:
@@ -220,9 +250,11 @@ def _check_layers(packed: PackedFile) -> None:
                     f"{packed.source}: layer {name!r}: {stream.numel()} bytes are not {layer.n_codes} codes below "
                     f"{layer.k}"
                 )
-    for name in names:
+    if len(held) != len(packed.tensors):
+        raise CheckpointError(f"{packed.source}: two of its tensors have the same name in the network")
+    for name in packed.tensors:
         prefix, _, leaf = name.rpartition(".")
-        if leaf in CODES and prefix not in packed.layers:
+        if leaf in CODES and prefix not in packed.layers and name not in packed.renamed:
             raise CheckpointError(f"{packed.source}: {name!r} belongs to no layer")
 
 
@@ -246,27 +278,6 @@ def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stream: Ten
     except ValueError as error:
         raise CheckpointError(f"{source}: the codes of layer {name!r} are damaged: {error}") from error
     return torch.from_numpy(codes).view(layer.shape[0], -1)
-
-
-def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of `state` whose tensor another name holds already -> that name."""
-    first: dict[Any, str] = {}
-    tied = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        own: dict[str, Any]
-        if is_folded_norm(module):
-            own = {name: (id(module.running_mean), id(module), name) for name in NORM_VECTORS}
-        else:
-            own = {
-                name: id(tensor)
-                for name, tensor in [*module._parameters.items(), *module._buffers.items()]
-                if tensor is not None
-            }
-        for name, key in own.items():
-            full = key_of(prefix, name)
-            if full in state and first.setdefault(key, full) != full:
-                tied[full] = first[key]
-    return tied
 
 
 __all__ = [

@@ -53,6 +53,7 @@ def check_pickle_safety(path: Path) -> None:
             return
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            _check_kind([entry.filename for entry in entries], path)
             if sum(entry.file_size for entry in entries) > _limit(path):
                 raise CheckpointError(f"{path} was refused: it would unpack to far more than its size.")
             damaged = next(
@@ -69,6 +70,21 @@ def check_pickle_safety(path: Path) -> None:
                 if entry.filename.endswith(".pkl"):
                     with archive.open(entry) as contents:
                         _check_pickle(contents, path)  # type: ignore[arg-type]
+
+
+def _check_kind(names: list[str], path: Path) -> None:
+    """Name the archives of torch that are no state dicts."""
+    below = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in below or any(name.startswith("code/") for name in below):
+        raise CheckpointError(
+            f"{path} is a TorchScript program, and loading one could execute code. Expected a state dict: "
+            "torch.save(torch.jit.load(PATH).state_dict(), ...)"
+        )
+    if "archive_format" in below or any(name.startswith("serialized_exported_program") for name in names):
+        raise CheckpointError(
+            f"{path} is a program of torch.export. Expected a state dict: "
+            "torch.save(torch.export.load(PATH).state_dict, ...)"
+        )
 
 
 def _check_pickle(file: BinaryIO, path: Path) -> None:

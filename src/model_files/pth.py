@@ -5,8 +5,9 @@ A plain dict of tensors:
   unsigned), `L.codebook` (k x d, float16), `L.bias` if any;
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
-A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. Files are read with
-`weights_only=True`, always.
+A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. In files of ours the
+dict has an attribute that says how the norms train, which readers of the format do not see (`norm_training`). Files
+are read with `weights_only=True`, always.
 """
 
 from __future__ import annotations
@@ -23,18 +24,15 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..common.paths import write_atomically
 from ..compression.quantize.layers import QuantizedLayer
+from .norm_training import key_of, training_vectors_in, training_vectors_of, with_training_vectors
 from .norms import NORM_VECTORS, fold_norm, is_folded_norm
 from .pickle_safety import check_pickle_safety, check_tensors
 from .safetensors_file import read_container, read_metadata, write_container
+from .wrapping import unwrapped
 
 _OURS = {"written_by": "pqf"}
 """Metadata of dense `.safetensors` files with a checksum."""
 CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def key_of(prefix: str, name: str) -> str:
-    """The name of a tensor of the module `prefix`, which is empty for the network itself."""
-    return f"{prefix}.{name}" if prefix else name
 
 
 def codes_dtype(k: int) -> torch.dtype:
@@ -46,7 +44,7 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
     """The contents of a published-format file for `model`, on the CPU; works for networks without quantized layers too.
 
     Raises:
-        CheckpointError: a codebook holds values that 16-bit floats cannot hold.
+        CheckpointError: a codebook holds values that 16-bit floats cannot hold, or a tensor is not a plain one.
     """
     state: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -65,7 +63,19 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
             skipped = module._non_persistent_buffers_set
             own = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in skipped}}
         state.update({key_of(prefix, name): tensor.detach() for name, tensor in own.items() if tensor is not None})
-    return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    return {name: _plain(name, tensor) for name, tensor in state.items()}
+
+
+def _plain(name: str, value: object) -> Tensor:
+    """An entry of a state dict as files hold it: a contiguous tensor of numbers on the CPU.
+
+    Raises:
+        CheckpointError: it is something else, which could not be read back.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
+        what = f"a {value.layout} tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise CheckpointError(f"{name!r} is {what}; model files hold plain tensors of numbers. Convert or remove it")
+    return value.detach().cpu().contiguous()
 
 
 def save_compressed(model: nn.Module, path: Path) -> None:
@@ -75,34 +85,35 @@ def save_compressed(model: nn.Module, path: Path) -> None:
         RunError: the disk is full or the folder cannot be written; an existing file is unchanged.
         CheckpointError: a codebook that 16-bit floats cannot hold.
     """
-    state = compressed_state(model)
-    write_atomically(path, partial(_save, state))
+    contents = with_training_vectors(compressed_state(model), training_vectors_of(model))
+    write_atomically(path, partial(_save, contents))
 
 
 def _save(state: Mapping[str, Tensor], path: Path) -> None:
     """Equal contents give equal bytes: into an open file, as torch would put the name of a path into the archive."""
     with open(path, "wb") as file:
-        torch.save(dict(state), file)
+        torch.save(state, file)
 
 
 def save_dense(model: nn.Module, path: Path) -> None:
-    """Write the ordinary state dict of `model`, atomically. Raises RunError as `save_compressed`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    """Write the ordinary state dict of `model`, atomically. Raises as `save_compressed`."""
+    state = {name: _plain(name, tensor) for name, tensor in model.state_dict().items()}
     write_atomically(path, partial(_save, state))
 
 
 def save_dense_safetensors(model: nn.Module, path: Path) -> None:
     """Write the ordinary state dict of `model` as safetensors, for any framework, atomically; with a checksum.
 
-    Raises RunError as `save_compressed`.
+    Raises as `save_compressed`.
     """
-    write_container(
-        path, {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, {"format": "pt", **_OURS}
-    )
+    state = {name: _plain(name, tensor) for name, tensor in model.state_dict().items()}
+    write_container(path, state, {"format": "pt", **_OURS})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU, without executing anything the file may carry.
+
+    They have their names in the file; `load_state` takes out what wrappers put into them.
 
     Raises:
         CheckpointError: not such a file, truncated, or it holds something else than named tensors.
@@ -131,25 +142,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read: truncated, damaged or not a model file ({_first_line(error)})."
         ) from error
-    for wrapper in ("state_dict", "model"):
-        # training scripts often wrap the state dict
-        if isinstance(contents, dict) and isinstance(contents.get(wrapper), Mapping):
-            contents = contents[wrapper]
-    if (
-        not isinstance(contents, Mapping)
-        or not contents
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in contents.items())
-    ):
-        raise CheckpointError(f"{path} does not hold named tensors; expected a state dict or a compressed model")
-    check_tensors(contents, path)
-    return _without_prefix(dict(contents))
-
-
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the `module.` that DataParallel puts before every name (as in the semi-supervised ResNet-50)."""
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+    tensors = unwrapped(contents, str(path))
+    check_tensors(tensors, path)
+    return {**tensors, **training_vectors_in(tensors, str(path))}
 
 
 def _first_line(error: Exception) -> str:
@@ -158,7 +153,17 @@ def _first_line(error: Exception) -> str:
 
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors are those of a network with quantized layers."""
-    return any(
-        name.rpartition(".")[2] in ("codes_matrix", "codes_packed", "codes_huffman", "codes_entropy") for name in state
+    """Whether the tensors are those of a network with quantized layers: codes with a codebook beside them."""
+    return any(_is_codes(name, tensor, state) for name, tensor in state.items())
+
+
+def _is_codes(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
+    prefix, _, leaf = name.rpartition(".")
+    codebook = state.get(key_of(prefix, "codebook"))
+    return (
+        leaf in ("codes_matrix", "codes_packed", "codes_huffman", "codes_entropy")
+        and tensor.dtype in CODE_DTYPES
+        and codebook is not None
+        and codebook.dim() == 2
+        and codebook.dtype.is_floating_point
     )

@@ -49,7 +49,9 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
 
     Raises:
         RunError: the disk is full or the folder cannot be written; an existing file is unchanged.
+        CheckpointError: a tensor that such a file cannot hold, by its name, its type or its shape.
     """
+    _check_writable(path, tensors)
     # the checksum first: its zeros are then the first of the file, whatever the metadata say
     texts = {KEY: json.dumps({CHECKSUM: _NO_CHECKSUM, **dict(sorted(metadata.items()))}, separators=(",", ":"))}
     owned = _without_sharing(tensors)
@@ -59,6 +61,11 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         with open(temporary, "r+b") as file:
             header = file.read(8)
             header += file.read(int.from_bytes(header, "little"))
+            if len(header) - 8 > MOST_HEADER:
+                raise CheckpointError(
+                    f"{path}: the names and shapes of {len(owned)} tensors take {len(header):,} bytes, a file can have "
+                    f"{MOST_HEADER:,}; nothing was written"
+                )
             digest = hashlib.sha256(header)
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
@@ -66,6 +73,23 @@ def write_container(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
             file.write(digest.hexdigest().encode())
 
     write_atomically(path, write)
+
+
+def _check_writable(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name == "__metadata__":
+            problem = "a safetensors file uses that name for itself"
+        elif any("\ud800" <= letter <= "\udfff" for letter in name):
+            problem = "the name is not valid Unicode"
+        elif tensor.dtype not in DTYPES.values():
+            problem = f"it holds {tensor.dtype}"
+        elif tensor.dim() > MOST_DIMENSIONS:
+            problem = f"it has {tensor.dim()} dimensions, {MOST_DIMENSIONS} are the most"
+        else:
+            continue
+        raise CheckpointError(
+            f"{path} cannot hold the tensor {name!a}: {problem}. Rename or change it, or write a .pth file"
+        )
 
 
 def _save(tensors: dict[str, Tensor], path: Path, texts: dict[str, str]) -> None:

@@ -7,11 +7,23 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..common.errors import CheckpointError
+from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.subvectors import Layer
-from .norms import NORM_STATISTICS, NORM_VECTORS, is_folded_norm, norm_problem, unfold_norm
+from .norms import (
+    NORM_STATISTICS,
+    NORM_VECTORS,
+    TRAINING_VECTORS,
+    is_folded_norm,
+    norm_problem,
+    set_known_folded,
+    set_known_whole,
+    unfold_norm,
+)
 from .pth import CODE_DTYPES, key_of
+from .wrapping import fitted, is_wrapped, unknown_prefix
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -25,18 +37,37 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     Raises:
         CheckpointError: as `check_state`. The model is unchanged.
     """
+    state = _named_as_in(model, state, source)
     check_state(model, state, source)
     expected, optional, norms = _expected(model, state)
+    codes = _codes_of(model)
     with torch.no_grad():
         for name, target in expected.items():
             if isinstance(target, Tensor):
-                target.copy_(_unsigned(state[name]) if name.endswith("codes_matrix") else state[name])
+                target.copy_(_unsigned(state[name]) if name in codes else state[name])
         for name in optional & set(state):
-            optional_target = _buffer(model, name)
+            optional_target = None if name.rpartition(".")[2] in TRAINING_VECTORS else _buffer(model, name)
             if optional_target is not None:
                 optional_target.copy_(state[name])
-        for prefix, norm in norms:
-            unfold_norm(norm, state[key_of(prefix, "weight")], state[key_of(prefix, "bias")])
+        _load_norms(dict(norms), state, source)
+
+
+def _load_norms(norms: Mapping[str, Layer], state: Mapping[str, Tensor], source: str) -> None:
+    """Unfold the norms of a file; those of which it does not say how they train will warn when they are trained."""
+    folded = {}
+    for prefix, norm in norms.items():
+        set_known_whole(norm)
+        training = _training_vectors(prefix, state)
+        unfold_norm(norm, state[key_of(prefix, "weight")], state[key_of(prefix, "bias")], training)
+        if training is None and isinstance(norm, _BatchNorm) and norm.weight is not None:
+            folded[prefix] = norm
+    set_known_folded(folded, source)
+
+
+def _training_vectors(prefix: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """How the norm `prefix` trains; None: the file does not say it."""
+    deviation, bias = (state.get(key_of(prefix, name)) for name in TRAINING_VECTORS)
+    return None if deviation is None or bias is None else (deviation, bias)
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -46,20 +77,60 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         CheckpointError: keys are missing or left over, shapes or kinds of numbers differ, a code is not below k, or a
             value is not finite. The message lists every one of them.
     """
+    state = _named_as_in(model, state, source)
     expected, optional, norms = _expected(model, state)
+    codes = _codes_of(model)
     problems = _key_problems(state, expected, optional)
     if not problems:
-        problems = [p for name, target in expected.items() if (p := _value_problem(name, state[name], target))]
-    if not problems:
         problems = [
-            f"{prefix}: {p}"
-            for prefix, norm in norms
-            if (p := norm_problem(norm, *(state[key_of(prefix, name)] for name in NORM_VECTORS)))
+            p for name, target in expected.items() if (p := _kind_problem(name, state[name], target, name in codes))
         ]
+    if not problems:
+        finite = expected.keys() - _infinite_allowed(model)
+        infinite = [name for name in expected if name in finite and not torch.isfinite(state[name]).all()]
+        problems = [f"{name} holds values that are not finite" for name in infinite]
+    if not problems:
+        problems = [f"{prefix}: {p}" for prefix, norm in norms if (p := _norm_problem(prefix, norm, state))]
     if problems:
         more = f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise CheckpointError(f"{source} does not fit the network:\n  " + "\n  ".join(problems[:12]) + more)
-    check_codes(state, source)
+    needed = {*codes, *(key_of(name.rpartition(".")[0], "codebook") for name in codes)}
+    check_codes({name: state[name] for name in needed}, source)
+
+
+def _named_as_in(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+    """The file's tensors under the names that `model` has for them, where a known wrapping explains the difference."""
+    if not is_wrapped(state):
+        return state
+    expected, optional, _ = _expected(model, state)
+    return fitted(state, {*expected, *optional}, source)
+
+
+def _codes_of(model: nn.Module) -> set[str]:
+    """The keys of codes in a file for `model`; other tensors may bear the name too."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {key_of(prefix, "codes_matrix") for prefix, module in modules if isinstance(module, QuantizedLayer)}
+
+
+def _infinite_allowed(model: nn.Module) -> set[str]:
+    """The keys of buffers that may hold an infinity on purpose, as masks do; those of norms do not."""
+    return {
+        key_of(prefix, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if not is_folded_norm(module) and not isinstance(module, _NormBase)
+        for name in module._buffers
+    }
+
+
+def _norm_problem(prefix: str, norm: Layer, state: Mapping[str, Tensor]) -> str | None:
+    weight, bias = (state[key_of(prefix, name)] for name in NORM_VECTORS)
+    training = _training_vectors(prefix, state)
+    for name, vector in zip(TRAINING_VECTORS, training or (), strict=False):
+        if problem := _kind_problem(key_of(prefix, name), vector, _Vector(weight.shape), is_codes=False):
+            return problem
+        if not torch.isfinite(vector).all():
+            return f"{name} holds values that are not finite"
+    return norm_problem(norm, weight, bias, training)
 
 
 def _buffer(model: nn.Module, name: str) -> Tensor | None:
@@ -94,12 +165,13 @@ def _expected(
             norms.append((prefix, module))
             for name in NORM_VECTORS:
                 expected[key_of(prefix, name)] = _Vector(module.running_mean.shape)
+            optional.update(key_of(prefix, name) for name in TRAINING_VECTORS)
             continue
         skipped = module._non_persistent_buffers_set
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or name in skipped:
                 continue
-            if name == "num_batches_tracked":
+            if name == "num_batches_tracked" and isinstance(module, _NormBase):
                 optional.add(key_of(prefix, name))  # files written by old torch versions have none
             else:
                 expected[key_of(prefix, name)] = tensor
@@ -120,6 +192,9 @@ def _key_problems(state: Mapping[str, Tensor], expected: Mapping[str, object], o
     ):
         if layers:
             problems.append(f"{text} (use_compression, ignored_modules, k): {_some(sorted(layers))}")
+    prefix = unknown_prefix(state, expected) if missing and unexpected else None
+    if prefix:
+        problems.append(f"every name in the file begins with {prefix!r}, and would fit without it: save it without")
     if missing:
         problems.append(f"{len(missing)} keys missing: {_some(missing)}")
     if unexpected:
@@ -127,7 +202,7 @@ def _key_problems(state: Mapping[str, Tensor], expected: Mapping[str, object], o
     return problems
 
 
-def _some(names: list[str], most: int = 40) -> str:
+def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
@@ -137,7 +212,7 @@ def _unsigned(codes: Tensor) -> Tensor:
     return wide & 0xFFFF if codes.dtype == torch.int16 else wide
 
 
-def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | None:
+def _kind_problem(name: str, value: Tensor, target: Tensor | _Vector, is_codes: bool) -> str | None:
     leaf = name.rpartition(".")[2]
     if value.shape != target.shape:
         advice = ""
@@ -146,14 +221,16 @@ def _value_problem(name: str, value: Tensor, target: Tensor | _Vector) -> str | 
         elif target.shape and value.shape and value.shape[1:] == target.shape[1:]:
             advice = f": the file is for {value.shape[0]} outputs"
         return f"{name} is {tuple(value.shape)} in the file, {tuple(target.shape)} in the network{advice}"
-    if leaf == "codes_matrix":
+    if is_codes:
         return None if value.dtype in CODE_DTYPES else f"{name} holds {value.dtype}, expected integers"
-    wanted = target.dtype.is_floating_point if isinstance(target, Tensor) else True
-    if wanted != value.dtype.is_floating_point or value.dtype.is_complex:
-        return f"{name} holds {value.dtype}, expected {'floating-point' if wanted else 'whole'} numbers"
-    if value.dtype.is_floating_point and not torch.isfinite(value).all():
-        return f"{name} holds values that are not finite"
+    wanted = _kind_of_number(target.dtype) if isinstance(target, Tensor) else "floating-point"
+    if _kind_of_number(value.dtype) != wanted:
+        return f"{name} holds {value.dtype}, expected {wanted} numbers"
     return None
+
+
+def _kind_of_number(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "floating-point" if dtype.is_floating_point else "whole"
 
 
 def _quantization_advice(layer: str, leaf: str, found: torch.Size, wanted: torch.Size) -> str:

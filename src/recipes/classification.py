@@ -16,7 +16,7 @@ from ..settings import Settings
 from ..tasks.classification import check_batch_norms, check_classes
 from .data import classification_task, images_fingerprint, read_images
 from .evaluate import verdict
-from .initial_model import dense_model, model_to_evaluate
+from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .train import Prepared, train
 
 
@@ -28,8 +28,9 @@ def train_classification(settings: Settings) -> int:
 def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepared:
     train_images, validation = read_images(run, ("train", "val"))
     with first_here(run.engine):
-        model = dense_model(architecture, weights, len(train_images.classes), run.engine.is_main)
-    check_classes(len(train_images.classes), n_outputs(architecture, model))
+        start = starting_model(run.settings, architecture, weights, len(train_images.classes), run.engine.is_main)
+    model = start.model
+    check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE)
     side = run.settings.dataloader.image_size
     task = classification_task(run, train_images, validation)
     joined = run.settings.sync_batch_norm and run.engine.world_size > 1  # its norms see the images of all processes
@@ -41,6 +42,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         example=torch.randn(2, 3, side, side),
         results={},
         images_digest=images_fingerprint(train_images, validation),
+        compressed=start.compressed,
     )
 
 

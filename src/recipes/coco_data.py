@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from ..run.agreement import check_same, digest_of
 from ..run.open_run import Job
 from ..tasks.coco.data import CocoSplit, read_coco
-from ..tasks.coco.image_checks import unusable_images, without
+from ..tasks.coco.image_checks import too_narrow_images, unusable_images, without
 from ..tasks.detection import Detection
 from ..tasks.images import BadFiles
-from .data import SAME_IMAGES, check_together, data_root, loader_spec, warn_of_skipped
+from .data import SAME_IMAGES, check_together, data_root, loader_spec, part_name, warn_of_skipped
 
 
 def read_splits(job: Job, splits: Sequence[str], check_images: bool = True) -> list[CocoSplit]:
@@ -27,7 +27,9 @@ def read_splits(job: Job, splits: Sequence[str], check_images: bool = True) -> l
         check_same(engine, f"the list of images and objects in {split.source}", _listed(split), SAME_IMAGES)
 
         def check(share: slice, split: CocoSplit = split) -> BadFiles:
-            return unusable_images(split.keeping(split.image_ids[share]), data.verify_images, engine.is_main)
+            part = split.keeping(split.image_ids[share])
+            bad = too_narrow_images(part, data.min_size, data.max_size)
+            return bad + unusable_images(part, data.verify_images, engine.is_main, part_name(engine))
 
         bad = check_together(engine, split.paths, check) if check_images else []
         kept, bad = without(split, bad, data.skip_unreadable)

@@ -13,8 +13,9 @@ from ..architectures.architecture import Architecture
 from ..common.log import log, note
 from ..compression.permute.groups import Group, check_function, resolve
 from ..compression.permute.permute import GroupResult, SearchSpec, permute
-from ..compression.quantize.compress import LayerResult, candidate_distortion, compress
+from ..compression.quantize.compress import LayerResult, candidate_distortion, check_weights, compress
 from ..compression.quantize.plan import Plan, make_plan
+from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
 from ..model_files.compression_report import FILE_NAME, report_text
 from ..model_files.size import model_size
 from ..run.open_run import Run
@@ -58,6 +59,7 @@ def plan_compression(
     """
     given = settings.model
     quantization = make_plan(model, quantization_spec(settings))
+    check_weights(model, quantization)
     if not given.use_permutations:
         groups = []
     elif given.permutations is None:
@@ -93,6 +95,12 @@ def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Mo
     )
     model, layers = quantize_together(run.engine, model, plan.quantization, quantize)
     log.info("%s", _quantization_summary(layers))
+    for layer in layers:
+        if layer.rounding > WORTH_A_NOTE:
+            note(
+                f"{layer.name or 'the model'}: {100 * layer.rounding:.2g} % of its energy is lost by 16-bit floats "
+                "alone: its values are near the smallest that they can hold"
+            )
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
     run.recorder.file(FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes))
     return model

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..common.errors import SettingsError
 from ..common.log import log
-from ..common.paths import find
+from ..common.paths import check_name, find
 from ..common.randomness import stream
 from ..compression.quantize.dequantize import dequantized_state
 from ..compression.quantize.layers import QuantizedLayer
@@ -81,6 +81,7 @@ def _check_target(source: Path, target: Path, dense: bool, entropy_coding: bool,
         )
     if entropy_coding and (dense or target.suffix != ".safetensors"):
         raise SettingsError("--entropy is for packed files: write to a .safetensors file, without --dense")
+    check_name(target)
     if target.is_dir() or (target.exists() and source.exists() and target.samefile(source)):
         raise SettingsError(
             f"{target} is {'a folder' if target.is_dir() else 'the file to convert'}; name another file to write"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,25 @@ from ..common.paths import write_text
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
 from ..run.agreement import first_here, once
-from ..run.inputs import detections_file
+from ..run.inputs import compressed_file, detections_file, weights_source
 from ..run.open_run import Evaluation, Run, open_evaluation
 from ..run.output_folder import EVALUATION_FILES, OutputFolder
 from ..settings import Settings
-from ..tasks.coco.data import CocoSplit, check_categories
+from ..tasks.coco.classes import (
+    FILE_NAME,
+    category_ids,
+    outputs_of,
+    outputs_text,
+    outputs_to_make,
+    read_outputs,
+    with_outputs,
+)
+from ..tasks.coco.data import CocoSplit
 from ..tasks.coco.metrics import read_results, write_results
 from ..tasks.detection import Scores, score
 from .coco_data import detection_task, read_splits, splits_fingerprint
 from .evaluate import verdict
-from .initial_model import dense_model, model_to_evaluate
+from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, train
 
@@ -51,12 +60,14 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         f"{n_objects:,}",
         train_split.dropped,
     )
+    splits = (train_split, validation)
+    n_classes = settings.dataloader.num_classes or outputs_to_make(category_ids(splits), architecture.n_classes)
     with first_here(engine):
-        model = dense_model(
-            architecture, weights, settings.dataloader.num_classes or _classes(train_split), engine.is_main
-        )
-    for split in (train_split, validation):
-        check_categories(split, n_outputs(architecture, model))
+        start = starting_model(settings, architecture, weights, n_classes, engine.is_main)
+    model = start.model
+    n_classes = n_outputs(architecture, model)
+    outputs = _outputs(splits, n_classes, "none" if settings.model.new_head else weights)
+    train_split, validation = (with_outputs(split, outputs, n_classes, NEW_HEAD_ADVICE) for split in splits)
     _configure(model, settings)
     return Prepared(
         model=model,
@@ -64,12 +75,19 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         example=torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE),
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
+        compressed=start.compressed,
+        files={FILE_NAME: outputs_text(splits, outputs)},
     )
 
 
-def _classes(split: CocoSplit) -> int:
-    """Outputs of a head for all categories of `split` and the background."""
-    return max(split.names) + 1
+def _outputs(splits: Sequence[CocoSplit], n_classes: int, weights: str | Path) -> dict[int, int]:
+    """Category id -> output of the head: as the run left it that wrote `weights`, where that was a run for the same
+    categories."""
+    ids = category_ids(splits)
+    left = read_outputs(weights) if isinstance(weights, Path) else None
+    if left is not None and set(ids) <= set(left) and max(left.values()) < n_classes:
+        return left
+    return outputs_of(ids, n_classes)
 
 
 def evaluate_detection(settings: Settings) -> int:
@@ -129,7 +147,10 @@ def _detect(run: Evaluation) -> Detected:
     data, engine = run.settings.dataloader, run.engine
     found = model_to_evaluate(run, "detection")
     (validation,) = read_splits(run, ("val",))
-    check_categories(validation, found.n_outputs)
+    file = compressed_file(run.settings) if run.settings.model.use_compression else weights_source(run.settings)
+    left = read_outputs(file) if isinstance(file, Path) else None
+    outputs = outputs_of(validation.names, found.n_outputs) if left is None else left
+    validation = with_outputs(validation, outputs, found.n_outputs)
     pictures = Pictures.of(run, found.architecture, found.n_outputs)
     log.info("model: %s", found.source)
     size = model_size(found.model)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture, n_outputs
 from ..common.errors import CheckpointError, PlanError, SettingsError
-from ..common.log import note
+from ..common.log import log, note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
-from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file
-from ..model_files.packed import PackedFile
+from ..model_files.compression_report import permutations_of_run
+from ..model_files.norms import TRAINING_VECTORS
+from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
+from ..model_files.packed import ModelInfo, PackedFile
 from ..model_files.pth import read_tensors
 from ..model_files.state_dict import load_state
 from ..run.agreement import first_here
@@ -25,6 +27,20 @@ from ..settings import Settings, given_on_command_line
 from .specs import quantization_spec, with_current_names
 
 COMPRESSION = "model.compression_parameters"
+NEW_HEAD_ADVICE = " To start from these weights with a new last layer for these classes: set model.new_head True."
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """A network to train.
+
+    Attributes:
+        model: on the CPU.
+        compressed: what the compressed file says that it comes from; None: it is dense.
+    """
+
+    model: nn.Module
+    compressed: ModelInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -44,8 +60,52 @@ class EvaluatedModel:
     source: str
 
 
-def dense_model(architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool) -> nn.Module:
-    """The dense network to start from; `n_classes` counts only where the head has random weights.
+def starting_model(
+    settings: Settings, architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool
+) -> StartingModel:
+    """The network that a training starts from: dense, as `dense_model`, or that of a compressed file, which is trained
+    on.
+
+    Raises:
+        SettingsError: as `dense_model`; or the settings contradict a compressed file.
+        CheckpointError: as `dense_model`, but a compressed file is none.
+    """
+    file = read_model_file(weights) if isinstance(weights, Path) else None
+    if file is None or not (file.quantized or file.packed is not None):
+        new_head = settings.model.new_head
+        return StartingModel(dense_model(architecture, weights, n_classes, show_progress, new_head))
+    if settings.model.new_head:
+        raise SettingsError(
+            f"model.new_head: {weights} is a compressed model, and a new last layer needs a dense one: it is quantized "
+            f"with the others. Make it dense first: python -m src.convert {weights} dense.safetensors --dense"
+        )
+    if not settings.model.use_compression:
+        raise SettingsError(
+            f"model.weights: {weights} is a compressed model, and use_compression False trains a dense one. Leave "
+            f"use_compression out, or make it dense first: python -m src.convert {weights} dense.safetensors --dense"
+        )
+    if file.packed is not None and (found := architecture_of(file.packed, architecture.task)) != architecture:
+        raise SettingsError(
+            f"model.weights: {weights} holds a {found.name}, and model.arch is {architecture.name}; use --model.arch "
+            f"{found.name}"
+        )
+    tensors = file.tensors if file.packed is None else file.packed.tensors
+    whole = any(name.rpartition(".")[2] in TRAINING_VECTORS for name in tensors)
+    if architecture.build_frozen is not None and not whole:  # norms that were frozen are saved as scale and shift
+        architecture = replace(architecture, build=architecture.build_frozen)
+    model = build_network(file, architecture)
+    note(
+        f"{weights} is a compressed model, which is trained on: it is not permuted or quantized again, and settings of "
+        "that are not used"
+    )
+    known = ModelInfo(permutations=permutations_of_run(file.path)) if file.packed is None else file.packed.info
+    return StartingModel(model, known)
+
+
+def dense_model(
+    architecture: Architecture, weights: str | Path, n_classes: int, show_progress: bool, new_head: bool = False
+) -> nn.Module:
+    """The dense network to start from; `n_classes` counts only where the head has random weights, as with `new_head`.
 
     The state dict of a classifier gives the backbone of a network that has such a one; its other layers are random.
 
@@ -54,12 +114,14 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
         CheckpointError: the user's file cannot be read, does not fit, or is compressed.
     """
     if weights == "none":
+        if new_head:
+            note("model.new_head has no effect: with model.weights none every layer is new")
         return architecture.build(n_classes)
     if isinstance(weights, Path):
         file, source = read_model_file(weights), str(weights)
         if file.quantized or file.packed is not None:
             raise CheckpointError(f"model.weights: {weights} is a compressed model, and a dense one is wanted here")
-        state = architecture.current_state(file.tensors)
+        state = state_for(architecture, file.tensors, source)
     else:
         if architecture.licence:
             note(f"licence of the weights of {architecture.name}: {architecture.licence}")
@@ -71,9 +133,20 @@ def dense_model(architecture: Architecture, weights: str | Path, n_classes: int,
         model = architecture.build(n_classes)
         load_state(model.get_submodule(architecture.backbone), backbone, source)
         return model
-    model = architecture.build_for(state)
-    load_state(model, state, source)
+    model = architecture.build_for(state, n_classes if new_head else None)
+    load_state(model, _with_new_head(architecture, model, state, source) if new_head else state, source)
     return model
+
+
+def _with_new_head(
+    architecture: Architecture, model: nn.Module, state: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """`state` with the heads of `model`, which are random, in place of its own."""
+    new = {name: tensor for name, tensor in model.state_dict().items() if architecture.belongs_to_a_head(name)}
+    before = (f", before {tuple(state[name].shape)}" if name in state else "" for name in new)
+    listed = ", ".join(f"{name} {tuple(new[name].shape)}{text}" for name, text in zip(new, before, strict=True))
+    log.info("new random weights: %s; all others are those of %s", listed, source)
+    return {**{name: one for name, one in state.items() if not architecture.belongs_to_a_head(name)}, **new}
 
 
 def load_compressed(path: Path, architecture: Architecture, spec: QuantizationSpec) -> nn.Module:

@@ -21,8 +21,8 @@ from ..run.inputs import weights_source
 from ..run.open_run import Job
 from ..settings import Settings
 from ..tasks.coco.data import CocoSplit
+from ..tasks.coco.orientation import load_as_annotated
 from ..tasks.drawing import draw_side_by_side
-from ..tasks.images import load_rgb
 from .initial_model import dense_model
 
 
@@ -70,9 +70,9 @@ class Pictures:
         """
         image_ids = split.image_ids[: self.most]
         for image_id in bar(image_ids, "draw", unit="image"):
-            image = pil_to_tensor(load_rgb(split.path(image_id)))
+            image = pil_to_tensor(load_as_annotated(split.path(image_id), split.size(image_id)))
             beside = None if dense is None else detected(dense, image, engine.device)
-            picture = draw_side_by_side(image, beside, detected(model, image, engine.device), split.names)
+            picture = draw_side_by_side(image, beside, detected(model, image, engine.device), split.label_names())
             target = self.folder / f"{Path(split.path(image_id)).stem}.png"
             write_atomically(target, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))  # type: ignore[misc]
         return len(image_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +19,12 @@ from ..compression.finetune.task import Task
 from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.layers import set_memory_format
 from ..engines.batch_norm import join_batch_norms
+from ..model_files.packed import ModelInfo
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
+from ..run.starting_norms import rebuild_folded_norms, warn_of_folded_norms
 from ..settings import Settings
 from .compress import CompressionPlan, compress_network, plan_compression, report_size
 from .specs import finetune_spec, with_current_names
@@ -41,11 +43,13 @@ class Prepared:
     """What a recipe brings to the training.
 
     Attributes:
-        model: the dense network, on the CPU.
+        model: the dense network, or that of a compressed file, on the CPU.
         task: data, loss and metric.
         example: images (B, 3, H, W) to try permutations on.
         results: further entries of the results, known before training.
         images_digest: of the lists of training and validation images.
+        compressed: what the file says that the network comes from, if that is a compressed one.
+        files: further files of the output folder, by name.
     """
 
     model: nn.Module
@@ -53,6 +57,8 @@ class Prepared:
     example: Tensor
     results: Mapping[str, Any]
     images_digest: str
+    compressed: ModelInfo | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 Prepare = Callable[[Run, Architecture, "str | Path"], Prepared]
@@ -74,13 +80,19 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: prepared.images_digest})
         plan = (
             plan_compression(run.settings, architecture, model, prepared.example)
-            if run.settings.model.use_compression
+            if run.settings.model.use_compression and prepared.compressed is None
             else None
         )
-        save = ModelWriter(run.settings, architecture, run.output)
+        warn_of_folded_norms(run, model)
+        save = ModelWriter(run.settings, architecture, run.output, prepared.compressed)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
+        if resumed is None:
+            rebuild_folded_norms(run, model, prepared.task)
+        for name, text in prepared.files.items():
+            run.recorder.file(name, text)
         if plan is not None:
             model = _compressed(run, plan, model, resumed)
+        if run.settings.model.use_compression:
             results |= report_size(model, run.recorder)
         run.finish(_finetuned(run, model, prepared.task, resumed), results)
     return 0

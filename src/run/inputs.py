@@ -42,7 +42,7 @@ def check_inputs(settings: Settings, job: str, task: str) -> None:
 
 
 def weights_source(settings: Settings) -> str | Path:
-    """`pretrained`, `none`, or the existing path of a state dict.
+    """`pretrained`, `none`, or the existing path of a model file.
 
     Raises:
         SettingsError: `model.weights` is a placeholder or a path that does not exist.

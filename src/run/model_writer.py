@@ -22,9 +22,13 @@ PRODUCER = f"pqf {__version__}"
 class ModelWriter:
     """Writes a model of a run in the formats that the settings ask for."""
 
-    def __init__(self, settings: Settings, architecture: Architecture, folder: OutputFolder) -> None:
-        """What packed files will say about the model comes from the settings and from the run's `compression.json`."""
+    def __init__(
+        self, settings: Settings, architecture: Architecture, folder: OutputFolder, compressed: ModelInfo | None = None
+    ) -> None:
+        """What packed files will say about the model comes from the settings and from the run's `compression.json`, or
+        from `compressed`, the file that the run started from, where the run did not compress it itself."""
         self._settings, self._architecture, self._folder = settings, architecture, folder
+        self._compressed = compressed
 
     def __call__(self, model: nn.Module, path: Path, metrics: Mapping[str, float] | None) -> None:
         """Write `path` (.pth), or a .safetensors file of the same name, or both."""
@@ -39,13 +43,14 @@ class ModelWriter:
                 save_dense_safetensors(model, packed)
 
     def _info(self, model: nn.Module, metrics: Mapping[str, float] | None) -> ModelInfo:
+        earlier = self._compressed
         return ModelInfo(
             arch=self._architecture.name,
             num_classes=n_outputs(self._architecture, model),
-            settings=compression_settings(self._settings),
+            settings=compression_settings(self._settings) if earlier is None else earlier.settings,
             metric=metrics,
             # from the file, so that a run that resumes another one has them too
-            permutations=read_permutations(self._folder.path / FILE_NAME),
+            permutations=read_permutations(self._folder.path / FILE_NAME) if earlier is None else earlier.permutations,
             producer=PRODUCER,
         )
 

@@ -27,6 +27,7 @@ TRAINING_FILES = (
     "results.json",
     "config.yaml",
     "compression.json",
+    "categories.json",
     "resume",
 )
 EVALUATION_FILES = ("results.json", "detections.json")

@@ -67,8 +67,8 @@ class DataSettings(Section):
     num_classes: Annotated[Whole, Ge(2)] | None = Field(
         None,
         description=(
-            "Number of class folders to expect (detection: highest category id + 1 of a random network); null: what "
-            "is there."
+            "Number of class folders to expect (detection: outputs of a random network's head, categories + 1 or "
+            "highest category id + 1); null: what is there."
         ),
     )
     skip_unreadable: Flag = Field(

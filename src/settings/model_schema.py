@@ -89,7 +89,25 @@ class ModelSettings(Section):
 
     arch: ArchitectureName = Field("resnet50", description="Architecture.")
     weights: Text = Field(
-        "pretrained", description="Starting weights: pretrained, none (random), or a checkpoint's path."
+        "pretrained",
+        description=(
+            "Starting weights: pretrained, none (random), or the path of a dense network, or of a compressed one to "
+            "train it on."
+        ),
+    )
+    new_head: Annotated[Flag, TRAINING] = Field(
+        False,
+        description=(
+            "Start from model.weights but for the layers that are sized by the classes: these get new random weights, "
+            "for the classes of the data."
+        ),
+    )
+    reestimate_norms: Annotated[Flag, TRAINING] = Field(
+        False,
+        description=(
+            "Before training, rebuild from training images the running statistics of batch norms of which "
+            "model.weights holds scale and shift only."
+        ),
     )
     use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
     state_dict_compressed: Annotated[Text | None, EVALUATION] = Field(None, description="Compressed model to evaluate.")

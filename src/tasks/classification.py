@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,19 @@ from torch.utils.data import DataLoader
 
 from ..common import progress
 from ..common.errors import DataError, SettingsError
+from ..common.memory import named_when_out_of_memory
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
-from .images import KEY, ImageFolderIndex, check_same_classes
+from .images import KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 from .transforms import Transform, training_transform, validation_transform
 
 
-def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
+def check_classes(n_folders: int, n_outputs: int, key: str = KEY, advice: str = "") -> None:
     """Compare the number of class folders with the outputs of a model.
 
     A label is a place in the sorted list of folders: with another number of folders the labels would mean other
-    classes.
+    classes. `advice` ends the message.
 
     Raises:
         DataError: the two differ.
@@ -35,6 +38,7 @@ def check_classes(n_folders: int, n_outputs: int, key: str = KEY) -> None:
             f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs. A label is a "
             "place in the sorted list "
             "of folders, so both must agree: use the data the model was trained for, or a model made for these classes."
+            f"{advice}"
         )
 
 
@@ -141,6 +145,7 @@ class Classification:
         to_validate = validation_transform(images.resize, images.image_size, images.mean, images.std)
         self._validation_order = EpochOrder(len(validation_index), loading.validation_shuffle, *place)
         self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
+        self._paths, self._train_paths = validation_index.paths, [] if train_index is None else train_index.paths
         self._train_loader: DataLoader | None = None
         self.steps_per_epoch = self.position = self.smallest_batch = 0
         if train_index is not None:
@@ -185,6 +190,19 @@ class Classification:
         accuracy = (logits.detach().argmax(1) == labels).float().mean() * 100
         return StepLoss(loss, len(batch), {"accuracy": accuracy})
 
+    def in_words(self, batch: Batch) -> str:
+        """Which images are in the training batch that was taken last, and what makes batches smaller."""
+        first = self.position * self._loading[0] - self._loading[0] - self._train_order.start
+        return self._in_words(self._train_paths, self._train_order, first, len(batch))
+
+    def _in_words(self, paths: Sequence[str], order: EpochOrder, first: int, count: int) -> str:
+        """The images of a batch that begins at `first` in `order`."""
+        numbers = [number for _, number in islice(order, first, first + self._loading[0])]
+        return (
+            f"on a batch of {count:,} images, {some(paths[number] for number in numbers)}. Use a smaller "
+            "dataloader.batch_size or dataloader.image_size."
+        )
+
     def validate(self, model: nn.Module, label: str) -> dict[str, float]:
         """Every validation image once over all processes, in float32.
 
@@ -200,11 +218,16 @@ class Classification:
         self._validation_order.set_epoch(0)
         with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)
-            for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
+            every = progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch")
+            for number, batch in enumerate(every):
                 self._files.report(batch)
                 totals[4] += len(batch.unreadable)
+                first = number * self._loading[0]
                 if len(batch):
-                    totals[:4] += self._figures(model, batch, exact)
+                    with named_when_out_of_memory(
+                        partial(self._in_words, self._paths, self._validation_order, first, len(batch))
+                    ):
+                        totals[:4] += self._figures(model, batch, exact)
         loss, correct, correct_top5, images, skipped = self.engine.sum(totals).tolist()
         if images == 0:
             raise DataError(f"{KEY}: not one validation image could be read ({skipped:,.0f} were skipped)")

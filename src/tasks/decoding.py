@@ -25,6 +25,8 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 """Of TIFF."""
 ORIENTATION = 274
 """Of EXIF."""
+UPRIGHT, ORIENTATIONS = 1, 8
+"""Values of that tag: the first and how many there are."""
 
 T = TypeVar("T")
 
@@ -69,6 +71,22 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The tag of an opened image, without decoding it; `UPRIGHT` where there is none that can be read."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return UPRIGHT
+    try:
+        if image.format == "PNG":  # getexif would decode it
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+        else:
+            exif = image.getexif()
+        value = exif.get(ORIENTATION, UPRIGHT)
+    except Exception:  # a tag that cannot be read, of a file that may be good otherwise
+        return UPRIGHT
+    return value if value in range(UPRIGHT, ORIENTATIONS + 1) else UPRIGHT
 
 
 def full_check(path: str) -> str | None:
@@ -138,7 +156,7 @@ def _look(path: str, check: Callable[[str], str | None]) -> Look:
     if problem := check(path):
         return Look(problem)
     with Image.open(path) as image:
-        return Look(None, image.size, image.getexif().get(ORIENTATION, 1))
+        return Look(None, image.size, orientation_of(image))
 
 
 def in_threads(check: Callable[[str], T], paths: list[str], label: str, show: bool) -> Iterator[tuple[str, T]]:

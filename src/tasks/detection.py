@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch.utils.data import DataLoader
 
 from ..common import progress
 from ..common.errors import DataError
+from ..common.memory import named_when_out_of_memory
 from ..common.randomness import derived_seed
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
 from .coco.data import KEY, CocoSplit, check_same_categories
 from .coco.loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
 from .coco.metrics import CocoFigures, Detections, coco_figures
+from .images import some
 from .loading import EpochOrder, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 
 KINDS = {"Box": "bbox", "Mask": "segm"}
@@ -103,11 +106,13 @@ class Detection:
         self._validation_order = EpochOrder(len(validation), loading.validation_shuffle, *place)
         dataset = CocoDataset(validation, loading.seed, flip=False)
         self._validation_loader = make_loader(dataset, self._validation_order, loading.batch_size, *how)
+        self._train_paths: dict[int, str] = {}
         self._train_loader: DataLoader | None = None
         self.steps_per_epoch = self.position = 0
         self._epoch = 0
         if train is not None:
             check_same_categories(train, validation)
+            self._train_paths = dict(zip(train.image_ids, train.paths, strict=True))
             per_process = len(train) // engine.world_size
             if not per_process:
                 raise DataError(
@@ -166,6 +171,18 @@ class Detection:
         scalars = {name: value.detach() for name, value in losses.items()}
         return StepLoss(total, len(batch), {**scalars, "loss_total": total.detach()})
 
+    def in_words(self, batch: DetectionBatch) -> str:
+        """Which images are in a training batch, with what takes memory in them, and what makes batches smaller."""
+        images = some(
+            f"{self._train_paths[image_id]} ({image.shape[-1]}x{image.shape[-2]} pixels, {len(target['boxes']):,} "
+            "objects)"
+            for image_id, image, target in zip(batch.image_ids, batch.images, batch.targets, strict=True)
+        )
+        return (
+            f"on a batch of {len(batch):,} images, {images}. Use a smaller dataloader.batch_size, dataloader.max_size, "
+            "model.boxes_per_image or model.proposals, or cut images with very many objects into parts."
+        )
+
     def validate(self, model: nn.Module, label: str) -> dict[str, float]:
         """COCO's figures in percent over the whole validation set: `BoxAP`, `BoxAP50`, ..., `MaskAP`, ..., their sum,
         `images`."""
@@ -187,21 +204,29 @@ class Detection:
         Raises:
             DataError: a file is unreadable (unless `skip_unreadable`), or none is readable.
         """
-        found, image_ids = Detections(), list[int]()
+        found, image_ids = Detections(self.validation.outputs), list[int]()
         self._validation_order.set_epoch(0)
         with evaluating(model), torch.no_grad():
             n_batches = len(self._validation_loader)
             for batch in progress.bar(batches(self._validation_loader), label, n_batches, self.show_progress, "batch"):
                 self._files.report(batch)
-                for image_id, image in zip(batch.image_ids, self._images(batch), strict=True):
-                    (output,) = model([image])
-                    found.add(image_id, output)
+                for image_id, image in zip(batch.image_ids, batch.images, strict=True):
+                    with named_when_out_of_memory(partial(self._image_in_words, image_id)):
+                        (output,) = model([image.to(self.engine.device, non_blocking=True)])
+                        found.add(image_id, output)
                     image_ids.append(image_id)
         rows = sorted(self.engine.gather(found.rows()), key=itemgetter("image_id"))
         image_ids = sorted(self.engine.gather(image_ids))
         if not image_ids:
             raise DataError(f"{KEY}: not one validation image could be read")
         return rows, image_ids
+
+    def _image_in_words(self, image_id: int) -> str:
+        width, height = self.validation.size(image_id)
+        return (
+            f"on the validation image {self.validation.path(image_id)} ({width}x{height} pixels). Use a smaller "
+            "dataloader.max_size or model.proposals."
+        )
 
     def _images(self, batch: DetectionBatch) -> list[Tensor]:
         return [image.to(self.engine.device, non_blocking=True) for image in batch.images]

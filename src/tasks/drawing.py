@@ -34,7 +34,7 @@ def draw_side_by_side(
         image: (3, H, W) uint8.
         dense: the dense network's output as torchvision gives it (see `Detections.add`); None: one picture only.
         compressed: the compressed network's.
-        names: of the categories by id.
+        names: of the categories by their output of the head.
         score_threshold: detections with a lower score are not drawn.
     """
     outputs = {"compressed": compressed} if dense is None else {"dense": dense, "compressed": compressed}

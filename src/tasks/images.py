@@ -14,13 +14,13 @@ from pathlib import Path
 
 from ..common import progress
 from ..common.errors import DataError
-from .decoding import CHECKS, full_check, in_threads, load_rgb, looks, quick_check, reason
+from .decoding import full_check, load_rgb, looks, quick_check, reason
 from .folders import EXTENSIONS, images_below, is_leaving, tell_others
 from .shapes import too_long
 
 __all__ = [
-    "CHECKS", "KEY", "BadFiles", "ImageFolderIndex", "check_images", "check_same_classes", "full_check", "in_threads",
-    "leave_out", "load_rgb", "quick_check", "read_folder", "reason", "require_readable", "some", "unreadable_error",
+    "KEY", "BadFiles", "ImageFolderIndex", "check_images", "check_same_classes", "full_check", "leave_out", "load_rgb",
+    "quick_check", "read_folder", "reason", "require_readable", "some", "unreadable_error",
 ]  # fmt: skip
 
 KEY = "dataloader.imagenet_path"

@@ -16,12 +16,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..common.errors import DataError, SettingsError
 from ..common.log import log
+from ..common.memory import TOO_MUCH, out_of_memory
 from ..common.randomness import stream
 from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 from .transforms import Transform
 from .workers import CollateToShip, LoadingFailed, Shipped, broken_loader, prepare_worker
 
 PREFETCHED_PER_WORKER = 2
+LOADING_LESS = (
+    "Use a smaller dataloader.batch_size or fewer dataloader.num_workers, or make the image smaller (and its objects "
+    "fewer)."
+)
 AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,6 +86,8 @@ class ImageDataset(Dataset):
         path = self.index.paths[i]
         try:
             image = load_rgb(path)
+        except MemoryError:
+            return Unreadable(path, TOO_MUCH)
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
@@ -143,7 +150,15 @@ class UnreadableFiles:
         self.reasons: dict[str, str] = {}
 
     def report(self, batch: HasUnreadable) -> None:
-        """Check what `batch` could not read. Raises DataError if there is any and `skip` is False."""
+        """Check what `batch` could not read.
+
+        Raises:
+            DataError: there is any, and `skip` is False.
+            RunError: there was no memory to load an image, which may be a good one.
+        """
+        for item in batch.unreadable:
+            if item.reason.startswith(TOO_MUCH):
+                raise out_of_memory(f"on an image, {item.path}. {LOADING_LESS}", MemoryError(item.reason))
         if batch.unreadable and not self.skip:
             raise self.error(batch)
         for item in batch.unreadable:

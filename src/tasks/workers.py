@@ -13,8 +13,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -164,8 +166,17 @@ def prepare_worker(number: int) -> None:  # noqa: ARG001 (of DataLoader)
     process, which the main process notices within seconds.
     """
     Queue._on_queue_feeder_error = _send_failure  # type: ignore[attr-defined]
+    _spare_files()
     sys.excepthook = lambda *_: os._exit(BROKEN)  # multiprocessing's thread that hands over file descriptors
     threading.excepthook = lambda _: os._exit(BROKEN)
+
+
+def _spare_files() -> None:
+    """Keep two files open until this process ends: multiprocessing then removes its temporary folder, for which it
+    opens two, and would print a traceback where no more can be opened."""
+    for _ in range(2):
+        with suppress(OSError):
+            Finalize(None, os.close, args=(os.open(os.devnull, os.O_RDONLY),), exitpriority=0)
 
 
 def _send_failure(queue: Any, error: Exception, item: Any) -> None:

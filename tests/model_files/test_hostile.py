@@ -333,7 +333,7 @@ def test_values_that_are_not_finite_are_refused_whatever_the_checksum_says(
         for name, entry in header_of(whole["packed.safetensors"])[0].items()
         if entry.get("dtype") in ("F16", "F32")
     ]
-    assert len(names) >= 7
+    assert len(names) >= 5
     for name in names:
         path.write_bytes(with_tensor(whole["packed.safetensors"], name, lambda tensor: tensor[-1:].fill_(value)))
         with pytest.raises(CheckpointError, match="not finite"):

@@ -303,7 +303,7 @@ def test_equal_models_give_equal_files_that_other_programs_can_open(tmp_path: Pa
         assert list(opened.metadata()) == ["pqf"]
         metadata = json.loads(opened.metadata()["pqf"])
     assert metadata["format"] == "pqf"
-    assert metadata["format_version"] == "2"
+    assert metadata["format_version"] == "3"
     assert json.loads(metadata["layers"])["6"] == ["Linear", [20, 16], 4, 16]
     assert hashlib.sha256(contents.replace(metadata[CHECKSUM].encode(), b"0" * 64)).hexdigest() == metadata[CHECKSUM]
     assert is_packed(tmp_path / "a.safetensors")

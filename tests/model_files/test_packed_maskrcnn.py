@@ -20,11 +20,13 @@ from src.compression.quantize.compress import build_quantized
 from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import make_plan
 from src.model_files.inspection import examine
+from src.model_files.norms import folded_norms
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import AppliedPermutation, ModelInfo, save_packed
 from src.model_files.pth import compressed_state, save_compressed, save_dense
 from src.model_files.size import model_size
 from src.recipes import quantization_spec
+from src.recipes.initial_model import starting_model
 from src.run.model_writer import compression_settings
 from src.settings import load
 from tests.architectures.test_maskrcnn import CONFIG, lively_network, with_old_names
@@ -160,3 +162,16 @@ def test_a_file_of_another_network_is_refused(files: Files, tmp_path: Path) -> N
     save_dense(ARCHITECTURES["resnet50"].build(3), tmp_path / "resnet50.pth")
     with pytest.raises(CheckpointError, match="fit"):
         examine(files.folder / "model.safetensors", tmp_path / "resnet50.pth")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "old.pth"])
+def test_norms_that_were_frozen_are_frozen_when_training_goes_on(name: str, files: Files) -> None:
+    """A file holds them as scale and shift, which is all there is to them."""
+    start = starting_model(load(CONFIG), MASKRCNN, files.folder / name, 91, False)
+    assert start.compressed is not None
+    assert not folded_norms(start.model)
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in start.model.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in start.model.modules())
+    wanted, found = compressed_state(files.model), compressed_state(start.model)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(found[key], tensor.to(found[key].dtype)) for key, tensor in wanted.items())

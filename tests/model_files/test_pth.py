@@ -193,7 +193,7 @@ def test_the_file_has_exactly_the_keys_and_types_of_the_format(tmp_path: Path) -
     model[0].codebook.data.mul_(1.0001)  # as training leaves it: no longer 16-bit values
     save_compressed(model, tmp_path / "model.pth")
     contents = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert type(contents) is dict
+    assert isinstance(contents, dict)
     found = {key: (tuple(value.shape), value.dtype) for key, value in contents.items()}
     assert found == {
         "0.codes_matrix": ((8, 3), torch.uint8), "0.codebook": ((4, 9), torch.float16),

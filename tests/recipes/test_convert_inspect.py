@@ -24,6 +24,7 @@ from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.layers import QuantizedLayer
 from src.model_files.compression_report import read_permutations
 from src.model_files.inspection import examine
+from src.model_files.norms import TRAINING_VECTORS
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import AppliedPermutation, ModelInfo, load_packed, save_packed
 from src.model_files.pth import compressed_state, read_tensors, save_compressed, save_dense
@@ -119,7 +120,7 @@ def test_a_dense_copy_is_torchvision_s_and_computes_the_same(suffix: str, files:
     )
     model = resnet18(num_classes=CLASSES)
     model.load_state_dict(state)  # strict: these keys and no others
-    wanted = outputs(open_model_file(files / "model.pth").model, X)
+    wanted = outputs(open_model_file(files / "model.safetensors").model, X)
     assert torch.equal(outputs(model.eval(), X), wanted)
     # and it is read again as what it is
     assert open_model_file(tmp_path / f"dense{suffix}").kind == "dense"
@@ -405,6 +406,7 @@ def test_a_run_writes_both_formats_with_everything_in_the_packed_one(run: Path) 
         if key.endswith("codes_matrix")
         else torch.equal(ours[key], value)
         for key, value in theirs.items()
+        if not key.endswith(TRAINING_VECTORS)  # which are rounded, to different steps
     )
     # the permutations that are named are those that the run reported
     listed = [g for g in json.loads((run / "compression.json").read_text())["groups"] if g["permutation"] is not None]

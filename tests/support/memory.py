@@ -43,6 +43,27 @@ def cluster_a_layer(n: str) -> int:
     return grown(lambda: cluster("src", vectors, 256, 3, stream(0, "draw")))
 
 
+def quantize_a_layer(n: str, d: str, pruned: str, kind: str) -> int:
+    """Quantizing a linear layer of n subvectors of d values, a share of which is zero."""
+    import torch
+    from torch import nn
+
+    from src.common.randomness import stream
+    from src.compression.quantize.compress import compress
+    from src.compression.quantize.plan import make_plan
+    from tests.support.helpers import spec
+
+    def quantize(layer: nn.Module) -> None:
+        compress(layer, make_plan(layer, spec(256, kind, 2, fc=int(d))), show_progress=False)
+
+    quantize(nn.Linear(int(d), 5000))  # what is compiled and loaded once does not count
+    layer = nn.Linear(int(d) * 100, int(n) // 100, bias=False)
+    with torch.no_grad():
+        layer.weight.normal_(generator=stream(0, "weight"))
+        layer.weight[: int(float(pruned) * layer.out_features)] = 0.0
+    return grown(lambda: quantize(layer))
+
+
 def read_files(*names: str) -> int:
     """Reading model files, refused ones too."""
     from src.common.errors import UserError
@@ -57,7 +78,7 @@ def read_files(*names: str) -> int:
     return grown(read)
 
 
-JOBS = {job.__name__: job for job in (cluster_a_layer, read_files)}
+JOBS = {job.__name__: job for job in (cluster_a_layer, quantize_a_layer, read_files)}
 
 
 def in_a_process_of_its_own(job: Callable[..., int], *arguments: object) -> int:

@@ -357,3 +357,31 @@ def test_on_cuda_batches_are_pinned_and_figures_agree(indices):
     # other convolution kernels: float32 rounding, TF32 where the build allows it
     assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-2)
     assert (found["images"], found["skipped"]) == (20, 1)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_running_out_of_memory_names_the_images_in_training_and_in_validation(indices, start, monkeypatch):
+    train, validation = indices
+    task, model = make_task(indices, batch_size=3), small_model()
+    task._train_order.set_epoch(1)
+    order = [train.paths[number] for _, number in task._train_order]
+    monkeypatch.setattr("src.tasks.images.NAMED_AT_MOST", 99)
+    for number, batch in enumerate(task.training_batches(1, start), start):
+        words = task.in_words(batch)
+        expected = order[3 * number : 3 * number + 3]
+        assert all(path in words for path in expected)
+        assert sum(path in words for path in train.paths) == len(expected)
+        assert "dataloader.batch_size" in words
+    monkeypatch.setattr(model, "forward", lambda _: torch.empty(1 << 50, dtype=torch.uint8))
+    with pytest.raises(RunError, match="out of memory on a batch of 3 images, ") as caught:
+        task.validate(model, "")
+    assert all(path in str(caught.value) for path in validation.paths[:3])
+
+
+def test_an_image_that_cannot_be_loaded_for_want_of_memory_is_not_skipped(indices, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("src.tasks.loading.load_rgb", no_memory)
+    with pytest.raises(RunError, match=r"out of memory on an image, .*png"):
+        next(make_task(indices, skip_unreadable=True).training_batches(1))

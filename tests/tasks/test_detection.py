@@ -16,11 +16,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from src.common.errors import DataError, SettingsError
+from src.common.errors import DataError, RunError, SettingsError
 from src.compression.finetune.loop import FinetuneSpec, finetune
 from src.compression.finetune.optimizers import OptimizerSpec
 from src.engines.launch import Launch
 from src.engines.single import SingleProcess
+from src.run.recorder import NoRecorder
 from src.tasks.coco.data import CocoSplit, read_coco
 from src.tasks.coco.loading import CocoDataset, DetectionBatch, DetectionItem, collate_detection, target_of
 from src.tasks.coco.metrics import Detections
@@ -341,3 +342,43 @@ def test_a_category_of_another_name_is_refused(tmp_path: Path) -> None:
     write(folder, "val", contents([entry(1, 96, 64)], objects, names))
     with pytest.raises(DataError, match="'square' and 'cube'"):
         task(folder)
+
+
+# --- memory ---
+
+
+def out_of_memory(*_: object, **__: object) -> Tensor:
+    """What a network does that needs more than there is."""
+    return torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_running_out_of_memory_names_the_images_in_training_and_in_validation(
+    coco: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, model = task(coco), network()
+    batch = next(work.training_batches(1))
+    words = work.in_words(batch)
+    for image_id in batch.image_ids:
+        assert f"{image_id:06d}.png (" in words
+    assert "2 objects)" in words
+    assert "dataloader.batch_size" in words
+    monkeypatch.setattr(model, "forward", out_of_memory)
+    with pytest.raises(RunError, match=r"out of memory on a batch of 2 images, .*000.*png .96x64 pixels, 2 objects."):
+        finetune(
+            model, work, FinetuneSpec(epochs=1, skip_initial_validation=True, show_progress=False), CPU, NoRecorder()
+        )
+    with pytest.raises(RunError, match=r"validation image .*000001\.png .96x64 pixels.*dataloader\.max_size"):
+        work.validate(model, "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_cannot_be_loaded_for_want_of_memory_is_not_skipped(
+    coco: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr("src.tasks.coco.loading.target_of", no_memory)
+    work = task(coco, skip_unreadable=True, num_workers=num_workers)
+    with pytest.raises(RunError, match=r"out of memory on an image, .*png.*pixels with 2 objects"):
+        next(work.training_batches(1))

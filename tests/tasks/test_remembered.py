@@ -10,7 +10,10 @@ from PIL import Image
 
 from src.common.errors import DataError
 from src.tasks import decoding, remembered
+from src.tasks.coco.data import read_coco
+from src.tasks.coco.image_checks import require_images
 from src.tasks.images import ImageFolderIndex, check_images, read_folder
+from tests.support.coco import contents, entry, rectangle, write
 
 Counted = list[str]
 
@@ -158,3 +161,33 @@ def test_records_that_nobody_uses_are_removed(index: ImageFolderIndex, checked: 
 def test_unknown_checks_are_listed(index: ImageFolderIndex) -> None:
     with pytest.raises(DataError, match="none, quick, full"):
         check_images(index, "thorough", False)
+
+
+def test_images_of_a_detection_set_are_remembered_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: Counted
+) -> None:
+    monkeypatch.setattr(remembered, "WORTH", 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "coco"
+    objects = [rectangle(number, number, 1, [2, 2, 10, 10]) for number in (1, 2)]
+    write(root, "val", contents([entry(1, 40, 30), entry(2, 40, 30)], objects))
+    for wanted in (2, 0):
+        checked.clear()
+        kept, bad = require_images(read_coco(root, "val"), "quick", show=False)
+        assert (len(kept), bad, len(checked)) == (2, [], wanted)
+    # what is remembered of a file says its size: other annotations are still compared with it
+    write(root, "val", contents([entry(1, 40, 30), entry(2, 30, 40)], objects), pictures=False)
+    _, bad = require_images(read_coco(root, "val"), "quick", skip_unreadable=True, show=False)
+    assert ["40x30 pixels, but the annotations say 30x40" in why for _, why in bad] == [True]
+
+
+def test_a_quick_look_at_a_png_does_not_decode_it(tmp_path: Path) -> None:
+    """Its size and orientation are in front of its pixels: a file damaged behind them is for the loader to find."""
+    path = tmp_path / "damaged.png"
+    Image.effect_noise((64, 64), 100).save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 40] = bytes(40)
+    path.write_bytes(content)
+    assert decoding.full_check(str(path)) is not None
+    (found,) = decoding.looks([str(path)], "quick", False, tmp_path)
+    assert found == (str(path), remembered.Look(None, (64, 64), 1))

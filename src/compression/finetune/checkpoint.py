@@ -91,7 +91,7 @@ def take(training: Training, engine: Engine) -> Checkpoint:
         # a buffer may hold an infinity on purpose (masks do)
         if bool((~torch.isfinite(tensor) if name in trained else torch.isnan(tensor)).any()):
             raise RunError(f"{name} holds values that are no numbers; the checkpoint saved before is kept")
-        small = name.rpartition(".")[2] == CODES and tensor.numel() and int(tensor.max()) < 256
+        small = name.rpartition(".")[2] == CODES and _is_of_bytes(tensor)
         tensors[MODEL + name] = (tensor.to(torch.uint8) if small else tensor).detach().cpu().clone()
     numbers: dict[str, dict[str, Any]] = {}
     saved = training.optimizer.state_dict()
@@ -116,6 +116,13 @@ def take(training: Training, engine: Engine) -> Checkpoint:
         "processes": engine.gather([_random_states(engine.device)]),
     }
     return Checkpoint(tensors, values)
+
+
+def _is_of_bytes(tensor: Tensor) -> bool:
+    """Whether a byte holds every value; of a user's tensor too, which may bear the name of codes."""
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or not tensor.numel():
+        return False
+    return int(tensor.min()) >= 0 and int(tensor.max()) < 256
 
 
 def restore(checkpoint: Checkpoint, training: Training, position: Position, *, same_schedule: bool = True) -> None:

@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...common.errors import RunError
+from ...common.memory import named_when_out_of_memory
 from ...common.progress import bar
 from ...engines.engine import Engine
 from .checkpoint import Position, Training, restore, restore_own, take
@@ -78,7 +80,7 @@ def finetune(
             the CPU.
 
     Raises:
-        RunError: the loss or a gradient is not a number; what was saved is kept.
+        RunError: the loss or a gradient is not a number, or memory runs out; what was saved is kept.
         CheckpointError: `resumed` is the checkpoint of something else.
     """
     optimizer = make_optimizer(model, spec.optimizer)
@@ -182,7 +184,8 @@ class _Loop:
                 number = (epoch - 1) * task.steps_per_epoch + task.position
                 wanted = number % self.spec.log_every_n_steps == 0 or number == 1
                 rate = training.schedule.learning_rate
-                loss = self._step(batch, number)
+                with named_when_out_of_memory(partial(task.in_words, batch)):
+                    loss = self._step(batch, number)
                 figures, n_images, stop = self._over_processes(loss) if wanted else ({}, 0, False)
                 if (figures and not math.isfinite(figures["loss"])) or (wanted and self.watch.first()):
                     self._raise_not_finite(number)

@@ -41,6 +41,9 @@ class Task(Protocol):
     """Batches of the epoch that were taken so far, those included that were left out or had nothing readable in
     them."""
 
+    def in_words(self, batch: Any) -> str:
+        """Which images the training batch holds that was taken last, and what makes such a batch smaller: "on ..."."""
+
     def training_batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of epoch `epoch` (from 1) after the first `start`, in an order that depends on the run's seed and
         the epoch alone."""

@@ -22,6 +22,7 @@ from .clustering import Clustering
 from .kmeans import cluster
 from .layers import CODES_DTYPE, QUANTIZED_LAYERS, QuantizedLayer
 from .plan import LayerPlan, Plan
+from .sixteen_bits import energies, rounding_loss, weight_problem
 from .subvectors import Layer, to_subvectors
 
 
@@ -37,6 +38,7 @@ class LayerResult:
         distortion: squared error summed over the weight.
         power: sum of squares of the weight; distortion / power is the relative error.
         iterations: mean updates that the clustering made.
+        rounding: share of the power that 16-bit floats lose by themselves, part of the distortion.
     """
 
     name: str
@@ -46,6 +48,7 @@ class LayerResult:
     distortion: float
     power: float
     iterations: int
+    rounding: float
 
     @property
     def relative_error(self) -> float:
@@ -86,8 +89,10 @@ def compress(
         The network with quantized layers, and how well each was quantized, in the network's order.
 
     Raises:
-        PlanError: a weight that cannot be clustered (not finite).
+        PlanError: a weight that cannot be clustered (not finite, or of values that 16-bit floats cannot hold); before
+            any is, and with all layers of which that is so.
     """
+    check_weights(model, plan)
     found = _cluster_layers(model, plan, seed, device, show_progress, finished)
     results = []
 
@@ -95,15 +100,40 @@ def compress(
         layer: QuantizedLayer = QUANTIZED_LAYERS[type(dense)](dense, plan.d, plan.k)
         weight: Tensor = dense.weight.detach()
         clustering = found.pop(plan.name)
-        n = clustering.codes.shape[0]
         layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
-        power = float(weight.cpu().double().square().sum())
+        lost, power = energies(weight.cpu(), clustering.codebook.cpu(), clustering.codes.cpu())
         results.append(
-            LayerResult(plan.name, plan.d, plan.k, n, clustering.distortion * n, power, clustering.iterations)
+            LayerResult(
+                name=plan.name,
+                d=plan.d,
+                k=plan.k,
+                n_subvectors=clustering.codes.shape[0],
+                distortion=lost,
+                power=power,
+                iterations=clustering.iterations,
+                rounding=rounding_loss(weight.cpu()),
+            )
         )
         return layer
 
     return _replace(model, plan, code), results
+
+
+def check_weights(model: nn.Module, plan: Plan) -> None:
+    """Check that 16-bit codebooks can hold every planned weight.
+
+    Raises:
+        PlanError: one is not finite, too large or too small for them; names every such layer.
+    """
+    modules = dict(model.named_modules())
+    weights = {name: modules[name].weight for name in plan.layers}
+    problems = [
+        f"layer {name!r}: {problem}"
+        for name, weight in weights.items()
+        if isinstance(weight, Tensor) and (problem := weight_problem(weight.detach()))
+    ]
+    if problems:
+        raise PlanError("\n  ".join(problems))
 
 
 MANY_VECTORS = 1024

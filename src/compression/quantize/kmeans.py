@@ -25,6 +25,8 @@ from .assign import assign
 from .clustering import Clustering
 from .members import Members
 from .registry import QUANTIZERS
+from .revive import revive
+from .sixteen_bits import range_problem
 
 
 def _accumulate() -> Any:
@@ -35,6 +37,8 @@ def _accumulate() -> Any:
 
 ACCUMULATE = CompiledLoop(_accumulate)
 START_NOISE = 1e-5
+CHUNK = 1 << 19
+"""Vectors that are compared at a time."""
 
 PATIENCE = 10
 """Updates of Lloyd's k-means over which the distortion must fall by more than the tolerance."""
@@ -78,49 +82,6 @@ def means(vectors: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return sums / counts.clamp_min(1).unsqueeze(1), counts
 
 
-def revive(codebook: Tensor, vectors: Tensor, distances: Tensor, counts: Tensor, *, thorough: bool = False) -> int:
-    """Move the centroids without members to the worst quantized vectors, distinct ones, in place.
-
-    Crowds of equal vectors that come first can hide the others; `thorough` looks behind them, however many they are.
-
-    Returns the number that was moved: fewer than were empty only where there are not enough distinct badly quantized
-    vectors.
-    """
-    empty = torch.nonzero(counts == 0).flatten()
-    if empty.numel() == 0:
-        return 0
-    looked_at = 2 * empty.numel()
-    most = distances.numel() if thorough else 64 * empty.numel()
-    candidates = _worst(vectors, distances, looked_at)
-    while candidates.shape[0] < empty.numel() and looked_at < most:
-        looked_at *= 4
-        candidates = _worst(vectors, distances, looked_at)
-    moved = min(empty.numel(), candidates.shape[0])
-    codebook[empty[:moved]] = candidates[:moved]
-    return moved
-
-
-def _worst(vectors: Tensor, distances: Tensor, most: int) -> Tensor:
-    """The distinct ones among the `most` worst quantized vectors, worst first; those at distance 0 are not among
-    them."""
-    found = torch.topk(distances, min(most, distances.numel()))
-    # equal distances in the order of the vectors, which topk does not promise
-    order = found.indices.sort().values
-    order = order[distances[order].sort(descending=True, stable=True).indices]
-    return _distinct(vectors[order[distances[order] > 0]])
-
-
-def _distinct(vectors: Tensor) -> Tensor:
-    """The distinct ones among `vectors` (n, d), in the order of their first appearance."""
-    if not vectors.shape[0]:
-        return vectors
-    _, inverse = torch.unique(vectors, dim=0, return_inverse=True)
-    position = torch.arange(vectors.shape[0], device=vectors.device)
-    first = torch.full((int(inverse.max()) + 1,), vectors.shape[0], device=vectors.device)
-    first = first.scatter_reduce(0, inverse, position, "amin")
-    return vectors[first.sort().values]
-
-
 def _start(vectors: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k training vectors drawn without replacement, plus N(0, 1e-5) noise (standard deviation)."""
     drawn = torch.randperm(vectors.shape[0], generator=generator, device=generator.device)[:k]
@@ -145,10 +106,11 @@ def _iterate(
 
     Returns the codebook, and the distortion at the last assignment (that of the codebook before the last update).
     """
-    distances = torch.zeros(1)
+    codes, distances = torch.zeros(0), torch.zeros(1)
     for t in range(1, iterations + 1):
         if stopped():
             raise InterruptedError
+        del codes, distances  # before the next ones are made
         codes, distances = assign(vectors, codebook)
         updated, counts = means(vectors, codes, codebook.shape[0])
         if t <= relaxed:
@@ -175,12 +137,15 @@ def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
         if int(counts.min()) > 0:
             break
         # a vector whose own 16-bit value is its centroid cannot be quantized better, however far it is
-        halves = _to_half(vectors)
-        curable = torch.where((halves == codebook[codes]).all(1), 0, distances)
-        if not revive(codebook, halves, curable, counts, thorough=True):
+        pieces = zip(vectors.split(CHUNK), codes.split(CHUNK), strict=True)
+        as_well_as_can_be = torch.cat([(_to_half(piece) == codebook[own]).all(1) for piece, own in pieces])
+        curable = distances.masked_fill(as_well_as_can_be, 0)
+        if not revive(codebook, vectors, curable, counts, rounded=True):
             break
+        del as_well_as_can_be, curable, codes, distances
         codes, distances = assign(vectors, codebook)
-    return Clustering(codebook, codes, float(distances.cpu().double().mean()), iterations)
+    total = sum(float(piece.double().sum()) for piece in distances.cpu().split(CHUNK))
+    return Clustering(codebook, codes, total / vectors.shape[0], iterations)
 
 
 def _to_half(codebook: Tensor) -> Tensor:
@@ -277,16 +242,40 @@ def cluster(
 ) -> Clustering:
     """Cluster with the method called `kind`.
 
+    Where some vectors are all zero (a pruned weight), one centroid is zero exactly and they have its code, so that they
+    stay zero; the others are clustered without them, and coded with the zero where that is nearest. A training moves
+    centroids, this one too.
+
     Raises:
         ValueError: fewer vectors than centroids, or values that are not finite.
         InterruptedError: `stopped` said so.
     """
     if vectors.shape[0] < k:
         raise ValueError(f"{k} centroids were asked for, but there are only {vectors.shape[0]} subvectors")
-    if not torch.isfinite(vectors).all():
-        raise ValueError("the weight holds values that are not finite (NaN or infinity)")
-    if float(vectors.abs().max()) > torch.finfo(torch.float16).max:
-        raise ValueError(
-            f"the weight holds values beyond {torch.finfo(torch.float16).max:.0f}, which 16-bit codebooks cannot hold"
-        )
-    return QUANTIZERS[kind](vectors, k, iterations, generator, tolerance, stopped)
+    problem = range_problem(vectors)
+    if problem:
+        raise ValueError(problem)
+    quantizer: Quantizer = QUANTIZERS[kind]
+    live = vectors.any(1)
+    if live.all():
+        return quantizer(vectors, k, iterations, generator, tolerance, stopped)
+    others = vectors[live]
+    if not others.shape[0]:
+        return Clustering(vectors.new_zeros(k, vectors.shape[1]), live.long(), 0.0, 0)
+    found = quantizer(others, min(k - 1, others.shape[0]), iterations, generator, tolerance, stopped)
+    codebook = vectors.new_zeros(k, vectors.shape[1])
+    codebook[1 : 1 + found.codebook.shape[0]] = found.codebook
+    iterations = found.iterations
+    del others, found
+    return _coded(vectors, codebook, live, iterations)
+
+
+def _coded(vectors: Tensor, codebook: Tensor, live: Tensor, iterations: int) -> Clustering:
+    """All `vectors` with the nearest centroid; those that are not `live` with the first."""
+    codes = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
+    total = 0.0
+    for start in range(0, vectors.shape[0], CHUNK):
+        own, distances = assign(vectors[start : start + CHUNK], codebook)
+        codes[start : start + CHUNK] = own.masked_fill_(~live[start : start + CHUNK], 0)
+        total += float(distances.cpu().double().sum())
+    return Clustering(codebook, codes, total / vectors.shape[0], iterations)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,6 +14,11 @@ LISTS = ("images", "annotations", "categories")
 BEYOND = 0.05
 """Share of a side by which a polygon may reach beyond the image: labelling tools overshoot; more means another image's
 mask."""
+FLOAT_MAX = sys.float_info.max
+LIMIT = 1 << 63
+"""Ids travel in tensors of 64-bit whole numbers."""
+MOST_PIXELS = (1 << 31) - 1
+"""Of an image: pycocotools counts the pixels of a mask in 32 bits."""
 
 
 def check_lists(contents: object, source: Path) -> None:
@@ -51,8 +56,8 @@ def _image_problems(images: list[dict[str, Any]]) -> Iterator[str]:
     seen: set[int] = set()
     for number, image in enumerate(images):
         where = f"images[{number}]"
-        if not _is_whole(image.get("id")):
-            yield f"{where}: id is {image.get('id')!r}, expected a whole number"
+        if problem := _id_problem(image.get("id")):
+            yield f"{where}: {problem}"
             continue
         if image["id"] in seen:
             yield f"{where}: id {image['id']} stands there twice"
@@ -60,15 +65,19 @@ def _image_problems(images: list[dict[str, Any]]) -> Iterator[str]:
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
             yield f"{where} (id {image['id']}): file_name is {image.get('file_name')!r}, expected the name of a file"
         for side in ("width", "height"):
-            if not _is_whole(image.get(side)) or image[side] <= 0:
+            if not is_whole(image.get(side)) or image[side] <= 0:
                 yield f"{where} (id {image['id']}): {side} is {image.get(side)!r}, expected a number of pixels"
+                break
+        else:
+            if image["width"] * image["height"] > MOST_PIXELS:
+                yield f"{where} (id {image['id']}): {image['width']}x{image['height']} pixels are more than can be read"
 
 
 def _category_problems(categories: list[dict[str, Any]]) -> Iterator[str]:
     seen: set[int] = set()
     for number, category in enumerate(categories):
-        if not _is_whole(category.get("id")):
-            yield f"categories[{number}]: id is {category.get('id')!r}, expected a whole number"
+        if problem := _id_problem(category.get("id")):
+            yield f"categories[{number}]: {problem}"
             continue
         if category["id"] in seen:
             yield f"categories[{number}]: id {category['id']} stands there twice"
@@ -96,16 +105,16 @@ def _annotation_problem(
     annotation: dict[str, Any], images: Mapping[int, dict[str, Any]], categories: set[int]
 ) -> str | None:
     image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-    if not _is_whole(image_id) or image_id not in images:
+    if not is_whole(image_id) or image_id not in images:
         return f"image_id {image_id!r} is not among the images"
-    if not _is_whole(category_id) or category_id not in categories:
+    if not is_whole(category_id) or category_id not in categories:
         return f"category_id {category_id!r} is not among the categories"
     if annotation.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {annotation['iscrowd']!r}, expected 0 or 1"
-    if "area" in annotation and not _is_real(annotation["area"]):
+    if "area" in annotation and not is_real(annotation["area"]):
         return f"area is {annotation['area']!r}, expected a number"
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_real, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_real, box)):
         return f"bbox is {box!r}, expected [x, y, width, height] in pixels"
     image = images[image_id]
     return _mask_problem(annotation.get("segmentation"), image["width"], image["height"])
@@ -124,7 +133,7 @@ def _mask_problem(mask: Any, width: int, height: int) -> str | None:
     if not isinstance(mask, list):
         return "segmentation is neither polygons nor a run-length encoding"
     for polygon in mask:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(_is_real, polygon)):
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(is_real, polygon)):
             return "a polygon of the mask is not a list [x1, y1, x2, y2, ...] of at least three points"
         for values, side in ((polygon[0::2], width), (polygon[1::2], height)):
             if min(values) < -BEYOND * side or max(values) > (1 + BEYOND) * side:
@@ -137,7 +146,7 @@ def _mask_problem(mask: Any, width: int, height: int) -> str | None:
 
 def _run_length_problem(counts: Any, n_pixels: int) -> str | None:
     if isinstance(counts, list):
-        if not all(_is_whole(count) and count >= 0 for count in counts) or sum(counts) != n_pixels:
+        if not all(is_whole(count) and count >= 0 for count in counts) or sum(counts) != n_pixels:
             return f"the counts of the mask do not add up to the {n_pixels:,} pixels of its image"
         return None
     if not isinstance(counts, str):
@@ -185,12 +194,25 @@ def decoded_counts(text: str) -> list[int]:
     return counts
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_real(value: object) -> bool:
+    """Whether a value is a number that a float can hold, and no truth value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -FLOAT_MAX <= value <= FLOAT_MAX
+
+
+def _id_problem(found: object) -> str | None:
+    """Why a value cannot be an id; None: it can."""
+    if not is_whole(found):
+        return f"id is {found!r}, expected a whole number"
+    if not -LIMIT <= found < LIMIT:
+        return f"id is {found}, expected a whole number of at most 64 bits ({-LIMIT} to {LIMIT - 1})"
+    return None
 
 
 def _raise(what: str, problems: list[str], source: Path) -> None:

@@ -11,15 +11,18 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pycocotools import mask as mask_codec
 from pycocotools.coco import COCO
 
 from ...common.errors import DataError
+from ...common.log import log
 from ..images import some
-from .checks import check_annotations, check_images_and_categories, check_lists
+from .checks import LIMIT, check_annotations, check_images_and_categories, check_lists, is_whole
+from .exports import bring_to_cocos_form, fill_in_boxes, find_files, leave_out_broken_masks
 
 KEY = "dataloader.coco_path"
 SPLITS = {"train": "train2017", "val": "val2017"}
@@ -37,11 +40,12 @@ class Dropped:
     degenerate_boxes: int = 0
     without_mask: int = 0
     images_without_annotations: int = 0
+    broken_masks: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.crowds:,} crowds, {self.degenerate_boxes:,} degenerate boxes, {self.without_mask:,} objects "
-            "without a mask, "
+            f"without a mask, {self.broken_masks:,} with a broken mask, "
             f"{self.images_without_annotations:,} images without usable annotations"
         )
 
@@ -56,7 +60,8 @@ class CocoSplit:
         api: everything the file says.
         image_ids: the images that are used, in the order of the file.
         annotations: per image (as `image_ids`) the objects to train on; the evaluation asks `api` instead.
-        dropped: what a training split leaves out.
+        dropped: what a training split leaves out; of any split the broken masks.
+        outputs: category id -> output of the network's head, see `classes`; None: not known yet.
     """
 
     folder: Path
@@ -65,6 +70,7 @@ class CocoSplit:
     image_ids: tuple[int, ...]
     annotations: tuple[tuple[Mapping[str, Any], ...], ...]
     dropped: Dropped = Dropped()
+    outputs: Mapping[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -79,6 +85,14 @@ class CocoSplit:
         """Category id -> name."""
         return {category["id"]: str(category["name"]) for category in self.api.dataset["categories"]}
 
+    def label(self, category_id: int) -> int:
+        """The output of the network's head that stands for a category."""
+        return category_id if self.outputs is None else self.outputs[category_id]
+
+    def label_names(self) -> dict[int, str]:
+        """Output of the network's head -> name of its category."""
+        return {self.label(number): name for number, name in self.names.items()}
+
     def path(self, image_id: int) -> str:
         """The file of an image."""
         return str(self.folder / self.api.imgs[image_id]["file_name"])
@@ -92,13 +106,10 @@ class CocoSplit:
         """The same split with these of its images only."""
         wanted = set(image_ids)
         kept = [number for number, image_id in enumerate(self.image_ids) if image_id in wanted]
-        return CocoSplit(
-            self.folder,
-            self.source,
-            self.api,
-            tuple(self.image_ids[number] for number in kept),
-            tuple(self.annotations[number] for number in kept),
-            self.dropped,
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[number] for number in kept),
+            annotations=tuple(self.annotations[number] for number in kept),
         )
 
 
@@ -106,7 +117,7 @@ def read_coco(root: str | Path, split: str) -> CocoSplit:
     """The `train` or `val` split of the COCO folder `root`.
 
     For training, crowds, degenerate boxes and objects without a mask are left out, and images of which nothing remains;
-    for validation every image stays.
+    for validation every image stays. Objects whose mask encloses nothing are left out of both, with a warning.
 
     Raises:
         DataError: the folder or the file is missing, the file is not JSON, not COCO's, or contradicts itself; nothing
@@ -117,17 +128,19 @@ def read_coco(root: str | Path, split: str) -> CocoSplit:
     for place, exists in ((root, root.is_dir()), (source, source.is_file()), (folder, folder.is_dir())):
         if not exists:
             raise DataError(f"{KEY}: {place} does not exist. {LAYOUT}")
-    api = make_api(read_annotation_file(source))
+    contents, broken = read_annotation_file(source)
+    find_files(contents["images"], folder)
+    api = make_api(contents)
     if split == "train":
-        return _to_train(folder, source, api)
+        return _to_train(folder, source, api, broken)
     if not any(not annotation["iscrowd"] for annotation in api.anns.values()):
         raise DataError(f"{KEY}: {source} holds no object, so there is nothing to measure detections against")
     image_ids = tuple(api.imgs)
-    return CocoSplit(folder, source, api, image_ids, ((),) * len(image_ids))
+    return CocoSplit(folder, source, api, image_ids, ((),) * len(image_ids), Dropped(broken_masks=broken))
 
 
-def read_annotation_file(source: Path) -> dict[str, Any]:
-    """The contents of an annotation file, checked.
+def read_annotation_file(source: Path) -> tuple[dict[str, Any], int]:
+    """The contents of an annotation file in COCO's form, checked, and how many objects with broken masks it had.
 
     Raises:
         DataError: not JSON, not COCO's, or it contradicts itself; names the first entries that do.
@@ -137,9 +150,14 @@ def read_annotation_file(source: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{source} is not a JSON file ({error}). Expected COCO's instances_*.json") from error
     check_lists(contents, source)
+    bring_to_cocos_form(contents)
     check_images_and_categories(contents, source)
+    broken = leave_out_broken_masks(contents)
+    if broken:
+        log.warning("%s: left out %s objects whose masks are broken: %s", source, f"{len(broken):,}", some(broken))
+    fill_in_boxes(contents)
     check_annotations(contents, source)
-    return contents
+    return contents, len(broken)
 
 
 def make_api(contents: dict[str, Any]) -> COCO:
@@ -159,7 +177,7 @@ def make_api(contents: dict[str, Any]) -> COCO:
 def _number(annotations: list[dict[str, Any]]) -> None:
     """Give annotations numbers from 1 where theirs cannot serve: COCO's evaluation reads 0 as "no match"."""
     ids = [annotation.get("id") for annotation in annotations]
-    if all(isinstance(number, int) and number > 0 for number in ids) and len(set(ids)) == len(ids):
+    if all(is_whole(number) and 0 < number < LIMIT for number in ids) and len(set(ids)) == len(ids):
         return
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
@@ -167,7 +185,7 @@ def _number(annotations: list[dict[str, Any]]) -> None:
 
 def _area(api: COCO, annotation: Mapping[str, Any]) -> float:
     if has_mask(annotation):
-        return float(api.annToMask(annotation).sum())
+        return float(mask_codec.area(api.annToRLE(annotation)))
     return float(annotation["bbox"][2] * annotation["bbox"][3])
 
 
@@ -182,7 +200,7 @@ def box_in_image(annotation: Mapping[str, Any], width: int, height: int) -> tupl
     return max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
 
 
-def _to_train(folder: Path, source: Path, api: COCO) -> CocoSplit:
+def _to_train(folder: Path, source: Path, api: COCO, broken: int) -> CocoSplit:
     counts = {"crowds": 0, "degenerate_boxes": 0, "without_mask": 0, "images_without_annotations": 0}
     image_ids, kept = [], []
     for image_id, image in api.imgs.items():
@@ -198,7 +216,7 @@ def _to_train(folder: Path, source: Path, api: COCO) -> CocoSplit:
             kept.append(tuple(usable))
         else:
             counts["images_without_annotations"] += 1
-    dropped = Dropped(**counts)
+    dropped = Dropped(**counts, broken_masks=broken)
     if not image_ids:
         raise DataError(f"{KEY}: {source} leaves nothing to train on; left out were {dropped}")
     return CocoSplit(folder, source, api, tuple(image_ids), tuple(kept), dropped)
@@ -224,22 +242,3 @@ def check_same_categories(train: CocoSplit, validation: CocoSplit) -> None:
     ]
     if other:
         raise DataError(f"{KEY}: the two splits give the same category ids to different things: {some(other)}")
-
-
-def check_categories(split: CocoSplit, n_classes: int) -> None:
-    """A category id is the number of an output of the network's head, of which the first is the background.
-
-    Raises:
-        DataError: an object's category id has no output.
-    """
-    names = split.names
-    used = {annotation["category_id"] for annotation in split.api.dataset["annotations"]}
-    beyond = sorted(number for number in used if not 1 <= number < n_classes)
-    if beyond:
-        listing = some(f"{number} ({names[number]})" for number in beyond)
-        raise DataError(
-            f"{KEY}: {split.source} has objects with category ids that the network's head does not have: {listing}. "
-            f"The head has {n_classes} "
-            f"classes, which are ids 1 to {n_classes - 1} and the background, 0. Use the data the model was trained "
-            "for, or a model made for these."
-        )

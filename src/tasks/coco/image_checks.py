@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
-from PIL import Image
-
 from ...common.errors import DataError
-from ..images import CHECKS, BadFiles, in_threads, some, unreadable_error
+from ..decoding import looks
+from ..images import BadFiles, some, unreadable_error
+from ..shapes import too_narrow
 from .data import KEY, MISSING, CocoSplit
+from .orientation import misfit
 
 
 def require_images(
@@ -31,25 +32,21 @@ def require_images(
     return without(split, unusable_images(split, how, show), skip_unreadable)
 
 
-def unusable_images(split: CocoSplit, how: str = "quick", show: bool = True) -> BadFiles:
-    """(path, reason) of every image that is missing, cannot be read or has another size than the annotations say."""
+def unusable_images(split: CocoSplit, how: str = "quick", show: bool = True, part: str = "all") -> BadFiles:
+    """(path, reason) of every image that is missing, cannot be read or has another size than the annotations say;
+    arguments as `require_images`, and the name of this process's part of the images."""
     bad = [(path, MISSING) for path in split.paths if not os.path.isfile(path)]
-    check = CHECKS[how]
-    if check is None:
-        return bad
     gone = {path for path, _ in bad}
     sizes = {
         path: split.size(image_id)
         for path, image_id in zip(split.paths, split.image_ids, strict=True)
         if path not in gone
     }
-
-    def look(path: str) -> str | None:
-        return check(path) or _size_problem(path, sizes[path])
-
-    return bad + [
-        (path, why) for path, why in in_threads(look, list(sizes), f"checking images ({how})", show) if why is not None
-    ]
+    for path, look in looks(list(sizes), how, show, split.folder, part):
+        why = look.problem or misfit(look.size, look.orientation, sizes[path])
+        if why is not None:
+            bad.append((path, why))
+    return bad
 
 
 def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[CocoSplit, BadFiles]:
@@ -72,13 +69,10 @@ def without(split: CocoSplit, bad: BadFiles, skip_unreadable: bool) -> tuple[Coc
     return kept, bad
 
 
-def _size_problem(path: str, expected: tuple[int, int]) -> str | None:
-    with Image.open(path) as image:
-        return size_problem(image.size, expected)
-
-
-def size_problem(found: tuple[int, int], expected: tuple[int, int]) -> str | None:
-    """Why an image of the size (width, height) does not fit its annotations; None: it does."""
-    if found == expected:
-        return None
-    return f"the image has {found[0]}x{found[1]} pixels, but the annotations say {expected[0]}x{expected[1]}"
+def too_narrow_images(split: CocoSplit, min_size: int, max_size: int) -> BadFiles:
+    """(path, reason) of every image of which nothing is left at the size that the network sees."""
+    return [
+        (split.path(image_id), why)
+        for image_id in split.image_ids
+        if (why := too_narrow(split.size(image_id), min_size, max_size)) is not None
+    ]

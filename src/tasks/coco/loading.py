@@ -1,7 +1,8 @@
 """From COCO's images and annotations to batches in the form that torchvision's detection networks take.
 
-A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (category ids), masks (N, H,
-W) uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image) alone.
+A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (outputs of the
+head), masks (N, H, W) uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image)
+alone.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import functional
 
+from ...common.memory import TOO_MUCH, is_out_of_memory
 from ...common.randomness import stream
-from ..images import load_rgb, reason
+from ..images import reason
 from ..loading import EpochOrder, Unreadable
 from .data import CocoSplit, box_in_image
-from .image_checks import size_problem
+from .orientation import load_as_annotated
 
 Target = dict[str, Tensor]
 
@@ -32,11 +35,13 @@ def target_of(split: CocoSplit, number: int) -> Target:
     width, height = split.size(image_id)
     objects = split.annotations[number]
     boxes = [box_in_image(annotation, width, height) for annotation in objects]
-    masks = [torch.from_numpy(split.api.annToMask(annotation)) for annotation in objects]
+    masks = np.zeros((len(objects), height, width), dtype=np.uint8)
+    for mask, annotation in zip(masks, objects, strict=True):  # one by one: there may be thousands
+        mask[:] = split.api.annToMask(annotation)
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor([annotation["category_id"] for annotation in objects], dtype=torch.int64),
-        "masks": torch.stack(masks).to(torch.uint8) if masks else torch.zeros(0, height, width, dtype=torch.uint8),
+        "labels": torch.tensor([split.label(annotation["category_id"]) for annotation in objects], dtype=torch.int64),
+        "masks": torch.from_numpy(masks),
         "image_id": torch.tensor([image_id]),
     }
 
@@ -78,17 +83,21 @@ class CocoDataset(Dataset):
         image_id = self.split.image_ids[number]
         path = self.split.path(image_id)
         try:
-            picture = load_rgb(path)
+            image = functional.to_tensor(load_as_annotated(path, self.split.size(image_id)))
         except (
             Exception
         ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
-            return Unreadable(path, reason(error))
-        problem = size_problem(picture.size, self.split.size(image_id))
-        if problem:
-            return Unreadable(path, problem)
-        image, target = functional.to_tensor(picture), target_of(self.split, number)
-        if self.flip and torch.rand((), generator=stream(self.seed, "augmentation", epoch, number)) < 0.5:
-            image, target = flipped(image, target)
+            return Unreadable(path, TOO_MUCH if is_out_of_memory(error) else reason(error))
+        try:
+            target = target_of(self.split, number)
+            if self.flip and torch.rand((), generator=stream(self.seed, "augmentation", epoch, number)) < 0.5:
+                image, target = flipped(image, target)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            width, height = self.split.size(image_id)
+            objects = len(self.split.annotations[number])
+            return Unreadable(path, f"{TOO_MUCH}, {width}x{height} pixels with {objects:,} objects")
         return DetectionItem(image_id, image, target)
 
 

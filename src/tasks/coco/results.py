@@ -39,7 +39,13 @@ class Detections:
     measured by benchmarks/coco_memory.py.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: Mapping[int, int] | None = None) -> None:
+        """None yet.
+
+        Args:
+            outputs: category id -> output of the network's head; None: the ids are the outputs.
+        """
+        self._categories = {output: number for number, output in (outputs or {}).items()}
         self._text = bytearray()
         self._places: dict[int, list[tuple[int, int]]] = {}  # of an image's rows in it, each place a JSON list
 
@@ -49,12 +55,17 @@ class Detections:
         Args:
             image_id: COCO's id of the image.
             output: as torchvision's networks give it: `boxes` (N, 4) left, top, right, bottom in pixels, `scores` (N,),
-                `labels` (N,) category ids and, from networks that find masks, `masks` (N, 1, H, W) probabilities.
+                `labels` (N,) outputs of the head and, from those that find masks, `masks` (N, 1, H, W) probabilities.
         """
         boxes = output["boxes"].detach().cpu().double()
         sizes = boxes[:, 2:] - boxes[:, :2]
         rows: list[Row] = [
-            {"image_id": image_id, "category_id": label, "bbox": [*corner, *size], "score": score}
+            {
+                "image_id": image_id,
+                "category_id": self._categories.get(label, label),
+                "bbox": [*corner, *size],
+                "score": score,
+            }
             for label, corner, size, score in zip(
                 output["labels"].tolist(), boxes[:, :2].tolist(), sizes.tolist(), output["scores"].tolist(), strict=True
             )

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ...common.errors import DataError, SettingsError
+from ...common.paths import check_name, temporary_name
 
 SIDE = 64
 VALIDATION_EVERY = 5
@@ -50,6 +51,7 @@ def write_folder_at_once(
         DataError: `root` holds something else, or cannot be written.
     """
     root = Path(os.path.abspath(root.expanduser()))
+    check_name(root)
     if is_complete(root):
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
@@ -60,7 +62,7 @@ def write_folder_at_once(
     temporary: Path | None = None
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=temporary_name(root.name), dir=root.parent))
         write(temporary)
         temporary.chmod(0o755)
         os.replace(temporary, root)

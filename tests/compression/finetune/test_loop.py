@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from src.common.errors import RunError
 from src.common.randomness import stream
+from src.compression.finetune.checkpoint import Checkpoint
 from src.compression.finetune.gradients import GradientWatch
+from src.compression.finetune.hooks import Resumed
 from src.compression.finetune.loop import FinetuneSpec, Outcome, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
 from src.compression.finetune.task import StepLoss, evaluating
@@ -50,6 +52,9 @@ class Blobs:
         for part in order.chunk(self.steps_per_epoch)[start:]:
             self.position += 1
             yield self.points[part], self.labels[part]
+
+    def in_words(self, batch: tuple[Tensor, Tensor]) -> str:
+        return f"on {len(batch[1])} points of batch {self.position}."
 
     def training_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepLoss:
         self.steps += 1
@@ -463,3 +468,42 @@ def test_momentum_is_sgds_and_only_trainable_parameters_are_given() -> None:
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         make_optimizer(model, OptimizerSpec())
+
+
+class TooLarge(Blobs):
+    """Blobs of which one batch needs more memory than there is, forward or backward."""
+
+    def __init__(self, step: int, backward: bool) -> None:
+        super().__init__()
+        self.step, self.backward = step, backward
+
+    def training_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepLoss:
+        found = super().training_loss(model, batch)
+        if self.steps == self.step:
+            if not self.backward:
+                torch.empty(1 << 50, dtype=torch.uint8)
+            found.loss.register_hook(lambda _: torch.empty(1 << 50, dtype=torch.uint8))
+        return found
+
+
+class Kept:
+    """Keeps checkpoints in a list."""
+
+    def __init__(self) -> None:
+        self.checkpoints: list[Checkpoint] = []
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        self.checkpoints.append(copy.deepcopy(checkpoint))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_running_out_of_memory_names_the_batch_and_the_last_checkpoint_resumes(backward: bool) -> None:
+    how = FinetuneSpec(epochs=1, checkpoint_every_n_steps=2, show_progress=False)
+    engine, kept, model = SingleProcess(Launch(), torch.device("cpu")), Kept(), network()
+    finetune(model, Blobs(), how, engine, Notes())
+    with pytest.raises(RunError, match=r"out of memory on 16 points of batch 4\."):
+        finetune(network(), TooLarge(4, backward), how, engine, Notes(), keeper=kept)
+    assert kept.checkpoints[-1].position.step == 2
+    again = network()
+    finetune(again, Blobs(), how, engine, Notes(), resumed=Resumed(kept.checkpoints[-1]))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

@@ -318,3 +318,36 @@ def test_a_tolerance_stops_early_and_costs_little(kind: str) -> None:
     # for chance
     assert early.distortion < (1.03 if kind == "kmeans" else 1.0055) * whole.distortion
     assert int(torch.bincount(early.codes, minlength=64).min()) > 0
+
+
+@both
+@pytest.mark.parametrize(
+    ("n", "share", "k"), [(2000, 0.3, 64), (2000, 0.9, 64), (400, 0.5, 2), (400, 0.99, 64), (100, 1.0, 8)]
+)
+def test_vectors_that_are_all_zero_stay_exactly_zero(kind: str, n: int, share: float, k: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    vectors = torch.randn(n, 4, generator=draw) + 0.3
+    zero = torch.rand(n, generator=draw) < share
+    vectors[zero] = 0.0
+    vectors[zero.nonzero().flatten()[::2]] *= -1  # negative zeros are zeros
+    found = run(kind, vectors, k, 20)
+    check(vectors, k, found, full=False)
+    decoded = found.codebook[found.codes]
+    assert not decoded[zero].any()
+    if int((~zero).sum()) < k:
+        assert torch.allclose(decoded, vectors, rtol=1e-3, atol=1e-6)
+    else:
+        others = run(kind, vectors[~zero], k, 20)
+        assert found.distortion * n < 1.1 * others.distortion * int((~zero).sum()) + 1e-6 or k == 2
+
+
+@both
+def test_vectors_that_are_nearly_zero_are_no_zeros(kind: str) -> None:
+    """Without all-zero vectors no centroid is reserved: the result is that of the quantizer alone."""
+    vectors = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    vectors[:100] = 0.0
+    vectors[:100, 1] = 1e-30
+    alone = getattr(kmeans_module, kind)(vectors, 16, 10, stream(0, "test"))
+    found = run(kind, vectors, 16)
+    assert torch.equal(found.codebook, alone.codebook)
+    assert torch.equal(found.codes, alone.codes)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from tests.support.memory import cluster_a_layer, in_a_process_of_its_own
+import pytest
+
+from tests.support.memory import cluster_a_layer, in_a_process_of_its_own, quantize_a_layer
 
 
 def test_clustering_takes_a_few_times_the_layer_and_no_distance_matrix() -> None:
     n = 400_000
     weight = n * 9 * 4
     taken = in_a_process_of_its_own(cluster_a_layer, n)
-    assert weight < taken < 6 * weight  # the distances of all vectors to 256 centroids would be 28 times the weight
+    assert taken < 2.5 * weight  # the distances of all vectors to 256 centroids would be 28 times the weight
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "src"])
+@pytest.mark.parametrize("pruned", [0.0, 0.5])
+@pytest.mark.parametrize("d", [2, 4, 9])
+def test_quantizing_a_layer_takes_at_most_two_and_a_half_times_its_weight(d: int, pruned: float, kind: str) -> None:
+    n = 12_000_000 // d
+    assert in_a_process_of_its_own(quantize_a_layer, n, d, pruned, kind) < 2.5 * n * d * 4

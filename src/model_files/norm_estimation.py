@@ -1,0 +1,76 @@
+"""Norms of which a file holds scale and shift only, made whole from images: what they evaluate to stays as it is.
+
+While images pass, mean m and variance v of each such norm's input are taken. With m and v as running statistics, gain
+scale * sqrt(v + eps) and bias shift + m * scale the norm evaluates to the same; and in training, where a batch's
+moments are near m and v, it is near what it evaluates to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .norms import fold_norm, folded_norms, scale_of, set_known_whole, unfold_norm
+
+
+@torch.no_grad()
+def reestimate_norms(
+    model: nn.Module, forward: Callable[[nn.Module], object], total: Callable[[Tensor], Tensor] | None = None
+) -> list[str]:
+    """Rebuild the running statistics of the norms that a file held as scale and shift only; in place.
+
+    Args:
+        model: from a file, on any device.
+        forward: runs images, some thousands better than some hundreds, through the model. Its norms are in evaluation
+            mode meanwhile, everything else as it is.
+        total: sums a vector over all processes, where there are several; float64, on the CPU.
+
+    Returns:
+        Names of the norms that are whole now: those that images reached.
+    """
+    norms = folded_norms(model)
+    if not norms:
+        return []
+    sums = {name: torch.zeros(3, norm.running_mean.numel(), dtype=torch.float64) for name, norm in norms.items()}
+    modes = {module: module.training for module in model.modules() if isinstance(module, _BatchNorm)}
+    handles = [norm.register_forward_pre_hook(partial(_add, sums[name])) for name, norm in norms.items()]
+    try:
+        for module in modes:
+            module.training = False
+        forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    joined = torch.cat(list(sums.values()), dim=1)
+    if total is not None:
+        joined = total(joined)
+    reached = []
+    for (name, norm), found in zip(norms.items(), joined.split([s.shape[1] for s in sums.values()], 1), strict=True):
+        if bool((found[0] > 0).all()) and bool(torch.isfinite(found).all()):
+            _make_whole(norm, found[1] / found[0], found[2] / found[0])
+            reached.append(name)
+    return reached
+
+
+def _add(sums: Tensor, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Add count, sum and sum of squares of every channel of the input (B, C, ...) to `sums` (3, C)."""
+    values = inputs[0].detach().float().transpose(0, 1).flatten(1)  # (C, N)
+    variance, mean = (one.double().cpu() for one in torch.var_mean(values, dim=1, correction=0))
+    n = values.shape[1]
+    sums += n * torch.stack([torch.ones_like(mean), mean, variance + mean**2])
+
+
+def _make_whole(norm: _BatchNorm, mean: Tensor, square: Tensor) -> None:
+    device = norm.running_mean.device  # type: ignore[union-attr]
+    norm.cpu()  # not every device has float64
+    weight, bias = fold_norm(norm)
+    deviation = ((square - mean**2).clamp_min(0) + norm.eps).sqrt()
+    unfold_norm(norm, weight, bias, (deviation, bias.double() + mean * scale_of(norm, weight)))
+    set_known_whole(norm)
+    norm.to(device)
