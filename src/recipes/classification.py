@@ -13,7 +13,7 @@ from ..model_files.size import model_size
 from ..run.agreement import first_here
 from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
-from ..tasks.classification import check_classes
+from ..tasks.classification import check_batch_norms, check_classes
 from .data import classification_task, images_fingerprint, read_images
 from .evaluate import verdict
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
@@ -32,9 +32,13 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     model = start.model
     check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE)
     side = run.settings.dataloader.image_size
+    task = classification_task(run, train_images, validation)
+    joined = run.settings.sync_batch_norm and run.engine.world_size > 1  # its norms see the images of all processes
+    if run.settings.epochs and not joined:
+        check_batch_norms(model, task, side)
     return Prepared(
         model=model,
-        task=classification_task(run, train_images, validation),
+        task=task,
         example=torch.randn(2, 3, side, side),
         results={},
         images_digest=images_fingerprint(train_images, validation),

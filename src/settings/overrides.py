@@ -9,7 +9,7 @@ from ..common.errors import SettingsError
 from .keys import Path, advice, layer_section_of, resolve, section_of
 from .schema import Settings
 from .section import Section
-from .values import shown
+from .values import is_text, shown
 from .yaml_text import parse
 
 COMMAND_LINE = "command line"
@@ -52,7 +52,7 @@ def apply(tree: Tree, arguments: list[str]) -> tuple[set[Path], list[str]]:
     touched: set[Path] = set()
     problems: list[str] = []
     for key, text in pairs(arguments):
-        value = parse(text, f"{COMMAND_LINE}, value of --{key}")
+        value = literal(text) if _holds_text(key) else parse(text, f"{COMMAND_LINE}, value of --{key}")
         try:
             path = locate(key, value)
         except KeyError as error:
@@ -60,6 +60,28 @@ def apply(tree: Tree, arguments: list[str]) -> tuple[set[Path], list[str]]:
         else:
             _put(tree, path, value, touched)
     return touched, problems
+
+
+def literal(text: str) -> object:
+    """What a text on the command line is for a key that holds text: itself, as the shell passed it.
+
+    Only what YAML reads as a number, True or False, or null is that, and quotes around the whole may protect it.
+    """
+    try:
+        value = parse(text, COMMAND_LINE)
+    except SettingsError:  # a path need not be YAML
+        return text
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    bare = not any(mark in text for mark in "#&!|>*") and not isinstance(value, str | list | dict)
+    return value if bare or (quoted and isinstance(value, str)) else text
+
+
+def _holds_text(key: str) -> bool:
+    try:
+        _, field = resolve(locate(key))
+    except KeyError:  # `apply` says what is wrong with it
+        return False
+    return field is not None and is_text(field)
 
 
 def locate(key: str, value: object = None) -> Path:

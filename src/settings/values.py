@@ -155,6 +155,18 @@ _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "
 _SHORT: dict[Any, str] = {bool: "True|False", int: "int", float: "float", str: "text"}
 
 
+def is_text(field: FieldInfo) -> bool:
+    """Whether a field holds one text (or null): a path, or the name of something."""
+    kind = field.annotation
+    return kind is str or (
+        get_origin(kind) in (Union, UnionType) and set(map(_bare, get_args(kind))) <= {str, NoneType}
+    )
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def describe(field: FieldInfo) -> str:
     """What a field accepts, in words: `a whole number, at least 1`."""
     return _describe(field.annotation, tuple(field.metadata))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,6 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ..common import progress
@@ -63,6 +64,44 @@ class ImageSpec:
     channels_last: bool = False
 
 
+def check_batch_norms(model: nn.Module, task: Classification, image_size: int) -> None:
+    """Batch norms need more than one value per channel to have a variance: find out before any work.
+
+    Args:
+        model: on the CPU, in evaluation or training mode; comes back as it was.
+        task: says how small its smallest training batch is.
+        image_size: side of the images that the network sees.
+
+    Raises:
+        SettingsError: a training batch is a single image, of which a batch norm sees one value per channel.
+    """
+    if task.smallest_batch > 1:
+        return
+    lone: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if norm.track_running_stats and inputs[0].numel() == inputs[0].shape[1]:
+                lone.append(name)
+
+        return look
+
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, 3, image_size, image_size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if lone:
+        raise SettingsError(
+            f"dataloader.batch_size: a process trains on single images, of which {len(lone)} batch norms (the first is "
+            f"{lone[0]}) would see one value per channel, which has no variance. Use a batch_size of at least 2 and at "
+            "least 2 training images per process, or a larger dataloader.image_size"
+        )
+
+
 class Classification:
     """The task of telling images apart: what the training loop and an evaluation ask for.
 
@@ -75,6 +114,7 @@ class Classification:
 
     Attributes:
         unreadable: reason by path of the files that turned out to be unreadable while loading.
+        smallest_batch: images in the smallest training batch of a process.
     """
 
     metric_name = "accuracy"
@@ -107,7 +147,7 @@ class Classification:
         self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
         self._paths, self._train_paths = validation_index.paths, [] if train_index is None else train_index.paths
         self._train_loader: DataLoader | None = None
-        self.steps_per_epoch = self.position = 0
+        self.steps_per_epoch = self.position = self.smallest_batch = 0
         if train_index is not None:
             check_same_classes(train_index, validation_index)
             per_process = images_per_process(len(train_index), loading.batch_size, engine.world_size)
@@ -117,6 +157,7 @@ class Classification:
             self._train_order = EpochOrder(len(train_index), loading.train_shuffle, *place, per_process)
             self._train_loader = self._loader(train_index, to_train, self._train_order)
             self.steps_per_epoch = math.ceil(per_process / loading.batch_size)
+            self.smallest_batch = per_process % loading.batch_size or loading.batch_size
 
     def _loader(self, index: ImageFolderIndex, transform: Transform, order: EpochOrder) -> DataLoader:
         return make_loader(ImageDataset(index, transform, self.seed), order, *self._loading)

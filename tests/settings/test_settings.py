@@ -197,6 +197,26 @@ def test_every_form_of_override(file: Path, arguments: list[str], key: str, valu
     assert value_of(load(str(file), arguments), key) == value
 
 
+# fmt: off
+PATHS = [
+    "/data/run #7", "#7", "a: b", "ends:", "[2026] x", "{x}", "@x", "%x", "*x", "&x", "!x", "`x`", "'open", '"open', "it's",
+    " x ", "- x", "? x", "|", "> x", "x, y", "5 # x", "*", "a\tb", "C:\\new", "2026-11-25", "\u732b", "[5", "null #1",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_text_is_what_the_shell_passed(file: Path, path: str) -> None:
+    for key in ("output_path", "dataloader.imagenet_path", "model.state_dict_compressed", "visualize"):
+        assert value_of(load(str(file), [f"--{key}", path]), key) == path
+        assert value_of(load(str(file), [f"--{key}={path}"]), key) == path
+
+
+@pytest.mark.parametrize(("given", "value"), [("'5'", "5"), ('"a # b"', "a # b"), ("'null'", "null"), ("null", None)])
+def test_quotes_protect_text_and_null_is_null(file: Path, given: str, value: str | None) -> None:
+    assert value_of(load(str(file), ["--visualize", given]), "visualize") == value
+
+
 def test_overrides_of_one_layer_add_up(file: Path) -> None:
     file.write_text("model: {compression_parameters: {layer_specs: {a.b: {k: 64}, 1.10: {k: 4}, 0: null}}}")
     settings = load(str(file), [f"--{LAYER_SPECS}.a.b.k_means_n_iters=7", f"--{LAYER_SPECS}", "{c: {k: 2}}"])

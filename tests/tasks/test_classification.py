@@ -17,7 +17,7 @@ from torch import nn
 from src.common.errors import DataError, RunError, SettingsError
 from src.common.randomness import stream
 from src.compression.finetune.task import Task
-from src.tasks.classification import Classification, ImageSpec, check_classes, images_per_process
+from src.tasks.classification import Classification, ImageSpec, check_batch_norms, check_classes, images_per_process
 from src.tasks.images import ImageFolderIndex, read_folder
 from src.tasks.loading import Batch, LoaderSpec
 from tests.support.logs import logged
@@ -287,6 +287,32 @@ def test_a_model_with_too_few_outputs_is_refused_before_the_loss(indices):
     with pytest.raises(DataError, match="3 class folders"):
         task.validate(model, "v")
     assert model.training
+
+
+def pooled_before_its_norm() -> nn.Module:
+    """Its second norm sees one value per channel and image."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 3)
+    ).train()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 20, 21, 50])
+def test_single_images_are_refused_only_where_a_norm_would_fail(indices, batch_size):
+    task = make_task(indices, batch_size=batch_size)
+    assert task.smallest_batch == min(len(batch) for batch in task.training_batches(1))
+    check_batch_norms(small_model(), task, 16)
+    model = pooled_before_its_norm()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if batch_size == 1:
+        with pytest.raises(SettingsError, match=r"dataloader.batch_size: .* 1 batch norms \(the first is 4\)"):
+            check_batch_norms(model, task, 16)
+    else:
+        check_batch_norms(model, task, 16)
+        for batch in task.training_batches(1):
+            task.training_loss(model, batch).loss.backward()
+        return
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_arguments_that_cannot_be(indices):

@@ -186,7 +186,6 @@ class _Loop:
                 rate = training.schedule.learning_rate
                 with named_when_out_of_memory(partial(task.in_words, batch)):
                     loss = self._step(batch, number)
-                training.schedule.after_step()
                 figures, n_images, stop = self._over_processes(loss) if wanted else ({}, 0, False)
                 if (figures and not math.isfinite(figures["loss"])) or (wanted and self.watch.first()):
                     self._raise_not_finite(number)
@@ -241,8 +240,11 @@ class _Loop:
             if scaler.is_enabled():
                 self.watch.check(number)
             self._raise_not_finite(number)
+        scale = scaler.get_scale()
         scaler.step(self.optimizer)
         scaler.update()
+        if scaler.get_scale() >= scale:  # a lower one: the gradients overflowed, and the step was left out
+            self.training.schedule.after_step()
         return StepLoss(loss.loss.detach(), loss.n_images, loss.scalars)
 
     def _over_processes(self, loss: StepLoss) -> tuple[dict[str, float], float, bool]:

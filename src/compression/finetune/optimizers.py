@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +142,7 @@ class Schedule:
     def go_to(self, step: int, epoch: int) -> None:
         """Go to the rate after `step` steps and `epoch` epochs of a new schedule (plateau: its first rate, as metrics
         are not repeated)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the optimizer has not stepped meanwhile
+        with _without_a_step():
             for part, times in ((self._per_step, step), (self._per_epoch, epoch)):
                 for _ in range(times if part is not None else 0):
                     assert part is not None
@@ -154,7 +154,7 @@ class Schedule:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def after_step(self) -> None:
-        """Called after every optimizer step."""
+        """Called after every optimizer step; not after one that a scaler left out."""
         if self._per_step is not None:
             self._per_step.step()
 
@@ -163,4 +163,13 @@ class Schedule:
         if self._plateau is not None:
             self._plateau.step(metric)
         if self._per_epoch is not None:
-            self._per_epoch.step()
+            with _without_a_step():  # a scaler may have left out every step
+                self._per_epoch.step()
+
+
+@contextmanager
+def _without_a_step() -> Iterator[None]:
+    """No warning of torch's that the optimizer has not stepped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

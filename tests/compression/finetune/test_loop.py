@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -332,6 +333,45 @@ def test_the_cosine_falls_every_step_from_the_learning_rate_to_min_lr() -> None:
     assert found[-1] == pytest.approx(1e-3)
     assert all(after < before for before, after in pairwise(found))
     assert found[6] == pytest.approx((0.1 + 1e-3) / 2)  # half way
+
+
+class Overflowing(Blobs):
+    """In its first `n_left_out` steps the scaled loss overflows, though the loss itself does not."""
+
+    def __init__(self, n_left_out: int) -> None:
+        super().__init__()
+        self.n_left_out = n_left_out
+
+    def training_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepLoss:
+        found = super().training_loss(model, batch)
+        if self.steps > self.n_left_out:
+            return found
+        return StepLoss(found.loss * (1e37 / found.loss.detach()), found.n_images, found.scalars)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "multistep", "plateau", "none"])
+def test_the_schedule_waits_where_the_scaler_leaves_a_step_out(kind: str) -> None:
+    schedule = ScheduleSpec(kind, min_lr=1e-3, milestones=(1,), patience=0)
+    usual, waiting = Notes(), Notes()
+    run(network(), Blobs(), usual, 2, schedule, log_every_n_steps=1, amp="fp16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(network(), Overflowing(3), waiting, 2, schedule, log_every_n_steps=1, amp="fp16")
+    found = [waiting.rates[step] for step in range(1, 13)]
+    expected = [usual.rates[step] for step in range(1, 13)]
+    if kind == "cosine":
+        assert found == [expected[0]] * 3 + expected[:9]
+    elif kind != "plateau":  # whose metrics differ
+        assert found == expected
+
+
+def test_an_epoch_without_a_step_is_no_warning() -> None:
+    model = network()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(model, Overflowing(6), Notes(), 1, ScheduleSpec("multistep", milestones=(1,)), amp="fp16")
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 def test_the_plateau_waits_for_a_higher_metric() -> None:
