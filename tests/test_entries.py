@@ -499,7 +499,7 @@ def test_an_unreadable_image_is_named_before_training_or_skipped_with_a_count(
         (["--epochs", "many"], ["epochs", "many"]),
         (["--model.compression_parameters.k", "100"], ["model.compression_parameters.k", "100", "64", "128"]),
         (["--model.compression_parameters.layer_specs.fc.k", "100"], ["layer_specs.fc.k", "100"]),
-        (["--model.compression_parameters.fc_subvector_size", "5"], ["fc", "does not divide", "512"]),
+        (["--model.compression_parameters.layer_specs.fc.subvector_size", "5"], ["fc", "does not divide", "512"]),
         (["--model.arch", "resnet19"], ["model.arch", "resnet19", "resnet18"]),
         (["--dataloader.num_classes", "4"], ["dataloader.num_classes", "4", "3"]),
         (["--device", "cuda:97"], ["device"]),
