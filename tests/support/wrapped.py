@@ -19,9 +19,7 @@ STEPS = 3
 def network() -> nn.Module:
     """A quantized network of convolutions, linear layers and attention, the same everywhere."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten(2), Turned(), nn.Linear(16, 8)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten(2), Turned(), nn.Linear(16, 8))
     return quantized(model, spec(4))
 
 

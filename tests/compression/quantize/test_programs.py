@@ -162,7 +162,9 @@ def test_functions_of_parameters() -> None:
     own = {name: p.detach() for name, p in linear.named_parameters()}
     x = torch.randn(3, 16)
     value, slope = torch.func.jvp(
-        lambda p: torch.func.functional_call(linear, p, (x,)), (own,), ({name: torch.ones_like(p) for name, p in own.items()},)
+        lambda p: torch.func.functional_call(linear, p, (x,)),
+        (own,),
+        ({name: torch.ones_like(p) for name, p in own.items()},),
     )
     assert torch.allclose(value, linear(x), **CLOSE)
     assert torch.allclose(slope, x.sum(1, keepdim=True).expand(-1, 16) + 1, **CLOSE)  # ones in every weight and bias
@@ -329,3 +331,33 @@ def test_a_layer_of_the_users_choice_is_left_dense_and_is_an_ordinary_parameter(
     assert model.conv.k == 4
     with torch.no_grad():
         model.linear.weight.mul_(2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pruned_blocks_stay_zero_in_training(compiled: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        pruned = torch.rand(64, 16, 1) < 0.5
+        dense[0].weight.mul_(~pruned.expand(-1, -1, 4).reshape(64, 64))
+    model = quantized(dense, spec(8)).train()
+    run = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-4)
+    before = model[0].codebook.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        run(torch.randn(8, 64)).square().sum().backward()
+        optimizer.step()
+    blocks = model[0].dequantize().detach().reshape(64, 16, 4)
+    assert bool((blocks[pruned[..., 0]] == 0).all())
+    moved = (model[0].codebook != before).any(1)
+    assert int(moved.sum()) == 7  # all others
+
+
+def test_a_weight_that_begins_at_zero_is_trained() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    nn.init.zeros_(model[0].weight)
+    model = quantized(model, spec(8)).train()
+    model(torch.randn(8, 16)).sum().backward()
+    assert float(model[0].codebook.grad.abs().sum()) > 0
