@@ -61,9 +61,9 @@ def plan_compression(
     quantization = make_plan(model, quantization_spec(settings))
     check_weights(model, quantization)
     if not given.use_permutations:
-        groups = []
+        groups: Sequence[Group] = []
     elif given.permutations is None:
-        groups = architecture.groups(model)
+        groups = architecture.groups(model) if architecture.groups is not None else []
     else:
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
     plan = CompressionPlan(
