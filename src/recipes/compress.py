@@ -62,10 +62,10 @@ def plan_compression(
     check_weights(model, quantization)
     if not given.use_permutations:
         groups: Sequence[Group] = []
-    elif given.permutations is None:
-        groups = architecture.groups(model) if architecture.groups is not None else []
-    else:
+    elif isinstance(given.permutations, tuple):
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
+    else:
+        groups = architecture.groups(model) if architecture.groups is not None else []
     plan = CompressionPlan(
         quantization=quantization,
         groups=groups,
