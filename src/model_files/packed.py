@@ -7,11 +7,12 @@ Tensors (L: quantized layer, B: batch norm):
   `B.weight`, `B.bias`: a norm that is known as two vectors only; everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
-Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
-number of classes, compression settings and metric, null where not known; `layers`: for each quantized layer type,
-weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents, children, width
-and reshapes of each group; `tied`: names that share the tensors of another name; `renamed`, where there are any:
-tensors that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2.
+Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
+architecture, number of classes, compression settings and metric, null where not known; `layers`: for each quantized
+layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
+children, width and reshapes of each group, or width, blocks and places of a group of channels (`stored_places`);
+`tied`: names that share the tensors of another name; `renamed`, where there are any: tensors that stand under other
+names than the network's (`renamed`). A file without `.norms` has the format version 2, one with places 4.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ from .tied import tied_names
 FORMAT = "pqf"
 FORMAT_VERSION = 3
 VERSION_WITHOUT_NORMS = 2
-READABLE_VERSIONS = ("1", "2", "3")
+VERSION_WITH_PLACES = 4
+READABLE_VERSIONS = ("1", "2", "3", "4")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -149,6 +151,8 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     if norms:
         tensors[STREAM], described["norms"] = stream, norms
     version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
+    if any(group.places is not None for group in info.permutations or ()):
+        version = VERSION_WITH_PLACES
     metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
     for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))
