@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..common.errors import CheckpointError
 from .bit_packing import packed_size, unpack
-from .stored_places import StoredPlaces, read_rows
+from .stored_places import StoredPlaces, inflated, read_rows
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,11 @@ class _Reader:
 
     def _permutations(self, packed: Tensor | None) -> tuple[AppliedPermutation, ...] | None:
         groups = self._json("permutations")
+        if isinstance(groups, str):
+            try:
+                groups = inflated(groups)
+            except ValueError as error:
+                raise self._wrong("permutations") from error
         if groups is None and packed is None:
             return None
         if not isinstance(groups, list) or (packed is not None and (packed.dtype != torch.uint8 or packed.dim() != 1)):

@@ -10,9 +10,10 @@ Tensors (L: quantized layer, B: batch norm):
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
 architecture, number of classes, compression settings and metric, null where not known; `layers`: for each quantized
 layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
-children, width and reshapes of each group, or width, blocks and places of a group of channels (`stored_places`);
-`tied`: names that share the tensors of another name; `renamed`, where there are any: tensors that stand under other
-names than the network's (`renamed`). A file without `.norms` has the format version 2, one with places 4.
+children, width and reshapes of each group, or width, blocks and places of a group of channels, then deflated as a
+whole (`stored_places`); `tied`: names that share the tensors of another name; `renamed`, where there are any: tensors
+that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2, one
+with places 4.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of
 from .renamed import RENAMED, read_renamed, stored_names
 from .safetensors_file import read_container, read_metadata, write_container
+from .stored_places import deflated
 from .tied import tied_names
 
 FORMAT = "pqf"
@@ -152,7 +154,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         tensors[STREAM], described["norms"] = stream, norms
     version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
     if any(group.places is not None for group in info.permutations or ()):
-        version = VERSION_WITH_PLACES
+        version, described["permutations"] = VERSION_WITH_PLACES, deflated(groups)
     metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
     for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))
