@@ -1,5 +1,5 @@
-"""The compression report of a run, `compression.json`: distortion per layer, and the permutations as they were
-applied."""
+"""The compression report of a run, `compression.json`: distortion per layer, what stays dense and why, and the
+permutations as they were applied."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..compression.permute.binding import AnyGroup
 from ..compression.permute.channels import ChannelGroup
 from ..compression.permute.permute import GroupResult
 from ..compression.quantize.compress import LayerResult
+from ..compression.quantize.plan import DenseWeight
 from .metadata import AppliedPermutation
 from .stored_places import read_rows, stored
 
@@ -26,6 +27,7 @@ def report_text(
     groups: Sequence[AnyGroup],
     permuted: Sequence[GroupResult],
     reshapes: Mapping[str, Sequence[int]],
+    dense: Sequence[DenseWeight] = (),
 ) -> str:
     """The report as JSON.
 
@@ -34,6 +36,7 @@ def report_text(
         groups: of layers or channels that share a permutation.
         permuted: what became of each of them, in the same order.
         reshapes: of linear layers that read a flattened feature map, by name.
+        dense: the weights that are not quantized.
     """
     rows = [
         {
@@ -49,7 +52,12 @@ def report_text(
         }
         for group, result in zip(groups, permuted, strict=True)
     ]
-    report = {"layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers], "groups": rows}
+    n_values = sum(layer.n_subvectors * layer.d for layer in layers) + sum(weight.n_values for weight in dense)
+    report = {
+        "layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers],
+        "dense": [{**asdict(weight), "share": weight.n_values / n_values} for weight in dense],
+        "groups": rows,
+    }
     return json.dumps(report, indent=1) + "\n"
 
 

@@ -13,8 +13,11 @@ from torch import nn
 
 from ..common.errors import CheckpointError, GroupError
 from ..compression.permute.groups import Group, resolve
-from ..compression.quantize.layers import QuantizedLayer, dense_name, own_tensors
+from ..compression.quantize.layers import QuantizedLayer, own_tensors
+from ..compression.quantize.placing import dense_name
+from ..compression.quantize.plan import DenseWeight, dense_notes
 from ..compression.quantize.subvectors import Layer, bits_per_code
+from ..compression.quantize.weights import matrices, why_dense
 from .building import build_and_load
 from .metadata import AppliedPermutation, ModelInfo
 from .norms import is_folded_norm
@@ -89,9 +92,10 @@ def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> I
     """Read a file and, if given, the dense network it came from; arguments and errors as `recipes.inspect`."""
     opened = open_model_file(path, arch)
     rows = [row for name, module in opened.model.named_modules() if (row := _row(name, module)) is not None]
-    notes: list[str] = []
+    notes = _left_dense(opened.model, opened.info) if opened.quantized else []
     if dense is not None:
-        original, notes = _dense_permuted_alike(dense, opened)
+        original, more = _dense_permuted_alike(dense, opened)
+        notes += more
         rows = [_compared(row, opened.model, original) for row in rows]
     size = model_size(opened.model)
     missing = size.bits - sum(row.bits for row in rows)
@@ -110,19 +114,37 @@ def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> I
     )
 
 
+def _left_dense(model: nn.Module, info: ModelInfo) -> list[str]:
+    """What a quantized network keeps as it was, and why as far as the file tells."""
+    parameters = (info.settings or {}).get("compression_parameters")
+    ignored = parameters.get("ignored_modules", ()) if isinstance(parameters, Mapping) else ()
+    ignored = [name for name in ignored if isinstance(name, str)] if isinstance(ignored, list | tuple) else []
+    quantized = sum(math.prod(layer.weight_shape) for layer in model.modules() if isinstance(layer, QuantizedLayer))
+    left = []
+    for place in matrices(model):
+        if isinstance(place.host, QuantizedLayer) and place.attribute == "codebook":
+            continue
+        if any(f"{place.name}.".startswith(f"{name}.") for name in ignored):
+            reason = "named in ignored_modules"
+        else:
+            reason = why_dense(place) or "was not quantized when the file was made"
+        left.append(DenseWeight(name=place.name, n_values=place.parameter.numel(), reason=reason))
+    return dense_notes(left, quantized + sum(weight.n_values for weight in left))
+
+
 def _row(name: str, module: Layer) -> Row | None:
     """The row of a module; None where it holds nothing itself."""
     if isinstance(module, QuantizedLayer):
         counts = torch.bincount(module.codes_matrix.reshape(-1), minlength=module.k)
         share = counts[counts > 0].double() / counts.sum()
-        used = module.codebook.detach().half()[counts > 0]
+        used = module.stored_codebook()[counts > 0]
         n_codes = module.codes_matrix.numel()
         return Row(
             name=name,
             kind=module.quantized_kind,
             shape=tuple(module.weight_shape),
             codes_bits=n_codes * bits_per_code(module.k),
-            codebook_bits=module.codebook.numel() * CODEBOOK_BITS,
+            codebook_bits=module.codebook.numel() * CODEBOOK_BITS + 32 * module.has_scale,
             other_bits=sum(map(tensor_bits, own_tensors(module).values())),
             d=module.d,
             k=module.k,

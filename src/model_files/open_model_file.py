@@ -22,7 +22,7 @@ from ..compression.quantize.weights import find_weight
 from .building import build_and_load
 from .compression_report import permutations_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
-from .pth import is_compressed, read_tensors
+from .pth import is_compressed, read_tensors, scaled
 from .wrapping import fitted, is_wrapped
 
 MOST_CLASSES = 1 << 24
@@ -137,7 +137,7 @@ def build_network(
         return _build_packed(file.packed, architecture)
     source = str(file.path)
     state = state_for(architecture, file.tensors, source)
-    own = plan or (lambda dense: plan_of(dense, state, source))
+    own = (lambda dense: scaled(plan(dense), state, source)) if plan else (lambda dense: plan_of(dense, state, source))
     return build_and_load(lambda: architecture.build_for(state), own if file.quantized else None, state, source)
 
 
@@ -211,7 +211,7 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
                 "that the file holds"
             )
         layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
-    return Plan(layers=layers, notes=())
+    return scaled(Plan(layers=layers, notes=()), state, source)
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -3,8 +3,9 @@
 Tensors (L: quantized layer, B: batch norm):
 - `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded
   (`entropy`; in files of format 1 `L.codes_entropy`, see `rans`);
-- `L.codebook`: F16 (k, d); `.norms`: U8, the folded norms of 32-bit floats and how they train (`packed_norms`);
-  `B.weight`, `B.bias`: a norm that is known as two vectors only; everything else as in the published format (`pth`);
+- `L.codebook`: F16 (k, d), and `L.codebook_scale` as in the published format; `.norms`: U8, the folded norms of 32-bit
+  floats and how they train (`packed_norms`); `B.weight`, `B.bias`: a norm that is known as two vectors only; everything
+  else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
@@ -44,7 +45,7 @@ from .metadata import (
     norm_widths,
 )
 from .packed_norms import STREAM, put_norms, take_norms
-from .pth import compressed_state, key_of
+from .pth import compressed_state, key_of, scaled
 from .renamed import RENAMED, read_renamed, stored_names
 from .safetensors_file import read_container, read_metadata, write_container
 from .stored_places import deflated
@@ -93,7 +94,8 @@ class PackedFile:
             name: LayerPlan(name=name, d=layer.d, k=layer.k, k_means_type="kmeans", k_means_n_iters=0)
             for name, layer in self.layers.items()
         }
-        return Plan(layers=layers, notes=())
+        tied = {name: self.tensors[owner] for name, owner in self.tied.items() if owner in self.tensors}
+        return scaled(Plan(layers=layers, notes=()), {**self.tensors, **tied}, self.source)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors as the published format names them, codes as int32 (R, m).

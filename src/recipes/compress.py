@@ -103,7 +103,9 @@ def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Mo
                 "alone: its values are near the smallest that they can hold"
             )
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
-    run.recorder.file(FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes))
+    run.recorder.file(
+        FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense)
+    )
     return model
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..compression.permute.binding import AnyGroup, bind, chains
 from ..compression.permute.permute import GroupResult, group_result, group_row
-from ..compression.quantize.compress import LayerResult, build_quantized, places_of
-from ..compression.quantize.layers import quantized_layers
+from ..compression.quantize.compress import LayerResult, build_quantized, places_of, with_scales
+from ..compression.quantize.placing import quantized_layers
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.weights import WeightPlace
 from ..engines.engine import Engine
@@ -72,6 +72,7 @@ def quantize_together(
     """
     if engine.world_size == 1:
         return code(model, plan)
+    plan = with_scales(model, plan)
     owners = _owners(model, plan, engine.world_size)
     mine = {name: layer for name, layer in plan.layers.items() if owners[name] == engine.rank}
     others = {name: layer for name, layer in plan.layers.items() if owners[name] != engine.rank}

@@ -415,6 +415,14 @@ def test_a_run_writes_both_formats_with_everything_in_the_packed_one(run: Path) 
         (g["permutation"], g["parents"]) for g in listed
     ]
     assert len(listed) > 3
+    # so are the weights that stay dense, with the reason
+    (left,) = json.loads((run / "compression.json").read_text())["dense"]
+    assert (left["name"], left["n_values"], left["reason"]) == ("conv1", 9408, "named in ignored_modules")
+    assert 0 < left["share"] < 0.01
+    note = f"conv1: named in ignored_modules, left uncompressed ({100 * left['share']:.2f} % of all weights)"
+    assert note in examine(run / "trained_models" / "best.safetensors").notes
+    (unknown,) = examine(run / "trained_models" / "best.pth").notes
+    assert unknown.startswith("conv1: was not quantized when the file was made, left uncompressed")
     # the `.pth` beside compression.json is known to have them too
     assert len(open_model_file(run / "trained_models" / "best.pth").info.permutations or ()) == len(listed)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import QuantizedLayer, dense_name
+from .layers import QuantizedLayer
+from .placing import dense_name
 
 
 def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
@@ -14,6 +15,7 @@ def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer):
             start = f"{prefix}." if prefix else ""
-            del state[f"{start}codebook"], state[f"{start}codes_matrix"]
+            for own in ("codebook", "codes_matrix", "codebook_scale"):
+                state.pop(start + own, None)
             state[dense_name(prefix, module)] = module.dequantize_stored().detach().contiguous()
     return state
