@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -153,7 +154,7 @@ def side_by_side(engine: Engine) -> list:
 
     groups = [below(group, prefix) for prefix in "01" for group in model[int(prefix)].groups()]
     results = permute_together(engine, model, groups[::2] + groups[1::2], {}, search)
-    return [digest(model.state_dict().values()), *(group_row(result) for result in results)]
+    return json.loads(json.dumps([digest(model.state_dict().values()), *map(group_row, results)]))
 
 
 def _list(permutation: Tensor | None) -> list[int] | None:
