@@ -34,6 +34,10 @@ LayerMeasure = Callable[[str, Tensor], Floats | None]
 """(name of a child, its subvectors (n, d)) -> estimates of its distortion, always as many; None: rely on the score
 instead."""
 
+SHARE_TO_LOOK = 0.5
+"""A look at the distortion clusters whole weights. Where a group stands in fewer of their subvectors (children by their
+weights in the score), what its permutation changes is lost in the noise of the looks, and the score decides alone."""
+
 MOST_ENTRIES = 1 << 26
 """Inner products of columns that one child may need, half a gigabyte: a wider one is not scored."""
 
@@ -46,11 +50,13 @@ class Candidate:
         name: of its weight in the plan.
         objective: its score.
         permuted: p (C,) -> its weight permuted.
+        share: of its subvectors hold a channel of the group.
     """
 
     name: str
     objective: Any
     permuted: Callable[[Tensor], Tensor]
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class _Laid:
             objective = ChildObjective(matrix, width, self.d, plain_groups(self.classes, self.weight.shape))
         else:
             objective = PlacedChild(matrix, self.d, self.classes, width, n_blocks)
-        return Candidate(self.name, objective, partial(_permuted, self.weight, self.places))
+        touched = sum(one.rows.size * np.unique(one.tracks // self.d).size for one in self.classes)
+        move = partial(_permuted, self.weight, self.places)
+        return Candidate(self.name, objective, move, touched * self.d / self.weight.numel())
 
 
 def _permuted(weight: Tensor, places: Sequence[Places], p: Tensor) -> Tensor:
@@ -132,7 +140,9 @@ class GroupSearch:
         if steps:
             found = search(objective, group.n_blocks, n_tries, generator, steps)
         else:
-            measure = None if self._measure is None else partial(_measured, children, self._sizes, self._measure)
+            measure = None
+            if self._measure is not None and np.dot(objective.weights, [c.share for c in children]) >= SHARE_TO_LOOK:
+                measure = partial(_measured, children, self._sizes, self._measure)
             search_group = SEARCHES[self._spec.search]
             found = search_group(objective, group.n_blocks, n_tries, generator, self._deadline, measure)
         return GroupResult(
