@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
+from ..architectures.structure import with_memory, without_weights
 from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.plan import Plan
 from .state_dict import check_state, load_state
@@ -32,14 +32,13 @@ def build_and_load(
         CheckpointError: the file does not fit the network. Nothing of the network's size has been allocated then, so
             that a forged number of classes costs nothing.
     """
-    with torch.device("meta"):
-        model = build()
+    model = without_weights(build)
     if check is not None:
         check(model)
     if plan is not None:
         model = build_quantized(model, plan(model))
     check_state(model, state, source)
-    model = model.to_empty(device="cpu").eval()
+    model = with_memory(model).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):
             buffer.zero_()

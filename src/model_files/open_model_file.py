@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture
+from ..architectures.named import canonical, find, is_code
+from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, SettingsError
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.weights import find_weight
@@ -99,8 +101,8 @@ def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
     """
     file = read_model_file(path)
     if file.packed is not None:
-        architecture = architecture_of(file.packed)
-        if arch is not None and arch != architecture.name:
+        architecture = architecture_of(file.packed, said=arch)
+        if arch is not None and canonical(arch) != architecture.name:
             raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
         info = file.packed.info
     else:
@@ -150,8 +152,7 @@ def state_for(architecture: Architecture, tensors: Mapping[str, Tensor], source:
     state = architecture.current_state(tensors)
     if not is_wrapped(tensors):
         return state
-    with torch.device("meta"):
-        model = architecture.build(architecture.n_classes)
+    model = without_weights(lambda: architecture.build(architecture.n_classes))
     names = [set(model.state_dict())]
     if architecture.backbone:  # the network may start from that of a classifier
         names.append({*model.get_submodule(architecture.backbone).state_dict(), "fc.weight", "fc.bias"})
@@ -159,20 +160,30 @@ def state_for(architecture: Architecture, tensors: Mapping[str, Tensor], source:
     return next((renamed for renamed in found if renamed.keys() != state.keys()), state)
 
 
-def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture:
+def architecture_of(packed: PackedFile, task: str | None = None, said: str | None = None) -> Architecture:
     """The architecture that a packed file names.
+
+    Args:
+        packed: the file.
+        task: what it is wanted for; None: anything.
+        said: the name that the user gave. The code of a `package.module:callable` is run only where it is the same; a
+            file that names nothing is taken to be this.
 
     Raises:
         CheckpointError: it names none, or one that is not known or for another task.
     """
-    found = architectures.ARCHITECTURES.get(packed.info.arch or "")
-    if found is None or (task is not None and found.task != task):
-        known = ", ".join(sorted(a.name for a in architectures.ARCHITECTURES.values() if task in (None, a.task)))
+    name = packed.info.arch or said
+    if name is None:
+        raise CheckpointError(f"{packed.source} does not say which network it is of; name it with --arch")
+    if is_code(name) and name != said:
         raise CheckpointError(
-            f"{packed.source} holds the architecture {str(packed.info.arch)[:60]!r}, which is not "
-            f"known{f' for {task}' if task else ''}; known: {known}"
+            f"{packed.source} is of a network that {name[:200]!r} builds. Code that a file names is not run: say the "
+            f"same name yourself (--arch, --model.arch)"
         )
-    return found
+    try:
+        return find(name, task)
+    except SettingsError as error:
+        raise CheckpointError(f"{packed.source} holds the architecture {name[:60]!r}: {error}") from error
 
 
 def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
@@ -180,8 +191,7 @@ def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
     if n_classes is None or n_classes > MOST_CLASSES:
         raise CheckpointError(f"{packed.source}: {n_classes} classes; expected a number up to {MOST_CLASSES:,}")
     # layers first: their shapes bound what the codes unpack to
-    with torch.device("meta"):
-        check_layers_of(architecture.build(n_classes), packed)
+    check_layers_of(without_weights(lambda: architecture.build(n_classes)), packed)
     return build_and_load(lambda: architecture.build(n_classes), lambda _: packed.plan, packed.state(), packed.source)
 
 
@@ -228,14 +238,11 @@ def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Arc
     """
     known = architectures.ARCHITECTURES
     if arch is not None:
-        if arch not in known:
-            raise SettingsError(f"--arch {arch} is not known; known: {', '.join(sorted(known))}")
-        return known[arch]
+        return find(arch)
     for architecture in known.values():
         found = state_for(architecture, state, source)
         layers = {name.rpartition(".")[0] for name in found}
-        with torch.device("meta"):
-            model = architecture.build(architecture.n_classes)
+        model = without_weights(partial(architecture.build, architecture.n_classes))
         own = {name.rpartition(".")[0] for name in model.state_dict()}
         if own == layers and all(_same_shape(name, tensor, model, architecture) for name, tensor in found.items()):
             return architecture

@@ -61,11 +61,12 @@ def plan_compression(
     given = settings.model
     quantization = make_plan(model, quantization_spec(settings))
     check_weights(model, quantization)
-    groups: Sequence[AnyGroup] = []
-    if given.use_permutations and given.permutations is None:
-        groups = architecture.groups(model)
-    elif given.use_permutations and given.permutations is not None:
+    if not given.use_permutations:
+        groups: Sequence[AnyGroup] = []
+    elif isinstance(given.permutations, tuple):
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
+    else:
+        groups = architecture.groups(model) if architecture.groups is not None else []
     plan = CompressionPlan(
         quantization=quantization,
         groups=groups,

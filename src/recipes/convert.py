@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..architectures.structure import without_weights
 from ..common.errors import SettingsError
 from ..common.log import log
 from ..common.paths import check_name, find
@@ -95,8 +96,7 @@ def _dequantized(file: OpenModelFile) -> nn.Module:
     if not file.quantized:
         return file.model
     state = dequantized_state(file.model)
-    with torch.device("meta"):
-        model = file.architecture.build_for(state)
+    model = without_weights(lambda: file.architecture.build_for(state))
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -35,7 +35,7 @@ def with_current_names(settings: Settings, architecture: Architecture) -> Settin
         }
     )
     groups = model.permutations
-    if groups is not None:
+    if isinstance(groups, tuple):
         groups = tuple(
             GroupSettings(parents=_names(architecture, group.parents), children=_names(architecture, group.children))
             for group in groups
