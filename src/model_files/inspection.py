@@ -24,6 +24,7 @@ from .norms import is_folded_norm
 from .open_model_file import OpenModelFile, open_model_file, state_for
 from .pth import is_compressed, read_tensors
 from .size import CODEBOOK_BITS, ModelSize, model_size, tensor_bits
+from .stored_places import apply_stored
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,15 @@ def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module,
 
 
 def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path: Path) -> None:
-    groups = [Group(p.parents, p.children) for p in permutations]
+    layers = [Group(p.parents, p.children) for p in permutations if p.places is None]
     reshapes = {name: shape for p in permutations for name, shape in p.reshapes.items()}
     try:
-        for group, applied in zip(resolve(model, groups, reshapes), permutations, strict=True):
-            group.apply(applied.permutation)
+        resolved = iter(resolve(model, layers, reshapes))
+        for applied in permutations:
+            if applied.places is None:
+                next(resolved).apply(applied.permutation)
+            else:
+                apply_stored(model, applied.places, applied.permutation, applied.n_blocks)
     except GroupError as error:
         raise CheckpointError(f"--against: {path} cannot be permuted like the quantized network: {error}") from error
 

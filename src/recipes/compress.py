@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..architectures.architecture import Architecture
 from ..common.log import log, note
-from ..compression.permute.groups import Group, check_function, resolve
+from ..compression.permute.binding import AnyGroup, bind
+from ..compression.permute.groups import Group, check_function
 from ..compression.permute.permute import GroupResult, SearchSpec, permute
 from ..compression.quantize.compress import LayerResult, candidate_distortion, check_weights, compress
 from ..compression.quantize.plan import Plan, make_plan
@@ -31,13 +32,13 @@ class CompressionPlan:
 
     Attributes:
         quantization: how each layer will be quantized.
-        groups: of layers that share a permutation.
+        groups: of layers or channels that share a permutation.
         search: how their permutations are searched.
         seed: of all random choices.
     """
 
     quantization: Plan
-    groups: Sequence[Group]
+    groups: Sequence[AnyGroup]
     search: SearchSpec
     seed: int
 
@@ -61,7 +62,7 @@ def plan_compression(
     quantization = make_plan(model, quantization_spec(settings))
     check_weights(model, quantization)
     if not given.use_permutations:
-        groups: Sequence[Group] = []
+        groups: Sequence[AnyGroup] = []
     elif isinstance(given.permutations, tuple):
         groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
     else:
@@ -72,8 +73,9 @@ def plan_compression(
         search=search_spec(settings, architecture),
         seed=settings.seed,
     )
-    resolve(model, groups, plan.search.reshapes)
-    check_function(model, groups, example, plan.search.reshapes, settings.seed, architecture.outputs)
+    bind(model, groups, plan.search.reshapes)
+    by_layers = [group for group in groups if isinstance(group, Group)]
+    check_function(model, by_layers, example, plan.search.reshapes, settings.seed, architecture.outputs)
     return plan
 
 
