@@ -110,7 +110,10 @@ def whole_blocks(channels: Channels, index: _Index) -> list[_Block]:
                 inside[owner] = rival
             elif not (parts[rival] <= parts[owner]):
                 blocked.add(owner)
-    for owner, rival in inside.items():
+    for owner in inside:
+        rival = owner
+        while rival in inside:
+            rival = inside[rival]
         parts[rival].add(owner)
         if owner in blocked:
             blocked.add(rival)

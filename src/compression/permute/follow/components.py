@@ -118,7 +118,9 @@ def exchangeable(channels: Channels) -> list[Nodes]:
     """Sets of two or more channels that may be exchanged, each in the network's order; sets in that order, too."""
     by_owner = np.zeros_like(channels.signature)
     _add(by_owner, channels.owned, mix(channels.owners))
-    held = np.flatnonzero(channels.placed)
+    free = channels.placed.copy()
+    free[channels.owners] = False  # an owner moves with what it owns, see `whole_blocks`
+    held = np.flatnonzero(free)
     keys = np.stack([channels.signature[held], by_owner[held]], axis=1)
     return sorted_sets(held, keys, channels.first)
 

@@ -101,7 +101,11 @@ class Graph:
         """Channels must not leave their position along `axes`, whose positions are treated alike; returns the label of
         those positions (of no varying axis, where there are none)."""
         shape = [size if axis in axes else 1 for axis, size in enumerate(label.shape)]
-        owner = self.fresh(int(np.prod(shape))).reshape(shape)
+        order = [*axes, *(axis for axis in range(label.dim()) if axis not in axes)]
+        rows = label.permute(order).reshape(int(np.prod(shape)), -1)
+        # the same channels at several positions, as in the windows of one image, are one position
+        found, which = rows.unique(dim=0, return_inverse=True)
+        owner = self.fresh(found.shape[0])[which].reshape(shape)
         if owner.numel() > 1:
             self.own(label, owner)
         return owner

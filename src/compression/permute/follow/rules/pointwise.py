@@ -32,27 +32,28 @@ def combine(graph: Graph, operands: Sequence[Operand]) -> Labels:
             elif axes:
                 own[axes] = label
                 held.setdefault(axes, []).append((number, label))
-    result = []
+    followed: dict[tuple[int, ...], Tensor] = {}
     for axes in sorted(held, key=len, reverse=True):
         first = held[axes][0][1]
         for _, other in held[axes][1:]:
             graph.edge(first, other)
         graph.touch(first)
         holders = {number for number, _ in held[axes]}
+        unnamed: set[int] = set()
         for number, operand in enumerate(operands):
             if number not in holders:
-                _meet(graph, first, operand)
-        if not nested(axes, held):
-            result.append(first)
-    return result
+                unnamed |= _meet(graph, first, operand)
+        if unnamed != set(axes):  # else every position is told apart: there is nothing to follow any further
+            followed[axes] = first
+    return [label for axes, label in followed.items() if not nested(axes, followed)]
 
 
-def _meet(graph: Graph, label: Tensor, operand: Operand) -> None:
-    """A label meets an operand that has none for just these axes."""
+def _meet(graph: Graph, label: Tensor, operand: Operand) -> set[int]:
+    """A label meets an operand that has none for just these axes; returns the axes whose positions it tells apart."""
     shape, labels = operand
     axes = set(varying(label))
     if any(axes < set(varying(other)) for other in labels):
-        return  # said where the larger one is looked at
+        return set()  # said where the larger one is looked at
     unnamed = {axis for axis in axes if shape[axis] > 1}
     for other in labels:
         inner = set(varying(other))
@@ -60,6 +61,7 @@ def _meet(graph: Graph, label: Tensor, operand: Operand) -> None:
             join_part(graph, label, other)
             unnamed -= inner
     graph.fix(label, sorted(unnamed))
+    return unnamed
 
 
 def join_part(graph: Graph, label: Tensor, part: Tensor) -> None:
