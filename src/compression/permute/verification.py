@@ -120,14 +120,16 @@ class Trial:
         self.model = copy.deepcopy(model).double().eval()
         make_channels_differ(self.model, stream(seed, "check vectors"))
         self._before = self._outputs()
-        kept = {key: value.clone() for key, value in self.model.state_dict().items()}
+        kept = [parameter.detach().clone() for parameter in self.model.parameters()]
         generator = stream(seed, "check noise")
         with torch.no_grad():
             for parameter in self.model.parameters():
                 drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * 2 - 1
                 parameter.mul_(1 + NOISE * drawn)
         noise = self.change()
-        self.model.load_state_dict(kept)
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), kept, strict=True):
+                parameter.copy_(value)
         self.tolerance = min(max(MARGIN * noise, SMALLEST), LARGEST) if math.isfinite(noise) else LARGEST
 
     def change(self) -> float:

@@ -59,21 +59,21 @@ def _end_to_end(call: Call, operands: list[Operand], lying: list[Labels], axis: 
 
 
 def write(call: Call) -> None:
-    """`x[index] = values`: which positions are written is told apart along the indexed axes; other channels meet."""
+    """`x[index] = values`: which positions are written is told apart along the indexed axis; other channels meet."""
     x, values = call["self"], call["values"]
     indexed = [axis for axis, index in enumerate(call["indices"]) if index is not None]
     call.fix(*(tensor for tensor in call.tensors if tensor is not x and tensor is not values))
-    if len(indexed) != 1 or values.dim() != x.dim():
+    if len(indexed) != 1 or call["indices"][indexed[0]].dim() != 1:
         call.fix(x, values)
         return
     (axis,) = indexed
     operands: list[Operand] = []
     for tensor in (x, values):
-        for label in call.labels(tensor):
-            if label.shape[axis] > 1:
-                call.graph.fix(label)
-        shape = tuple(1 if at == axis else size for at, size in enumerate(tensor.shape))
-        operands.append((shape, [label for label in call.labels(tensor) if label.shape[axis] == 1]))
+        shape, labels = call.operand(tensor, x.dim())
+        for label in labels:
+            call.graph.fix(label, [axis])
+        one_place = tuple(1 if at == axis else size for at, size in enumerate(shape))
+        operands.append((one_place, [label for label in labels if label.shape[axis] == 1]))
     combine(call.graph, operands)
 
 
