@@ -115,6 +115,9 @@ class Trial:
             model: the dense network; not changed.
             run: network -> the outputs that must not change.
             seed: of the random vectors and the noise.
+
+        Raises:
+            GroupError: the outputs are empty, not finite, or answer noise with so much that nothing can be compared.
         """
         self._run = run
         self.model = copy.deepcopy(model).double().eval()
@@ -130,7 +133,14 @@ class Trial:
         with torch.no_grad():
             for parameter, value in zip(self.model.parameters(), kept, strict=True):
                 parameter.copy_(value)
-        self.tolerance = min(max(MARGIN * noise, SMALLEST), LARGEST) if math.isfinite(noise) else LARGEST
+        if not MARGIN * noise <= LARGEST:
+            raise GroupError(
+                "groups of channels cannot be checked: the network's outputs are "
+                + ("empty or not finite" if math.isinf(noise) else f"changed by {noise:.1e} of their norm by rounding")
+                + ", so that nothing can be compared. Compare outputs that are finite and the same each time, for a "
+                "detector those of its heads before boxes are selected"
+            )
+        self.tolerance = max(MARGIN * noise, SMALLEST)
 
     def change(self) -> float:
         """The largest change of an output since the start, relative to its norm; infinite where one is not finite."""
@@ -164,16 +174,11 @@ def check_groups(
         The groups that leave the outputs as they are, and the others; both in the given order.
 
     Raises:
-        GroupError: the outputs are empty or not finite, so that nothing can be compared.
+        GroupError: nothing can be compared, see `Trial`.
     """
     if not groups:
         return [], []
     trial = Trial(model, run, seed)
-    if trial.change() > trial.tolerance:
-        raise GroupError(
-            "two passes of the network give outputs that differ or are not finite, so groups of channels cannot be "
-            "checked; give a `run` whose outputs are finite numbers and the same each time"
-        )
     permutations = [group.random(stream(seed, "check", group.label)) for group in groups]
 
     def harmless(numbers: Sequence[int]) -> bool:

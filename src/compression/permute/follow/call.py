@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -11,8 +12,35 @@ from torch.utils._pytree import tree_flatten
 from .graph import Graph
 from .labels import Labels, Operand, trailing, varying, vector_along
 
-if TYPE_CHECKING:
-    from .follower import Follower
+
+@dataclass
+class Record:
+    """What is known of one tensor.
+
+    Attributes:
+        labels: of its channels.
+        depends: whether its values depend on inputs or weights, so that they say nothing about another run.
+        from_input: whether they depend on an input.
+    """
+
+    labels: Labels
+    depends: bool
+    from_input: bool
+
+
+class Records(Protocol):
+    """What is known of all tensors of a pass."""
+
+    graph: Graph
+
+    def record(self, tensor: Tensor) -> Record:
+        """What is known of a tensor."""
+
+    def put(self, tensor: Tensor, labels: Labels) -> None:
+        """Give a tensor its labels, if it has none yet."""
+
+    def note_unknown(self, operator: str) -> None:
+        """Remember an operator without a rule."""
 
 
 class Call:
@@ -29,14 +57,14 @@ class Call:
         graph: what the rules write to.
     """
 
-    def __init__(self, follower: Follower, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        self._follower = follower
+    def __init__(self, records: Records, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self._records = records
         self.func, self.args, self.kwargs = func, args, kwargs
         self.name: str = func.overloadpacket.__name__
         self.tensors = tensors_of((args, kwargs))
         self.outputs = tensors_of(result)
         self.in_place: bool = func._schema.is_mutable
-        self.graph: Graph = follower.graph
+        self.graph = records.graph
 
     def __getitem__(self, argument: str) -> Any:
         """The argument of this name, or its default."""
@@ -49,7 +77,7 @@ class Call:
 
     def labels(self, tensor: Tensor) -> Labels:
         """The labels of a tensor."""
-        return self._follower.labels(tensor)
+        return self._records.record(tensor).labels
 
     def operand(self, tensor: Tensor, rank: int | None = None) -> Operand:
         """Shape and labels of a tensor that is broadcast to `rank` axes (None: those of the first result)."""
@@ -62,16 +90,16 @@ class Call:
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from parameters alone."""
-        return not self._follower.record(tensor).from_input
+        return not self._records.record(tensor).from_input
 
     def is_known(self, tensor: Tensor) -> bool:
         """Whether a tensor's values are the same whatever the inputs and weights are."""
-        return not self._follower.record(tensor).depends
+        return not self._records.record(tensor).depends
 
     def put(self, labels: Labels, output: int = 0) -> None:
         """Give a result its labels."""
         if output < len(self.outputs):
-            self._follower.put(self.outputs[output], [label for label in labels if varying(label)])
+            self._records.put(self.outputs[output], [label for label in labels if varying(label)])
 
     def fix(self, *tensors: Tensor) -> None:
         """Tell all positions of these tensors apart."""
@@ -82,7 +110,7 @@ class Call:
     def unknown(self) -> None:
         """Tell everything apart, and remember that this operator is not known."""
         if any(self.labels(tensor) for tensor in self.tensors):
-            self._follower.note_unknown(self.name)
+            self._records.note_unknown(self.name)
             self.fix(*self.tensors)
 
 

@@ -71,7 +71,9 @@ def _evaluation(model: nn.Module, follower: Follower) -> Iterator[None]:
     """Watch a pass in evaluation mode, and leave everything as it was found."""
     training = {module: module.training for module in model.modules()}
     tensors = tensors_by_name(model)
-    held = [(store, dict(store)) for module in model.modules() for store in (module._parameters, module._buffers)]
+    held: list[tuple[Any, dict[str, Any]]] = [
+        (store, dict(store)) for module in model.modules() for store in (module._parameters, module._buffers)
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     end = watch_modules(model, follower)
     try:

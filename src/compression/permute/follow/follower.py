@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,25 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .call import Call, tensors_of
+from .call import Call, Record, tensors_of
 from .graph import Graph
 from .labels import Labels
 from .rules import FACTORIES, rule_for
-
-
-@dataclass
-class Record:
-    """What is known of one tensor.
-
-    Attributes:
-        labels: of its channels.
-        depends: whether its values depend on inputs or weights, so that they say nothing about another run.
-        from_input: whether they depend on an input.
-    """
-
-    labels: Labels
-    depends: bool
-    from_input: bool
 
 
 class Follower(TorchDispatchMode):

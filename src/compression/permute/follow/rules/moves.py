@@ -5,8 +5,10 @@ Along an axis that plays no part a label is stretched without memory, so that vi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -72,22 +74,24 @@ def look_up(call: Call) -> None:
     axes that are indexed."""
     x = call.tensors[0]
     if not all(call.is_known(tensor) for tensor in call.tensors[1:]):
-        if call.name == "index":
-            indexed, at = set(), 0
-            for index in call["indices"]:
-                span = index.dim() if index is not None and not index.dtype.is_floating_point and _is_mask(index) else 1
-                if index is not None:
-                    indexed.update(range(at, at + span))
-                at += span
-        else:
-            indexed = {0 if call.name == "embedding" else call["dim"] % x.dim()}
+        indexed = _indexed_axes(call["indices"]) if call.name == "index" else {0}
+        if call.name in ("index_select", "gather", "take_along_dim"):
+            indexed = {call["dim"] % x.dim()}
         for label in call.labels(x):
             call.graph.fix(label, sorted(indexed))
     move(call)
 
 
-def _is_mask(index: Tensor) -> bool:
-    return str(index.dtype) in ("torch.bool", "torch.uint8")
+def _indexed_axes(indices: Sequence[Tensor | None]) -> set[int]:
+    """The axes that `x[indices]` replaces; a mask stands for as many as it has itself."""
+    axes: set[int] = set()
+    at = 0
+    for index in indices:
+        span = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        if index is not None:
+            axes.update(range(at, at + span))
+        at += span
+    return axes
 
 
 def triangle(call: Call) -> None:

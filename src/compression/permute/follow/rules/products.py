@@ -86,7 +86,8 @@ def _contract(graph: Graph, a: Operand, b: Operand, weights: Sequence[bool]) -> 
     common = [axis for axis in varying(left) if axis in varying(right) and axis < rank - 2]
     first = graph.collapse(left, (*common, inner[0]))
     second = graph.collapse(right, (*common, inner[1]))
-    assert first is not None and second is not None
+    if first is None or second is None:  # never: the contracted axis is kept
+        return None
     second = second.transpose(-1, -2)
     graph.edge(first, second)
     graph.touch(first)
