@@ -48,6 +48,14 @@ def group_norm(call: Call) -> None:
     call.put(combine(call.graph, [call.operand(x), *(call.vector(vector, 1) for vector in vectors)]))
 
 
+def weight_norm(call: Call) -> None:
+    """A weight whose rows have lengths of their own: all other axes are pooled."""
+    direction, length = call["v"], call["g"]
+    for label in call.labels(direction):
+        pool(call, label, {axis for axis in range(direction.dim()) if length.shape[axis] == 1})
+    call.put(combine(call.graph, [call.operand(direction), call.operand(length)]))
+
+
 def softmax(call: Call) -> None:
     """Pools one axis and keeps it."""
     x = call["self"]
@@ -71,5 +79,6 @@ NORMS: dict[str, Rule] = {
     ),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
     "native_group_norm": group_norm,
+    "_weight_norm_interface": weight_norm,
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax"), softmax),
 }
