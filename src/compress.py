@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from .common.callable_module import make_callable
 from .run import command
 from .settings import Settings
+
+make_callable(__name__)
 
 
 def job(settings: Settings) -> int:

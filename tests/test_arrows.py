@@ -66,6 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs"),
     "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
     "recipes": ("common", "engines", "settings", "compression", "architectures", "model_files", "tasks", "run"),
+    "api": ("common", "settings", "compression", "architectures", "model_files", "run.compression_specs"),
     "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn"),
 }
 ENTRY_MAY = ("common", "run.command", "recipes", "settings")
@@ -118,8 +119,8 @@ def allowed(name: str) -> tuple[str, tuple[str, ...]] | None:
     if rows:
         part = max(rows, key=len)
         return part, ALLOWED[part]
-    if name in {"", "compression"}:  # the root's and the science's __init__
-        return f"{name}.__init__", ()
+    if name in {"", "compression"}:  # the root's and the science's __init__; the root's shows the Python interface
+        return f"{name}.__init__", () if name else ("api",)
     return None
 
 

@@ -68,6 +68,24 @@ def _places(group: AnyGroup) -> dict[str, Any]:
     return {"n_blocks": group.n_blocks, "places": [places.row() for places in stored(group)]}
 
 
+def applied(
+    groups: Sequence[AnyGroup], permuted: Sequence[GroupResult], reshapes: Mapping[str, tuple[int, ...]]
+) -> tuple[AppliedPermutation, ...]:
+    """The permutations that were applied, as files name them; arguments as `report_text`."""
+    return tuple(
+        AppliedPermutation(
+            parents=tuple(group.parents),
+            children=tuple(group.children),
+            permutation=result.permutation,
+            reshapes={name: tuple(reshapes[name]) for name in group.children if name in reshapes},
+            places=stored(group) if isinstance(group, ChannelGroup) else None,
+            n_blocks=group.n_blocks if isinstance(group, ChannelGroup) else 1,
+        )
+        for group, result in zip(groups, permuted, strict=True)
+        if result.permutation is not None
+    )
+
+
 def read_permutations(report: Path) -> tuple[AppliedPermutation, ...] | None:
     """The permutations that a report lists; None where it is missing or does not name all layers."""
     try:

@@ -26,7 +26,7 @@ from src.settings import (
     value_of,
 )
 from src.settings.keys import leaves
-from src.settings.reach import JOBS, keys
+from src.settings.reach import keys
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "config").rglob("*.yaml"))
