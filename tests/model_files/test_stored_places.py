@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import src.inspect as inspect_command
 from src import architectures, convert, train_resnet
-from src import inspect as inspect_command
 from src.architectures.architecture import Architecture
 from src.common.errors import CheckpointError, GroupError
 from src.common.registry import Entry

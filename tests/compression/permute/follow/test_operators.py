@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -45,7 +46,7 @@ def test_groups_of_random_chains_leave_the_function_as_it_is(
 ) -> None:
     torch.manual_seed(seed)
     layers: list[nn.Module] = [conv(3, 6 * widths[0])]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         if norm:
             layers.append(nn.BatchNorm2d(6 * before))
         layers += [nn.ReLU(), conv(6 * before, 6 * after, groups=groups)]
