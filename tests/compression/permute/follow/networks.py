@@ -175,7 +175,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Expected]] = {
         {(12, 3, "qkv", ""), (12, 3, "qkv", "out"), (3, 1, "qkv", "out")},
     ),
     "heads with a bias of their own": (
-        lambda: Net(biased_attention, qkv=nn.Linear(6, 36), out=nn.Linear(12, 6), table=nn.Parameter(torch.randn(9, 3))),
+        lambda: Net(
+            biased_attention, qkv=nn.Linear(6, 36), out=nn.Linear(12, 6), table=nn.Parameter(torch.randn(9, 3))
+        ),
         TOKENS,
         {(12, 3, "qkv", ""), (12, 3, "qkv", "out"), (3, 1, "qkv table", "out")},
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ def test_groups_of_random_chains_leave_the_function_as_it_is(
             layers.append(nn.BatchNorm2d(6 * before))
         layers += [nn.ReLU(), conv(6 * before, 6 * after, groups=groups)]
     body, head = nn.Sequential(*layers), conv(6 * widths[-1] * (2 if joined else 1), 2, 1)
-    model = Net(lambda m, x: m.head(torch.cat([y := m.body(x), y.flip(1)], 1) if joined else m.body(x)), body=body, head=head)
+    model = Net(
+        lambda m, x: m.head(torch.cat([y := m.body(x), y.flip(1)], 1) if joined else m.body(x)), body=body, head=head
+    )
     x = torch.rand(MAP)
     found = find_groups(model, lambda net: net(x))
     assert len(found.groups) >= len(widths) - 1
@@ -168,7 +171,7 @@ class AliveBytes(TorchDispatchMode):
         self.alive = self.most = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
@@ -194,7 +197,7 @@ def test_following_keeps_no_activation_alive() -> None:
     model = nn.Sequential(*(layer for _ in range(20) for layer in (conv(8, 8), nn.BatchNorm2d(8), nn.ReLU()))).eval()
     x = torch.rand(1, 8, 64, 64)
 
-    def most_alive(run) -> int:  # noqa: ANN001
+    def most_alive(run: Callable[[], object]) -> int:
         gc.collect()
         with torch.no_grad(), AliveBytes() as watch:
             run()

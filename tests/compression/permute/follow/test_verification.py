@@ -32,7 +32,11 @@ def chain() -> nn.Module:
 def right(number: int) -> ChannelGroup:
     """The channels between two linear layers of `chain`."""
     names = (f"{2 * number}.weight", f"{2 * number}.bias", f"{2 * number + 1}.weight", f"{2 * number + 1}.bias")
-    places = (rows(names[0], 8, 2), *(rows(name, 8, 1) for name in names[1:]), rows(f"{2 * number + 2}.weight", 8, 2, True))
+    places = (
+        rows(names[0], 8, 2),
+        *(rows(name, 8, 1) for name in names[1:]),
+        rows(f"{2 * number + 2}.weight", 8, 2, True),
+    )
     return ChannelGroup(f"between {number} and {number + 1}", places)
 
 
@@ -67,7 +71,9 @@ def test_a_group_with_a_place_missing_is_found_among_right_ones(bad: tuple[int, 
 def test_groups_that_are_wrong_only_together_do_not_all_stay() -> None:
     """The same channels twice, in two halves of what moves: each alone is wrong; and a right one stays."""
     first = right(1)
-    halves = [replace(first, label=f"half {n}", places=part) for n, part in enumerate((first.places[:2], first.places[2:]))]
+    halves = [
+        replace(first, label=f"half {n}", places=part) for n, part in enumerate((first.places[:2], first.places[2:]))
+    ]
     kept, dropped = check_groups(chain(), [*halves, right(4)], run)
     assert [group.label for group in kept] == ["between 4 and 5"]
     assert len(dropped) == 2
@@ -141,4 +147,6 @@ def test_a_fixed_seed_tries_the_same_permutations() -> None:
     model, x = build(), torch.rand(shape)
     trials = [Trial(model, lambda net: net(x), 3) for _ in range(2)]
     assert trials[0].tolerance == trials[1].tolerance
-    assert all(torch.equal(a, b) for a, b in zip(trials[0].model.parameters(), trials[1].model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trials[0].model.parameters(), trials[1].model.parameters(), strict=True)
+    )
