@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 
@@ -46,7 +47,7 @@ def test_groups_of_random_chains_leave_the_function_as_it_is(
 ) -> None:
     torch.manual_seed(seed)
     layers: list[nn.Module] = [conv(3, 6 * widths[0])]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         if norm:
             layers.append(nn.BatchNorm2d(6 * before))
         layers += [nn.ReLU(), conv(6 * before, 6 * after, groups=groups)]
@@ -57,7 +58,7 @@ def test_groups_of_random_chains_leave_the_function_as_it_is(
     x = torch.rand(MAP)
     found = find_groups(model, lambda net: net(x))
     assert len(found.groups) >= len(widths) - 1
-    kept, dropped = check_groups(model, found.groups, lambda net: net(x), seed)
+    _, dropped = check_groups(model, found.groups, lambda net: net(x), seed)
     assert [group.label for group in dropped] == []
 
 
