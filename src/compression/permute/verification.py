@@ -124,11 +124,11 @@ class Trial:
         make_channels_differ(self.model, stream(seed, "check vectors"))
         self._before = self._outputs()
         kept = [parameter.detach().clone() for parameter in self.model.parameters()]
-        generator = stream(seed, "check noise")
         with torch.no_grad():
-            for parameter in self.model.parameters():
-                drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * 2 - 1
-                parameter.mul_(1 + NOISE * drawn)
+            for name, parameter in self.model.named_parameters():
+                generator = stream(seed, "check noise", name, device=parameter.device)
+                drawn = torch.empty_like(parameter).uniform_(1 - NOISE, 1 + NOISE, generator=generator)
+                parameter.mul_(drawn)
         noise = self.change()
         with torch.no_grad():
             for parameter, value in zip(self.model.parameters(), kept, strict=True):

@@ -35,7 +35,7 @@ def groups_of(channels: Channels) -> tuple[list[ChannelGroup], list[str]]:
     merged: dict[tuple[int, Footprint], list[_Block]] = {}
     skipped: list[str] = []
     for members in exchangeable(channels):
-        block = index.block([[int(member)] for member in members])
+        block = index.block(members[:, None])
         if block is None:
             skipped.append(_names(channels.slots, index.slots_of(int(members[0]))))
         else:
@@ -69,22 +69,28 @@ class _Index:
         """Numbers of the slots that hold a channel."""
         return self._by_channel.get(channel, [])
 
-    def positions(self, slot: int, channel: int) -> Nodes:
-        """Positions of a channel in a slot; those with the same role stand in the same order for all channels."""
-        at = int(np.searchsorted(self._held[slot], channel))
-        if at == self._held[slot].size or self._held[slot][at] != channel:
-            return np.empty(0, np.int64)
-        return self._positions[slot][self._starts[slot][at] : self._starts[slot][at + 1]]
+    def positions(self, slot: int, members: Nodes) -> Nodes | None:
+        """Positions of members (n, m), of m channels each, in a slot: (n, r). Those with the same role stand in the
+        same order for all; None: members have different numbers of positions."""
+        held, starts = self._held[slot], self._starts[slot]
+        at = np.minimum(np.searchsorted(held, members), held.size - 1)
+        counts = np.where(held[at] == members, starts[at + 1] - starts[at], 0)
+        if (counts != counts[0]).any():
+            return None
+        flat = counts.reshape(-1)
+        ends = np.cumsum(flat)
+        within = np.arange(int(ends[-1])) - np.repeat(ends - flat, flat)
+        return self._positions[slot][np.repeat(starts[at].reshape(-1), flat) + within].reshape(len(members), -1)
 
-    def block(self, members: Sequence[Sequence[int]]) -> _Block | None:
-        """The places of members, each of them one or several channels that move as one; None: they differ in number."""
-        positions = {}
-        for slot in sorted({slot for channel in members[0] for slot in self.slots_of(channel)}):
-            rows = [np.concatenate([self.positions(slot, channel) for channel in member]) for member in members]
-            if len({row.size for row in rows}) > 1:
+    def block(self, members: Nodes) -> _Block | None:
+        """The places of members (n, m), each of them m channels that move as one; None: they do not match."""
+        found = {}
+        for slot in sorted({slot for channel in members[0].tolist() for slot in self.slots_of(channel)}):
+            positions = self.positions(slot, members)
+            if positions is None:
                 return None
-            positions[slot] = np.stack(rows)
-        return _Block(len(members), positions) if positions else None
+            found[slot] = positions
+        return _Block(len(members), found) if found else None
 
 
 def whole_blocks(channels: Channels, index: _Index) -> list[_Block]:
@@ -123,7 +129,7 @@ def whole_blocks(channels: Channels, index: _Index) -> list[_Block]:
         held = sorted(parts[owner], key=lambda part: (int(channels.signature[part]), int(channels.first[part])))
         key = (int(channels.signature[owner]), *(int(channels.signature[part]) for part in held))
         kinds[key].append([owner, *held])
-    blocks = [index.block(members) for members in kinds.values() if len(members) > 1]
+    blocks = [index.block(np.array(members)) for members in kinds.values() if len(members) > 1]
     return [_outermost(block, channels.slots) for block in blocks if block is not None]
 
 

@@ -82,7 +82,9 @@ class Call:
     def operand(self, tensor: Tensor, rank: int | None = None) -> Operand:
         """Shape and labels of a tensor that is broadcast to `rank` axes (None: those of the first result)."""
         rank = self.outputs[0].dim() if rank is None else rank
-        return trailing(tuple(tensor.shape), self.labels(tensor), rank)
+        # what was stretched has one value there, which tells no positions apart
+        shape = tuple(1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return trailing(shape, self.labels(tensor), rank)
 
     def vector(self, tensor: Tensor, axis: int) -> Operand:
         """Shape and labels of a vector that runs along one axis of the first result."""

@@ -7,6 +7,7 @@ import copy
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_following_keeps_no_activation_alive() -> None:
     model = nn.Sequential(*(layer for _ in range(20) for layer in (conv(8, 8), nn.BatchNorm2d(8), nn.ReLU()))).eval()
     x = torch.rand(1, 8, 64, 64)
 
-    def most_alive(run) -> int:
+    def most_alive(run: Callable[[], object]) -> int:
         gc.collect()
         with torch.no_grad(), AliveBytes() as watch:
             run()
