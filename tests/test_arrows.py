@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 SRC = ROOT / "src"
 
 ENTRIES = (
-    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "convert", "inspect", "paper_models",
+    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "compress", "convert", "inspect",
+    "paper_models",
     "__main__",
 )  # fmt: skip
 

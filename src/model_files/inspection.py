@@ -13,7 +13,7 @@ from torch import nn
 
 from ..common.errors import CheckpointError, GroupError
 from ..compression.permute.groups import Group, resolve
-from ..compression.quantize.layers import QuantizedLayer, own_tensors
+from ..compression.quantize.layers import QuantizedLayer, dense_type, own_tensors
 from ..compression.quantize.placing import dense_name
 from ..compression.quantize.plan import DenseWeight, dense_notes
 from ..compression.quantize.subvectors import Layer, bits_per_code
@@ -90,9 +90,11 @@ class Inspection:
 
 def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
     """Read a file and, if given, the dense network it came from; arguments and errors as `recipes.inspect`."""
-    opened = open_model_file(path, arch)
+    opened = open_model_file(path, arch, needs_network=dense is not None)
     rows = [row for name, module in opened.model.named_modules() if (row := _row(name, module)) is not None]
     notes = _left_dense(opened.model, opened.info) if opened.quantized else []
+    if opened.why_unknown:
+        notes.insert(0, f"shown without its network, so that only tensors are known: {opened.why_unknown}")
     if dense is not None:
         original, more = _dense_permuted_alike(dense, opened)
         notes += more
@@ -161,7 +163,7 @@ def _row(name: str, module: Layer) -> Row | None:
         return None
     largest = max(own, key=torch.numel)
     bits = sum(map(tensor_bits, own))
-    return Row(name=name, kind=type(module).__name__, shape=tuple(largest.shape), other_bits=bits)
+    return Row(name=name, kind=dense_type(module).__name__, shape=tuple(largest.shape), other_bits=bits)
 
 
 def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module, list[str]]:
