@@ -220,7 +220,10 @@ def test_channels_side_by_side_are_searched_one_group_after_the_other_and_all_ga
 
 def test_the_search_lowers_the_distortion_of_a_dense_block() -> None:
     torch.manual_seed(0)
-    model = correlated(DenseBlock(16, 4, 40).eval())
+    model = DenseBlock(16, 4, 40).eval()
+    with torch.no_grad():
+        for layer in (*model.layers, model.fc):  # inputs of very unequal size
+            layer.weight.mul_(torch.randn(1, layer.weight.shape[1], *[1] * (layer.weight.dim() - 2)).exp())
     plan = make_plan(model, HOW)
 
     def distortion(network: nn.Module) -> float:
@@ -229,7 +232,7 @@ def test_the_search_lowers_the_distortion_of_a_dense_block() -> None:
 
     before = distortion(model)
     permute(model, model.groups(), plan.sizes, measure=candidate_distortion(plan, 0), show_progress=False)
-    assert distortion(model) < 0.97 * before
+    assert distortion(model) < 0.8 * before
 
 
 @pytest.mark.parametrize("search", ["best", "published"])
