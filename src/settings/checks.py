@@ -61,7 +61,7 @@ def ineffective(settings: Settings, job: str | None = None, task: str | None = N
     Files are shared by jobs: what `job` (on `task`) does not read is mentioned only where the command line gives it.
     """
     reasons = dict.fromkeys(_given_in_vain(settings, job, task), "it is not read by this command")
-    for reason, keys in _without_effect(settings):
+    for reason, keys in _without_effect(settings, task):
         for key in keys:
             value, default = value_of(settings, key), value_of(_DEFAULTS, key)
             if value != default and not is_placeholder(value):
@@ -87,7 +87,8 @@ def _given_in_vain(settings: Settings, job: str | None, task: str | None) -> Ite
 _DEFAULTS = Settings()
 
 
-def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
+def _without_effect(settings: Settings, command: str | None) -> Iterator[tuple[str, list[str]]]:
+    """Keys without effect, and why, on a command for the task `command`; None: any."""
     schedule, model = settings.lr_scheduler.type, settings.model
     for key in OPTIMIZERS.unread(settings.optimizer):
         yield f"only optimizer {' or '.join(OPTIMIZERS.readers(key))} has a {key}", [key]
@@ -95,7 +96,8 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         f"lr_scheduler.type {schedule} does not use it",
         [f"lr_scheduler.{key}" for key in SCHEDULES.unread(schedule)],
     )
-    task = ARCHITECTURES.fact(model.arch, "task") or CLASSIFICATION
+    ours = model.arch in ARCHITECTURES  # a network of others is for what the command is for
+    task = ARCHITECTURES.fact(model.arch, "task") if ours else command or CLASSIFICATION
     trained_on = {CLASSIFICATION: "images in folders", DETECTION: "COCO"}
     yield f"{model.arch} is trained on {trained_on[task]}", unread(None, task)
     search = [
