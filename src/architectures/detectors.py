@@ -8,13 +8,17 @@ and SSDlite bring every image to one size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead, RetinaNetRegressionHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork
 
 from ..common.errors import SettingsError
 
@@ -121,6 +125,28 @@ def memory_settings(model: nn.Module) -> list[str]:
     keys = [MAX_SIZE] if sizes is not None and sizes.fixed is None else []
     keys += [BOXES] if _parts(model, RoIHeads) else []
     return keys + ([PROPOSALS] if _parts(model, RegionProposalNetwork) else [])
+
+
+def old_names(model: nn.Module) -> dict[str, str]:
+    """Names that layers of `model` had in torchvision before 0.14, which its published files use -> names now."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for old, now in _old_names_in(module):
+            found[f"{prefix}.{old}"] = f"{prefix}.{now}"
+    return found
+
+
+def _old_names_in(module: nn.Module) -> Iterator[tuple[str, str]]:
+    if isinstance(module, FeaturePyramidNetwork):
+        for level in range(len(module.inner_blocks)):
+            yield from ((f"{blocks}.{level}", f"{blocks}.{level}.0") for blocks in ("inner_blocks", "layer_blocks"))
+    elif isinstance(module, RPNHead):
+        yield "conv", "conv.0.0"
+    elif isinstance(module, MaskRCNNHeads):
+        yield from ((f"mask_fcn{number + 1}", f"{number}.0") for number in range(len(module)))
+    elif isinstance(module, RetinaNetClassificationHead | RetinaNetRegressionHead):
+        # a convolution and its activation were two entries of the list
+        yield from ((f"conv.{2 * number}", f"conv.{number}.0") for number in range(len(module.conv)))
 
 
 def _parts(model: nn.Module, kind: type[nn.Module]) -> list[Any]:

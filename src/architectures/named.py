@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..common.errors import SettingsError
 from ..common.registry import did_you_mean
 from . import ARCHITECTURES
 from .architecture import Architecture
-from .found import first_line, frozen, with_heads
+from .found import built_without_weights, first_line, frozen, with_heads
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 _TASKS = {"detection": "detection", "segmentation": "segmentation"}
@@ -108,7 +109,12 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         build_frozen=frozen(build, 0.0 if own_name in _FROZEN_WITHOUT_EPS else None) if task == "detection" else None,
         image_size=_side_of_torchvision(best),
     )
-    return with_heads(architecture)
+    found = with_heads(architecture)
+    if task != "detection":
+        return found
+    from .detectors import old_names
+
+    return replace(found, old_names=old_names(built_without_weights(found, found.n_classes)))
 
 
 def _built_by_torchvision(builder: Callable[..., nn.Module], options: dict[str, Any], n_classes: int) -> nn.Module:
