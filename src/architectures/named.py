@@ -11,7 +11,6 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..common.errors import SettingsError
 from ..common.registry import did_you_mean
 from . import ARCHITECTURES
 from .architecture import Architecture
-from .found import built_without_weights, first_line, frozen, with_heads
+from .found import first_line, frozen, with_heads
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 _TASKS = {"detection": "detection", "segmentation": "segmentation"}
@@ -109,12 +108,11 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         build_frozen=frozen(build, 0.0 if own_name in _FROZEN_WITHOUT_EPS else None) if task == "detection" else None,
         image_size=_side_of_torchvision(best),
     )
-    found = with_heads(architecture)
     if task != "detection":
-        return found
+        return with_heads(architecture)
     from .detectors import old_names
 
-    return replace(found, old_names=old_names(built_without_weights(found, found.n_classes)))
+    return with_heads(architecture, old_names)
 
 
 def _built_by_torchvision(builder: Callable[..., nn.Module], options: dict[str, Any], n_classes: int) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from ..architectures.detectors import finds_masks, image_sizes, memory_settings
 from ..run.agreement import check_same, digest_of
 from ..run.open_run import Job
-from ..tasks.coco.data import CocoSplit, read_coco
+from ..tasks.coco.data import CocoSplit, read_coco, require_masks
 from ..tasks.coco.image_checks import too_narrow_images, unusable_images, without
 from ..tasks.detection import Detection
 from ..tasks.images import BadFiles
@@ -22,8 +22,8 @@ def read_splits(job: Job, splits: Sequence[str], network: nn.Module | None) -> l
     Args:
         job: its settings say where they are.
         splits: `train`, `val`.
-        network: that will see the images, set up by the settings; its weights do not matter. None: no images are
-            looked at, as only the annotations are needed.
+        network: that will see the images, set up by the settings; its weights do not matter. None: only the
+            annotations are needed, and of them the boxes.
 
     Raises:
         SettingsError: the path is not set or not there, or the processes see other images or annotations.
@@ -31,10 +31,12 @@ def read_splits(job: Job, splits: Sequence[str], network: nn.Module | None) -> l
     """
     data, engine = job.settings.dataloader, job.engine
     root = data_root(job, "detection")
-    masks = network is None or finds_masks(network)
+    masks = network is not None and finds_masks(network)
     sizes = None if network is None else image_sizes(network)
     found = []
-    for split in [read_coco(root, name, masks) for name in splits]:
+    for name, split in [(name, read_coco(root, name, masks)) for name in splits]:
+        if masks and name == "val":
+            require_masks(split)
         check_same(engine, f"the list of images and objects in {split.source}", _listed(split), SAME_IMAGES)
 
         def check(share: slice, split: CocoSplit = split) -> BadFiles:

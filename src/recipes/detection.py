@@ -34,7 +34,7 @@ from ..tasks.coco.classes import (
     read_outputs,
     with_outputs,
 )
-from ..tasks.coco.data import CocoSplit
+from ..tasks.coco.data import CocoSplit, require_masks
 from ..tasks.coco.metrics import WORDS, read_results, write_results
 from ..tasks.detection import Detection, Scores, score
 from .coco_data import detection_task, read_splits, splits_fingerprint
@@ -174,9 +174,11 @@ def _read_detections(run: Evaluation) -> Detected:
     (split,) = read_splits(run, ("val",), None)
     rows = list(read_results(path, split.api))
     log.info("detections: %s", path)
-    if rows and not any("segmentation" in row for row in rows):
+    if not rows or "segmentation" in rows[0]:  # all have masks or none
+        split = replace(split, masks=True)
+        require_masks(split)
+    else:
         _refuse_expected_masks(run.settings, f"{path} holds boxes without masks")
-        split = replace(split, masks=False)
     return Detected(split=split, rows=rows, image_ids=list(split.image_ids), about={"detections": str(path)})
 
 

@@ -167,5 +167,5 @@ def test_a_forged_number_of_classes_is_refused_before_anything_is_allocated(tmp_
     """SSDlite computes while it is built, so that it cannot be built without memory."""
     found = architectures.get("ssdlite320_mobilenet_v3_large", "detection")
     save_packed(found.build(5), tmp_path / "forged.safetensors", ModelInfo(found.name, 1 << 24))
-    with pytest.raises(CheckpointError, match="16,777,216 classes.* has rows for 5"):
+    with pytest.raises(CheckpointError, match=r"16,777,216 classes.* has rows for 5"):
         open_model_file(tmp_path / "forged.safetensors")

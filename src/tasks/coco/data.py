@@ -197,6 +197,18 @@ def has_mask(annotation: Mapping[str, Any]) -> bool:
     return bool(annotation.get("segmentation"))
 
 
+def require_masks(split: CocoSplit) -> None:
+    """Raises DataError where objects have no mask to measure masks against: COCO's figures need one of each."""
+    without = [annotation for annotation in split.api.dataset["annotations"] if not has_mask(annotation)]
+    if without:
+        listing = some(f"id {annotation['id']}" for annotation in without)
+        raise DataError(
+            f"{KEY}: {len(without):,} objects in {split.source} have no mask (segmentation): {listing}. Masks that are "
+            "found cannot be measured without. Add them, leave these objects out, or use a network that finds boxes "
+            "alone"
+        )
+
+
 def box_in_image(annotation: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
     """The annotation's box (left, top, right, bottom) in pixels, cut to the image."""
     x, y, w, h = (float(value) for value in annotation["bbox"])
