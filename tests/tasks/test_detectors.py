@@ -30,6 +30,7 @@ CPU = SingleProcess(Launch(), torch.device("cpu"))
 OUTPUTS = {1: 1, 2: 2, 4: 4}
 CLASSES = 5
 EPOCHS = {"retinanet": 60, "fcos": 20, "ssd": 20, "fasterrcnn": 14}
+LEARNING = ["fcos", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("retinanet", "ssd", "fasterrcnn"))]
 RATES = {"retinanet": 1e-3, "fasterrcnn": 3e-3}
 
 
@@ -54,7 +55,7 @@ def task(coco: Path, **more: object) -> Detection:
     return Detection(CPU, split(coco, "train"), split(coco, "val"), loading, horizontal_flip=False, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["fcos", "ssd", "fasterrcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", LEARNING)
 def test_a_network_learns_the_categories_of_the_boxes(kind: str, coco: Path) -> None:
     torch.manual_seed(0)
     how = FinetuneSpec(EPOCHS[kind], OptimizerSpec(learning_rate=RATES.get(kind, 2e-3)), show_progress=False)
