@@ -17,6 +17,7 @@ COMMANDS = {
     "train-maskrcnn": "train-detector with the settings of Mask R-CNN",
     "evaluate-resnet": "evaluate-classifier with the settings of ResNet-18",
     "evaluate-maskrcnn": "evaluate-detector with the settings of Mask R-CNN",
+    "compress": "compress any network, without training or data",
     "convert": "turn a model file into another form",
     "inspect": "show what a model file holds",
 }

@@ -25,21 +25,23 @@ ARCHITECTURES: Registry[Architecture] = Registry(
 )
 
 
-def check(name: str, task: str) -> None:
-    """Check as far as possible without loading anything that `name` is an architecture for `task`.
+def check(name: str, task: str | None) -> None:
+    """Check as far as possible without loading anything that `name` is an architecture for `task` (None: any).
 
     Raises:
         SettingsError: unknown, or for another task; lists what exists.
     """
     if name in ARCHITECTURES:
-        if ARCHITECTURES.fact(name, "task") == task:
+        if task in (None, ARCHITECTURES.fact(name, "task")):
             return
     elif ":" in name or name in _torchvisions():
         return
-    known = sorted(ARCHITECTURES.names(task=task))
+    known = sorted(ARCHITECTURES if task is None else ARCHITECTURES.names(task=task))
     others = "torchvision's models, timm:NAME, package.module:callable"
     near = did_you_mean(name, [*known, *_torchvisions()])
-    raise SettingsError(f"model.arch: {name!r} is not known for {task}; known: {', '.join(known)}, {others}{near}")
+    raise SettingsError(
+        f"model.arch: {name!r} is not known{f' for {task}' if task else ''}; known: {', '.join(known)}, {others}{near}"
+    )
 
 
 def _torchvisions() -> list[str]:

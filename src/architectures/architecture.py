@@ -3,7 +3,7 @@ permutation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import SettingsError
+from ..compression.permute.channels import ChannelGroup
 from ..compression.permute.groups import Group, Outputs, call_network
 
 
@@ -48,7 +49,7 @@ class Architecture:
     weights_url: str
     n_classes: int
     head: str
-    groups: Callable[[nn.Module], list[Group]] | None
+    groups: Callable[[nn.Module], Sequence[Group | ChannelGroup]] | None
     heads_beside: tuple[str, ...] = ()
     licence: str = ""
     build_frozen: Callable[[int], nn.Module] | None = None

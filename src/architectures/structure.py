@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,3 +50,13 @@ def with_memory(model: nn.Module) -> nn.Module:
                 if tensor is not None and tensor.is_meta:
                     held[name] = real(tensor)  # type: ignore[assignment]
     return model
+
+
+def shapes_of(model: nn.Module) -> nn.Module:
+    """A copy of `model` without memory for its weights and buffers."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)

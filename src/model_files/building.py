@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from ..architectures.structure import with_memory, without_weights
+from ..architectures.structure import shapes_of, with_memory, without_weights
 from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.plan import Plan
 from .state_dict import check_state, load_state
@@ -44,3 +44,21 @@ def build_and_load(
             buffer.zero_()
     load_state(model, state, source)
     return model
+
+
+def fill(model: nn.Module, plan: Plan, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Put the tensors of a file into a dense network, in place; it is in evaluation mode then.
+
+    Args:
+        model: on any device.
+        plan: which of its weights are quantized in the file, and how.
+        state: the file's tensors.
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: they do not fit; the network is as it was.
+    """
+    check_state(build_quantized(shapes_of(model), plan), state, source)
+    model = build_quantized(model, plan)
+    load_state(model, state, source)
+    return model.eval()

@@ -25,6 +25,7 @@ from .building import build_and_load
 from .compression_report import permutations_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
 from .pth import is_compressed, read_tensors, scaled
+from .skeleton import skeleton_of_packed, skeleton_of_state
 from .wrapping import fitted, is_wrapped
 
 MOST_CLASSES = 1 << 24
@@ -65,6 +66,7 @@ class OpenModelFile:
         info: what else is known about it.
         quantized: whether it has quantized layers.
         kind: packed, published or dense.
+        why_unknown: why the network could not be built and the model is only its skeleton; empty: it was.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class OpenModelFile:
     info: ModelInfo
     quantized: bool
     kind: str
+    why_unknown: str = ""
 
 
 def read_model_file(path: Path) -> ModelFile:
@@ -89,28 +92,24 @@ def read_model_file(path: Path) -> ModelFile:
     return ModelFile(path=path, packed=None, tensors=read_tensors(path))
 
 
-def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
+def open_model_file(path: Path, arch: str | None = None, needs_network: bool = True) -> OpenModelFile:
     """Read any model file without settings, and build its network.
 
     Args:
         path: `.pth` or `.safetensors`.
         arch: name of the architecture; None: that of the file, or the first one that its tensors fit.
+        needs_network: False: where the network cannot be built, its skeleton is enough (`skeleton`).
 
     Raises:
         CheckpointError: it cannot be read, or is no known architecture.
     """
     file = read_model_file(path)
-    if file.packed is not None:
-        architecture = architecture_of(file.packed, said=arch)
-        if arch is not None and canonical(arch) != architecture.name:
-            raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
-        info = file.packed.info
-    else:
-        architecture = _identify(file.tensors, str(path), arch)
-        state = state_for(architecture, file.tensors, str(path))
-        info = replace(
-            ModelInfo(architecture.name, _classes(architecture, state)), permutations=permutations_of_run(path)
-        )
+    try:
+        architecture, info = _known(file, arch)
+    except CheckpointError as error:
+        if needs_network or arch is not None:
+            raise
+        return _without_network(file, str(error))
     return OpenModelFile(
         model=build_network(file, architecture),
         architecture=architecture,
@@ -118,6 +117,43 @@ def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
         quantized=file.quantized,
         kind=file.kind,
     )
+
+
+def _known(file: ModelFile, arch: str | None) -> tuple[Architecture, ModelInfo]:
+    """What a file is of, as it says itself or by its tensors."""
+    path = file.path
+    if file.packed is not None:
+        architecture = architecture_of(file.packed, said=arch)
+        if arch is not None and canonical(arch) != architecture.name:
+            raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
+        return architecture, file.packed.info
+    architecture = _identify(file.tensors, str(path), arch)
+    state = state_for(architecture, file.tensors, str(path))
+    info = ModelInfo(architecture.name, _classes(architecture, state))
+    return architecture, replace(info, permutations=permutations_of_run(path))
+
+
+def _without_network(file: ModelFile, why: str) -> OpenModelFile:
+    """A file whose network cannot be built: what can be said of it all the same."""
+    packed, source = file.packed, str(file.path)
+    info = ModelInfo(permutations=permutations_of_run(file.path)) if packed is None else packed.info
+    model = skeleton_of_state(file.tensors, source) if packed is None else skeleton_of_packed(packed)
+    unknown = Architecture(
+        name=info.arch or "a network that is not known here",
+        task="",
+        build=partial(_not_known, why),
+        weights_url="",
+        n_classes=info.num_classes or 1,
+        head="",
+        groups=None,
+    )
+    return OpenModelFile(
+        model=model, architecture=unknown, info=info, quantized=file.quantized, kind=file.kind, why_unknown=why
+    )
+
+
+def _not_known(why: str, _n_classes: int) -> nn.Module:
+    raise CheckpointError(why)
 
 
 def build_network(

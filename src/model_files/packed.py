@@ -8,11 +8,13 @@ Tensors (L: quantized layer, B: batch norm):
   else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
-Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
-number of classes, compression settings and metric, null where not known; `layers`: for each quantized layer type,
-weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents, children, width
-and reshapes of each group; `tied`: names that share the tensors of another name; `renamed`, where there are any:
-tensors that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2.
+Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
+architecture, number of classes, compression settings and metric, null where not known; `layers`: for each quantized
+layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
+children, width and reshapes of each group, or width, blocks and places of a group of channels, then deflated as a
+whole (`stored_places`); `tied`: names that share the tensors of another name; `renamed`, where there are any: tensors
+that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2, one
+with places 4.
 """
 
 from __future__ import annotations
@@ -46,12 +48,14 @@ from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of, scaled
 from .renamed import RENAMED, read_renamed, stored_names
 from .safetensors_file import read_container, read_metadata, write_container
+from .stored_places import deflated
 from .tied import tied_names
 
 FORMAT = "pqf"
 FORMAT_VERSION = 3
 VERSION_WITHOUT_NORMS = 2
-READABLE_VERSIONS = ("1", "2", "3")
+VERSION_WITH_PLACES = 4
+READABLE_VERSIONS = ("1", "2", "3", "4")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -151,6 +155,8 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     if norms:
         tensors[STREAM], described["norms"] = stream, norms
     version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
+    if any(group.places is not None for group in info.permutations or ()):
+        version, described["permutations"] = VERSION_WITH_PLACES, deflated(groups)
     metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
     for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))

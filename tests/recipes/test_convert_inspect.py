@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import resnet18
 
+import src.inspect as inspect_command
 from src import architectures, convert, evaluate_resnet, train_resnet
-from src import inspect as inspect_command
 from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.layers import QuantizedLayer
 from src.model_files.compression_report import read_permutations

@@ -65,6 +65,12 @@ class ChannelGroup:
         """Names of the modules that consume them."""
         return _modules(self.places, reads=True)
 
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A random permutation (C,) that stays within the blocks."""
+        size = self.width // self.n_blocks
+        parts = [torch.randperm(size, generator=generator) + block * size for block in range(self.n_blocks)]
+        return torch.cat(parts)
+
     def apply(self, model: nn.Module, p: Tensor) -> None:
         """Reorder the channels by p (C,): channel p[i] moves to the place of channel i; in place.
 

@@ -5,7 +5,6 @@ A group lists parents (the producers of the channels) and children (their consum
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from ...common.errors import GroupError
 from ...common.randomness import stream
-from .operations import NORMS, Reshape, Side, check_permutation, check_reshape, flattened_input, side_of
+from .operations import Reshape, Side, check_permutation, check_reshape, flattened_input, side_of
+from .verification import Trial
 
 
 @dataclass(frozen=True)
@@ -208,18 +208,30 @@ def check_function(
             little.
 
     Raises:
-        GroupError: a group changes one of the outputs by more than 1e-6 of its norm.
+        GroupError: a group changes one of the outputs by more than rounding can (see `verification`), or nothing can
+            be compared.
     """
     if not groups:
         return
-    if _change(model, groups, example, reshapes, seed, outputs) <= 1e-6:
+    trial = Trial(model, lambda network: outputs(network, example), seed)
+    resolved = resolve(trial.model, groups, reshapes)
+    permutations = [random_permutation(g.width, g.n_blocks, stream(seed, "check", g.label)) for g in resolved]
+
+    def change(numbers: Sequence[int]) -> float:
+        for number in numbers:
+            resolved[number].apply(permutations[number])
+        changed = trial.change()
+        for number in reversed(numbers):
+            resolved[number].apply(permutations[number].argsort())
+        return changed
+
+    if change(range(len(groups))) <= trial.tolerance:
         return
-    for number in range(len(groups)):
-        change = _change(model, groups[number : number + 1], example, reshapes, seed, outputs)
-        if change > 1e-6:
-            group = groups[number]
+    for number, group in enumerate(groups):
+        changed = change([number])
+        if changed > trial.tolerance:
             raise GroupError(
-                f"model.permutations[{number}]: permuting this group changes the network's output (by {change:.1e} of "
+                f"model.permutations[{number}]: permuting this group changes the network's output (by {changed:.1e} of "
                 "its norm): "
                 "a layer that produces or consumes these channels is missing or wrong.\n  parents: "
                 f"{', '.join(group.parents)}\n  children: {', '.join(group.children)}"
@@ -227,42 +239,3 @@ def check_function(
     raise GroupError(
         "model.permutations: the groups together change the network's output, although each alone does not"
     )
-
-
-def _change(
-    model: nn.Module,
-    groups: Sequence[Group],
-    example: Tensor,
-    reshapes: Mapping[str, Sequence[int]] | None,
-    seed: int,
-    outputs: Outputs,
-) -> float:
-    """The largest change of an output, relative to its norm."""
-    trial = copy.deepcopy(model).double().eval()
-    _make_channels_differ(trial, stream(seed, "check norms"))
-    example = example.double()
-    with torch.no_grad():
-        before = _tensors(outputs(trial, example))
-        for group in resolve(trial, groups, reshapes):
-            group.apply(random_permutation(group.width, group.n_blocks, stream(seed, "check", group.label)))
-        after = _tensors(outputs(trial, example))
-    smallest = torch.finfo(torch.float64).tiny
-    return max(float((b - a).norm() / a.norm().clamp_min(smallest)) for a, b in zip(before, after, strict=True))
-
-
-def _make_channels_differ(model: nn.Module, generator: torch.Generator) -> None:
-    """Give every channel of every norm values of its own: in a fresh network a forgotten norm would go unnoticed."""
-    for module in model.modules():
-        if isinstance(module, NORMS):
-            for name, centre in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-                values = getattr(module, name, None)
-                if values is not None:
-                    drawn = torch.rand(values.shape, generator=generator, dtype=values.dtype) - 0.5
-                    values.data.copy_(centre + drawn)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    return [tensor for value in values for tensor in _tensors(value)]

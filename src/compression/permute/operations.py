@@ -119,8 +119,6 @@ def _attribute(name: str) -> Callable[[Layer], int]:
 
 _NORM = Side(width=_norm_width, permute=_norm_out)
 
-NORMS = (_BatchNorm, FrozenBatchNorm2d)
-
 OUTPUT_SIDE: dict[type, Side] = {
     nn.Conv2d: Side(width=_attribute("out_channels"), permute=_weight_and_bias_out, blocks=_groups),
     nn.ConvTranspose2d: Side(width=_attribute("out_channels"), permute=_transposed_out, blocks=_groups),

@@ -101,6 +101,7 @@ def quantize_weight(place: WeightPlace, d: int, k: int, scale: float = 1.0) -> Q
     earlier = type(host)._quantized if isinstance(host, QuantizedHost) else ()
     host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute), True)
     del host._parameters[attribute]
+    host.__dict__.pop("_flat_weights", None)  # a recurrent layer's own list of them
     host._modules[attribute + SUFFIX] = holder
     return holder
 
