@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from src import architectures
-from src.architectures.maskrcnn import set_image_size
+from src.architectures.detectors import set_image_size
 from src.compression.finetune.optimizers import OptimizerSpec, make_optimizer
 from src.compression.quantize.compress import build_quantized
 from src.compression.quantize.layers import QuantizedLayer

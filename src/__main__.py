@@ -1,4 +1,4 @@
-"""All commands under one name: `pqf train-resnet ...`, or `python -m src train-resnet ...` in a checkout."""
+"""All commands under one name: `pqf train-classifier ...`, or `python -m src train-classifier ...` in a checkout."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import sys
 from .common import output
 
 COMMANDS = {
-    "train-resnet": "compress and fine-tune a ResNet",
-    "train-maskrcnn": "compress and fine-tune a Mask R-CNN",
-    "evaluate-resnet": "size and accuracy of a ResNet",
-    "evaluate-maskrcnn": "size, box AP and mask AP of a Mask R-CNN",
+    "train-classifier": "compress and fine-tune a classification network",
+    "train-detector": "compress and fine-tune a detection network",
+    "evaluate-classifier": "size and accuracy of a classification network",
+    "evaluate-detector": "size, box AP and mask AP of a detection network",
+    "train-resnet": "train-classifier with the settings of ResNet-50",
+    "train-maskrcnn": "train-detector with the settings of Mask R-CNN",
+    "evaluate-resnet": "evaluate-classifier with the settings of ResNet-18",
+    "evaluate-maskrcnn": "evaluate-detector with the settings of Mask R-CNN",
     "compress": "compress any network, without training or data",
     "convert": "turn a model file into another form",
     "inspect": "show what a model file holds",

@@ -17,16 +17,21 @@ def job(settings: Settings) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    return start(argv, "evaluate_maskrcnn", "../config/evaluate_maskrcnn.yaml")
+
+
+def start(argv: list[str] | None, entry: str, default_config: str) -> int:
+    """Run the command under the name of the module `entry`; returns the exit status."""
     return command.run(
         job,
         kind="evaluate",
         task="detection",
-        prog=command.program(__package__, "evaluate_maskrcnn"),
+        prog=command.program(__package__, entry),
         purpose=(
-            "Evaluate a compressed Mask R-CNN (or a dense one with --model.use_compression False): size, box AP and "
-            "mask AP."
+            "Evaluate a compressed Mask R-CNN or another detection network (or a dense one with "
+            "--model.use_compression False): size, box AP and, where the network finds masks, mask AP."
         ),
-        default_config="../config/evaluate_maskrcnn.yaml",
+        default_config=default_config,
         argv=argv,
     )
 

@@ -17,16 +17,21 @@ def job(settings: Settings) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    return start(argv, "evaluate_resnet", "../config/evaluate_resnet.yaml")
+
+
+def start(argv: list[str] | None, entry: str, default_config: str) -> int:
+    """Run the command under the name of the module `entry`; returns the exit status."""
     return command.run(
         job,
         kind="evaluate",
         task="classification",
-        prog=command.program(__package__, "evaluate_resnet"),
+        prog=command.program(__package__, entry),
         purpose=(
-            "Evaluate a compressed ResNet (or a dense one with --model.use_compression False): size, top-1 and top-5 "
-            "accuracy."
+            "Evaluate a compressed ResNet or another classification network (or a dense one with "
+            "--model.use_compression False): size, top-1 and top-5 accuracy."
         ),
-        default_config="../config/evaluate_resnet.yaml",
+        default_config=default_config,
         argv=argv,
     )
 

@@ -17,13 +17,21 @@ def job(settings: Settings) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    return start(argv, "train_maskrcnn", "../config/train_maskrcnn.yaml")
+
+
+def start(argv: list[str] | None, entry: str, default_config: str) -> int:
+    """Run the command under the name of the module `entry`; returns the exit status."""
     return command.run(
         job,
         kind="train",
         task="detection",
-        prog=command.program(__package__, "train_maskrcnn"),
-        purpose="Permute, quantize and fine-tune Mask R-CNN (or train it dense with --model.use_compression False).",
-        default_config="../config/train_maskrcnn.yaml",
+        prog=command.program(__package__, entry),
+        purpose=(
+            "Permute, quantize and fine-tune Mask R-CNN or another detection network (or train it dense with "
+            "--model.use_compression False)."
+        ),
+        default_config=default_config,
         argv=argv,
     )
 

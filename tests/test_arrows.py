@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 SRC = ROOT / "src"
 
 ENTRIES = (
-    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "compress", "convert", "inspect",
-    "paper_models",
+    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "train_classifier", "train_detector",
+    "evaluate_classifier", "evaluate_detector", "compress", "convert", "inspect", "paper_models",
     "__main__",
 )  # fmt: skip
 
@@ -70,6 +70,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn"),
 }
 ENTRY_MAY = ("common", "run.command", "recipes", "settings")
+OF_ENTRIES = {
+    "paper_models": "model_files.published",
+    "train_classifier": "train_resnet",
+    "evaluate_classifier": "evaluate_resnet",
+    "train_detector": "train_maskrcnn",
+    "evaluate_detector": "evaluate_maskrcnn",
+}
+"""What single entries may import besides: those with two names are one command."""
 
 
 def below(name: str, part: str) -> bool:
@@ -114,7 +122,7 @@ def imports(name: str, path: Path, root: Path, known: set[str]) -> set[str]:
 def allowed(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The part a module belongs to, and what that part may import; None: it has no place on the map."""
     if name in ENTRIES:
-        return name, (*ENTRY_MAY, "model_files.published") if name == "paper_models" else ENTRY_MAY
+        return name, (*ENTRY_MAY, OF_ENTRIES[name]) if name in OF_ENTRIES else ENTRY_MAY
     rows = [part for part in ALLOWED if below(name, part)]
     if rows:
         part = max(rows, key=len)
@@ -148,7 +156,7 @@ def test_every_import_follows_an_arrow_of_the_map() -> None:
 
 
 def test_registries_settings_and_commands_load_without_torch() -> None:
-    names = [*REGISTRIES, "settings", "run.command", "run.inputs", "engines.launch", "__main__", *ENTRIES[:4]]
+    names = [*REGISTRIES, "settings", "run.command", "run.inputs", "engines.launch", "__main__", *ENTRIES[:8]]
     code = (
         f"import importlib, sys; [importlib.import_module('src.' + name) for name in {names}]; sys.exit('torch' in "
         "sys.modules)"
@@ -185,6 +193,7 @@ WRONG = [
     ("architectures/resnet.py", "from src.run.command import run", "architectures.resnet -> run.command"),
     ("settings/load.py", "from .. import recipes", "settings.load -> recipes"),
     ("train_resnet.py", "from .model_files.pth import read_tensors", "train_resnet -> model_files.pth"),
+    ("train_detector.py", "from . import train_resnet", "train_detector -> train_resnet"),
     ("run/recorder.py", "from ..settings import Settings", "run.recorder -> settings"),
     ("common/errors.py", "from ..engines import launch", "common.errors -> engines.launch"),
     ("newroom.py", "", "newroom: has no place on the map; give it a row in this test"),

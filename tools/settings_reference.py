@@ -30,7 +30,7 @@ command does not read may stand in its file. Of the settings of a layer, the mor
 3. the general key. At last k is clamped to the largest power of two with four subvectors per centroid.
 
 The tables are made from the program itself (`make docs`). "Read by" says which commands read a key, where not all do: T
-training, E evaluation; C classification (`*_resnet`), D detection (`*_maskrcnn`).
+training, E evaluation; C classification (`*_classifier`, `*_resnet`), D detection (`*_detector`, `*_maskrcnn`).
 """
 
 

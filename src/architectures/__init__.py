@@ -34,20 +34,20 @@ def check(name: str, task: str | None) -> None:
     if name in ARCHITECTURES:
         if task in (None, ARCHITECTURES.fact(name, "task")):
             return
-    elif ":" in name or _is_known_to_torchvision(name):
+    elif ":" in name or name in _torchvisions():
         return
     known = sorted(ARCHITECTURES if task is None else ARCHITECTURES.names(task=task))
     others = "torchvision's models, timm:NAME, package.module:callable"
-    near = did_you_mean(name, known)
+    near = did_you_mean(name, [*known, *_torchvisions()])
     raise SettingsError(
         f"model.arch: {name!r} is not known{f' for {task}' if task else ''}; known: {', '.join(known)}, {others}{near}"
     )
 
 
-def _is_known_to_torchvision(name: str) -> bool:
+def _torchvisions() -> list[str]:
     from torchvision.models import list_models
 
-    return name in list_models()
+    return list_models()
 
 
 def get(name: str, task: str) -> Architecture:

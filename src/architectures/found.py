@@ -1,12 +1,13 @@
 """An architecture from nothing but what builds the network: its head is found by asking for other numbers of classes.
 
-A layer that is sized by the classes has more rows in a network for more of them. The last such layer is the head; rows
-are counted per class, as heads of detectors have several for each.
+A layer that is sized by the classes has more rows in a network for more of them. The head is the last such layer that
+has exactly one row per class, a linear one before others; where there is none, the last, whose rows are counted per
+class: heads of detectors have several for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -19,14 +20,22 @@ from .structure import without_weights
 Build = Callable[[int], nn.Module]
 
 
-def with_heads(architecture: Architecture) -> Architecture:
+def with_heads(
+    architecture: Architecture, old_names: Callable[[nn.Module], Mapping[str, str]] | None = None
+) -> Architecture:
     """`architecture` with the names of the layers that are sized by the classes.
+
+    Args:
+        architecture: of which they are not known yet.
+        old_names: network -> older names of its layers; None: it has none.
 
     Raises:
         SettingsError: the network cannot be built, or has no layer of which its outputs could come.
     """
     n = architecture.n_classes
     small, large = (built_without_weights(architecture, number) for number in (n, n + 1))
+    if old_names is not None:
+        architecture = replace(architecture, old_names=old_names(small))
     rows = {name: p.shape[0] for name, p in small.named_parameters() if p.dim() > 0}
     found: dict[str, tuple[int, int]] = {}
     for name, p in large.named_parameters():
@@ -34,11 +43,19 @@ def with_heads(architecture: Architecture) -> Architecture:
             found[name.rpartition(".")[0]] = (rows[name], p.shape[0] - rows[name])
     if not found:
         return _with_fixed_head(architecture, small)
-    *beside, head = found
+    head = _head_of(found, small, n)
     count, per_class = found[head]
+    beside = tuple(name for name in found if name != head)
     return replace(
-        architecture, head=head, heads_beside=tuple(beside), rows_per_class=per_class, more_rows=count - per_class * n
+        architecture, head=head, heads_beside=beside, rows_per_class=per_class, more_rows=count - per_class * n
     )
+
+
+def _head_of(found: Mapping[str, tuple[int, int]], model: nn.Module, n_classes: int) -> str:
+    """The layer that tells the classes apart, of those sized by them: name -> (rows, rows per class)."""
+    exact = [name for name, rows in found.items() if rows == (n_classes, 1)]
+    linear = [name for name in exact if isinstance(model.get_submodule(name), nn.Linear)]
+    return (linear or exact or list(found))[-1]
 
 
 def built_without_weights(architecture: Architecture, n_classes: int) -> nn.Module:
@@ -79,15 +96,15 @@ def _with_fixed_head(architecture: Architecture, model: nn.Module) -> Architectu
     return replace(architecture, head=head, n_classes=n_classes, sizes_by_classes=False)
 
 
-def frozen(build: Build) -> Build:
-    """The same network with frozen batch norms of eps 0, as torchvision's detectors are published."""
+def frozen(build: Build, eps: float | None = None) -> Build:
+    """The same network with frozen batch norms; `eps`: of all of them, None: that of the norms in their place."""
 
     def make(n_classes: int) -> nn.Module:
         model = build(n_classes)
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.BatchNorm2d):
-                    setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=0.0))
+                    setattr(module, name, FrozenBatchNorm2d(child.num_features, child.eps if eps is None else eps))
         return model
 
     return make

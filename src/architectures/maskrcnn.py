@@ -103,22 +103,6 @@ def head_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [*objectness, *offsets, classes, box_offsets, masks]
 
 
-def set_image_size(model: nn.Module, min_size: int, max_size: int) -> None:
-    """Have images scaled so that the short side has `min_size` pixels, or the long side `max_size` where that is
-    smaller."""
-    transform = cast(MaskRCNN, model).transform
-    transform.min_size, transform.max_size = (min_size,), max_size
-
-
-def set_box_numbers(model: nn.Module, boxes_per_image: int, proposals: int) -> None:
-    """Have a training step learn from `boxes_per_image` boxes of each image, out of at most `proposals` (in training
-    twice as many)."""
-    net = cast(MaskRCNN, model)
-    net.roi_heads.fg_bg_sampler.batch_size_per_image = boxes_per_image
-    most = {"training": 2 * proposals, "testing": proposals}
-    net.rpn._pre_nms_top_n, net.rpn._post_nms_top_n = dict(most), dict(most)
-
-
 MASKRCNN = Architecture(
     name="maskrcnn",
     task="detection",

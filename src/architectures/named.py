@@ -26,6 +26,11 @@ from .found import first_line, frozen, with_heads
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 _TASKS = {"detection": "detection", "segmentation": "segmentation"}
+_FROZEN_WITHOUT_EPS = (
+    "fasterrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn",
+)  # fmt: skip
+"""Networks whose published weights torchvision loads into frozen norms with an eps of 0. No file says which eps its
+norms had; other frozen norms of torchvision keep theirs."""
 _OTHER_PARTS = ("video", "optical_flow", "quantization")
 
 
@@ -102,11 +107,15 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         n_classes=len(best.meta["categories"]) if best is not None else 91 if task == "detection" else 1000,
         head="",
         groups=None,
-        build_frozen=frozen(build) if task == "detection" else None,
+        build_frozen=frozen(build, 0.0 if own_name in _FROZEN_WITHOUT_EPS else None) if task == "detection" else None,
         outputs=detector_outputs if task == "detection" else call_network,
         image_size=_side_of_torchvision(best),
     )
-    return with_heads(architecture)
+    if task != "detection":
+        return with_heads(architecture)
+    from .detectors import old_names
+
+    return with_heads(architecture, old_names)
 
 
 def _built_by_torchvision(builder: Callable[..., nn.Module], options: dict[str, Any], n_classes: int) -> nn.Module:

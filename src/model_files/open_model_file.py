@@ -226,6 +226,12 @@ def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
     n_classes = packed.info.num_classes
     if n_classes is None or n_classes > MOST_CLASSES:
         raise CheckpointError(f"{packed.source}: {n_classes} classes; expected a number up to {MOST_CLASSES:,}")
+    held = architecture.classes_of(packed.tensors)
+    if held is not None and n_classes > held:  # not every network can be built without memory for its weights
+        raise CheckpointError(
+            f"{packed.source} does not fit the network: it says that there are {n_classes:,} classes, and "
+            f"{architecture.head} has rows for {held:,}"
+        )
     # layers first: their shapes bound what the codes unpack to
     check_layers_of(without_weights(lambda: architecture.build(n_classes)), packed)
     return build_and_load(lambda: architecture.build(n_classes), lambda _: packed.plan, packed.state(), packed.source)

@@ -1,10 +1,10 @@
-"""The two jobs on Mask R-CNN: compress and fine-tune it, and evaluate it."""
+"""The two jobs on a detection network: compress and fine-tune it, and evaluate it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from ..architectures.architecture import Architecture, n_outputs
-from ..architectures.maskrcnn import set_box_numbers, set_image_size
-from ..common.log import log
+from ..architectures.detectors import finds_keypoints, finds_masks, image_sizes, set_box_numbers, set_image_size
+from ..architectures.structure import without_weights
+from ..common.errors import SettingsError
+from ..common.log import log, note
 from ..common.paths import write_text
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
@@ -23,6 +25,7 @@ from ..run.inputs import compressed_file, detections_file, weights_source
 from ..run.open_run import Evaluation, Run, open_evaluation
 from ..run.output_folder import EVALUATION_FILES, OutputFolder
 from ..settings import Settings
+from ..tasks.batch_norms import check_lone_values
 from ..tasks.coco.classes import (
     FILE_NAME,
     category_ids,
@@ -32,9 +35,9 @@ from ..tasks.coco.classes import (
     read_outputs,
     with_outputs,
 )
-from ..tasks.coco.data import CocoSplit
-from ..tasks.coco.metrics import read_results, write_results
-from ..tasks.detection import Scores, score
+from ..tasks.coco.data import CocoSplit, require_masks
+from ..tasks.coco.metrics import WORDS, read_results, write_results
+from ..tasks.detection import Detection, Scores, score
 from .coco_data import detection_task, read_splits, splits_fingerprint
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
@@ -43,16 +46,26 @@ from .train import Prepared, train
 EXAMPLE_SIDE = 64
 """Pixels of the images that permutations are tried on: the smallest of which the pyramid's levels all have something
 left."""
+LARGEST_TRIED = 64
+"""Pixels of images on which batch norms are tried. The maps of larger ones have more than one place, as networks make
+them 32 times smaller, but for those that bring all images to one size."""
 
 
 def train_detection(settings: Settings) -> int:
-    """Compress (unless `use_compression` is False) and fine-tune a Mask R-CNN; returns the exit status."""
+    """Compress (unless `use_compression` is False) and fine-tune a detection network; returns the exit status."""
     return train(settings, "detection", _prepare)
 
 
 def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepared:
     settings, engine = run.settings, run.engine
-    train_split, validation = read_splits(run, ("train", "val"))
+    shapes = without_weights(lambda: architecture.build(architecture.n_classes))
+    if finds_keypoints(shapes) and settings.epochs:
+        raise SettingsError(
+            f"model.arch: {architecture.name} learns from keypoints, which COCO's instances_*.json do not hold; it "
+            "cannot be trained here. It can be compressed with --epochs 0, and its boxes can be evaluated"
+        )
+    _tell_unused(_configure(shapes, settings))
+    train_split, validation = read_splits(run, ("train", "val"), shapes)
     n_objects = sum(map(len, train_split.annotations))
     log.info(
         "training: %s images with %s objects; left out: %s",
@@ -69,15 +82,33 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     outputs = _outputs(splits, n_classes, "none" if settings.model.new_head else weights)
     train_split, validation = (with_outputs(split, outputs, n_classes, NEW_HEAD_ADVICE) for split in splits)
     _configure(model, settings)
+    task = detection_task(run, model, train_split, validation)
+    joined = settings.sync_batch_norm and engine.world_size > 1  # its norms see the images of all processes
+    if settings.epochs and not joined:
+        _check_batch_norms(model, task, train_split)
     return Prepared(
         model=model,
-        task=detection_task(run, train_split, validation),
+        task=task,
         example=torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE),
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
         compressed=start.compressed,
         files={FILE_NAME: outputs_text(splits, outputs)},
     )
+
+
+def _check_batch_norms(model: nn.Module, task: Detection, split: CocoSplit) -> None:
+    """Raises SettingsError where a training step on one image leaves a batch norm with one value per channel: those of
+    SSDlite's smallest map, and all where images are tiny."""
+    sizes = image_sizes(model)
+    if sizes is None or task.smallest_batch > 1:
+        return
+    height, width = min((sizes.of(*split.size(image_id)) for image_id in split.image_ids), key=max)
+    if sizes.fixed is None and max(height, width) > LARGEST_TRIED:
+        return
+    image = torch.zeros(3, height, width)
+    advice = "Use a batch_size of at least 2 that leaves no single image over at the end of an epoch"
+    check_lone_values(model, lambda network: network([image]), advice)
 
 
 def _outputs(splits: Sequence[CocoSplit], n_classes: int, weights: str | Path) -> dict[int, int]:
@@ -91,9 +122,12 @@ def _outputs(splits: Sequence[CocoSplit], n_classes: int, weights: str | Path) -
 
 
 def evaluate_detection(settings: Settings) -> int:
-    """Evaluate a compressed (or dense) Mask R-CNN, or a file of detections; returns status 1 if `expected` is missed.
+    """Evaluate a compressed (or dense) detection network, or a file of detections.
 
     With an `output_path` the detections and the figures are kept there; with `visualize` pictures are drawn.
+
+    Returns:
+        The exit status: 1 if `expected` is missed.
     """
     with open_evaluation(settings, EVALUATION_FILES) as run:
         found = _detect(run) if settings.evaluation.detections is None else _read_detections(run)
@@ -124,29 +158,38 @@ def _report(run: Evaluation, found: Detected) -> int:
     if output is not None:
         _keep(output, found, scores)
     log.info("images: %s, detections: %s", f"{len(found.image_ids):,}", f"{len(found.rows):,}")
-    for line in (*scores.boxes.lines(), *scores.masks.lines()):
-        log.info("%s", line)
+    for figures in scores.figures():
+        for line in figures.lines():
+            log.info("%s", line)
     if output is not None:
         log.info("detections in %s; figures in %s", output.path / "detections.json", output.path / "results.json")
     metrics, expected = scores.metrics(), run.settings.expected
-    figures = {"box AP": metrics.get("BoxAP", 0.0), "mask AP": metrics.get("MaskAP", 0.0)}
-    return verdict(figures, {"box AP": expected.box_ap, "mask AP": expected.mask_ap}, expected.tolerance)
+    found_ap = {"box AP": metrics.get("BoxAP", 0.0), "mask AP": metrics.get("MaskAP", 0.0)}
+    return verdict(found_ap, {"box AP": expected.box_ap, "mask AP": expected.mask_ap}, expected.tolerance)
 
 
 def _read_detections(run: Evaluation) -> Detected:
     """The detections of the result file that the settings name."""
     path = detections_file(run.settings)
-    (split,) = read_splits(run, ("val",), check_images=False)
+    (split,) = read_splits(run, ("val",), None)
     rows = list(read_results(path, split.api))
     log.info("detections: %s", path)
+    if not rows or "segmentation" in rows[0]:  # all have masks or none
+        split = replace(split, masks=True)
+        require_masks(split)
+    else:
+        _refuse_expected_masks(run.settings, f"{path} holds boxes without masks")
     return Detected(split=split, rows=rows, image_ids=list(split.image_ids), about={"detections": str(path)})
 
 
 def _detect(run: Evaluation) -> Detected:
     """What the network that the settings name detects."""
-    data, engine = run.settings.dataloader, run.engine
+    engine = run.engine
     found = model_to_evaluate(run, "detection")
-    (validation,) = read_splits(run, ("val",))
+    if not finds_masks(found.model):
+        _refuse_expected_masks(run.settings, f"{found.architecture.name} finds boxes without masks")
+    _tell_unused(_configure(found.model, run.settings))
+    (validation,) = read_splits(run, ("val",), found.model)
     file = compressed_file(run.settings) if run.settings.model.use_compression else weights_source(run.settings)
     left = read_outputs(file) if isinstance(file, Path) else None
     outputs = outputs_of(validation.names, found.n_outputs) if left is None else left
@@ -155,7 +198,7 @@ def _detect(run: Evaluation) -> Detected:
     log.info("model: %s", found.source)
     size = model_size(found.model)
     log.info("size: %s", size.summary())
-    task = detection_task(run, None, validation)
+    task = detection_task(run, found.model, None, validation)
     model = _ready(found.model, run)
     rows, image_ids = task.detect(model, "evaluate")
     skipped = set(engine.gather(sorted(task.unreadable)))
@@ -165,15 +208,31 @@ def _detect(run: Evaluation) -> Detected:
         dense = None if pictures.dense is None else _ready(pictures.dense, run)
         n_drawn = pictures.draw(validation, model, dense, engine)
         log.info("%s pictures in %s", f"{n_drawn:,}", pictures.folder)
-    set_up = {"min_size": data.min_size, "max_size": data.max_size}
-    about = {"model": found.source, "bits": size.bits, "ratio": round(size.ratio, 4), **set_up}
+    sizes = image_sizes(model)
+    about = {"model": found.source, "bits": size.bits, "ratio": round(size.ratio, 4)}
+    if sizes is not None:
+        about |= {"min_size": sizes.min_size, "max_size": sizes.max_size}
     return Detected(split=validation, rows=rows, image_ids=image_ids, about=about)
 
 
-def _configure(model: nn.Module, settings: Settings) -> None:
-    """Set what belongs to the network but is not in its weights."""
-    set_image_size(model, settings.dataloader.min_size, settings.dataloader.max_size)
-    set_box_numbers(model, settings.model.boxes_per_image, settings.model.proposals)
+def _refuse_expected_masks(settings: Settings, why: str) -> None:
+    if settings.expected.mask_ap is not None:
+        raise SettingsError(
+            f"expected.mask_ap: {why}, so there is no mask AP to compare with {settings.expected.mask_ap:g}. Leave it "
+            "out: --expected.mask_ap null"
+        )
+
+
+def _configure(model: nn.Module, settings: Settings) -> list[str]:
+    """Set what belongs to the network but is not in its weights; returns the settings without effect on it."""
+    data, given = settings.dataloader, settings.model
+    unused = set_image_size(model, data.min_size, data.max_size)
+    return unused + set_box_numbers(model, given.boxes_per_image, given.proposals)
+
+
+def _tell_unused(keys: Sequence[str]) -> None:
+    if keys:
+        note(f"{', '.join(keys)}: no effect on this network, which has nothing to set there")
 
 
 def _ready(model: nn.Module, run: Evaluation) -> nn.Module:
@@ -186,9 +245,9 @@ def _keep(output: OutputFolder, found: Detected, scores: Scores) -> None:
     output.begin()
     write_results(output.path / "detections.json", found.rows)
     results = {**found.about, "images": len(found.image_ids), **scores.metrics()}
-    for name, figures in (("box AP per category", scores.boxes), ("mask AP per category", scores.masks)):
+    for figures in scores.figures():
         if figures.per_category:
-            results[name] = {
+            results[f"{WORDS[figures.kind]} AP per category"] = {
                 category: None if value != value else value for category, value in figures.per_category.items()
             }
     write_text(output.path / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -63,13 +63,19 @@ class DataSettings(Section):
     crop_padding: Annotated[Natural, TRAINING, IMAGES_IN_FOLDERS] = Field(
         0, description="Pixels of padding on every side before the random training crop."
     )
-    min_size: Annotated[Positive, COCO] = Field(
-        800, description="Detection: length in pixels to which the short side of an image is scaled."
+    min_size: Annotated[Positive | None, COCO] = Field(
+        None,
+        description=(
+            "Detection: length in pixels to which the short side of an image is scaled; null: the network's own "
+            "(Mask R-CNN: 800)."
+        ),
     )
-    max_size: Annotated[Positive, COCO] = Field(
-        1333,
-        validate_default=True,
-        description="Detection: most pixels of the long side; such an image becomes smaller than min_size.",
+    max_size: Annotated[Positive | None, COCO] = Field(
+        None,
+        description=(
+            "Detection: most pixels of the long side; such an image becomes smaller than min_size. null: the network's "
+            "own (Mask R-CNN: 1333)."
+        ),
     )
     group_by_aspect_ratio: Annotated[Flag, TRAINING, COCO] = Field(
         True, description="Detection: training batches of images of like aspect ratio, which need less padding."
@@ -105,9 +111,9 @@ class DataSettings(Section):
 
     @field_validator("max_size")
     @classmethod
-    def _not_below_the_short_side(cls, max_size: int, info: ValidationInfo) -> int:
+    def _not_below_the_short_side(cls, max_size: int | None, info: ValidationInfo) -> int | None:
         min_size = info.data.get("min_size")
-        if min_size is not None and max_size < min_size:
+        if min_size is not None and max_size is not None and max_size < min_size:
             raise ValueError(
                 f"at least dataloader.min_size ({min_size}): the long side cannot be shorter than the short one"
             )

@@ -144,12 +144,19 @@ class ModelSettings(Section):
     compression_parameters: CompressionSettings = Field(
         default_factory=CompressionSettings, description="How weights are compressed."
     )
-    boxes_per_image: Annotated[Positive, TRAINING, COCO] = Field(
-        512, description="Detection: proposed boxes of an image that a training step learns from, at most."
+    boxes_per_image: Annotated[Positive | None, TRAINING, COCO] = Field(
+        None,
+        description=(
+            "R-CNNs: proposed boxes of an image that a training step learns from, at most; null: the network's own "
+            "(Mask R-CNN: 512)."
+        ),
     )
-    proposals: Annotated[Positive, COCO, WITH_DATA] = Field(
-        1000,
-        description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.",
+    proposals: Annotated[Positive | None, COCO, WITH_DATA] = Field(
+        None,
+        description=(
+            "R-CNNs: boxes of an image that are proposed to the heads, at most; twice as many in training. null: the "
+            "network's own (Mask R-CNN: 1000)."
+        ),
     )
     use_permutations: Annotated[Flag, COMPRESSING] = Field(True, description="Permute channels before compressing.")
     search: Annotated[SearchName, COMPRESSING] = Field("best", description="Search for permutations.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,7 +11,6 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from ..common import progress
@@ -19,6 +18,7 @@ from ..common.errors import DataError, SettingsError
 from ..common.memory import named_when_out_of_memory
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
+from .batch_norms import check_lone_values
 from .images import KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 from .transforms import Transform, training_transform, validation_transform
@@ -77,29 +77,11 @@ def check_batch_norms(model: nn.Module, task: Classification, image_size: int) -
     """
     if task.smallest_batch > 1:
         return
-    lone: list[str] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if norm.track_running_stats and inputs[0].numel() == inputs[0].shape[1]:
-                lone.append(name)
-
-        return look
-
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(watch(name)) for name, norm in norms]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(torch.zeros(1, 3, image_size, image_size))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if lone:
-        raise SettingsError(
-            f"dataloader.batch_size: a process trains on single images, of which {len(lone)} batch norms (the first is "
-            f"{lone[0]}) would see one value per channel, which has no variance. Use a batch_size of at least 2 and at "
-            "least 2 training images per process, or a larger dataloader.image_size"
-        )
+    check_lone_values(
+        model,
+        lambda network: network(torch.zeros(1, 3, image_size, image_size)),
+        "Use a batch_size of at least 2 and at least 2 training images per process, or a larger dataloader.image_size",
+    )
 
 
 class Classification:

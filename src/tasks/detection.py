@@ -1,7 +1,8 @@
-"""Detection and segmentation: the losses of Mask R-CNN on images with boxes and masks, COCO's average precisions.
+"""Detection and segmentation: the losses of a detection network on images with boxes, and masks if it finds them;
+COCO's average precisions.
 
 The training loss is the sum of the losses that the network returns (paper section 4.2), each of which is logged by its
-name. The metric is box AP plus mask AP, in percent.
+name. The metric is box AP plus mask AP, in percent; box AP alone for networks that find no masks.
 """
 
 from __future__ import annotations
@@ -25,31 +26,42 @@ from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
 from .coco.data import KEY, CocoSplit, check_same_categories
 from .coco.loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
-from .coco.metrics import CocoFigures, Detections, coco_figures
+from .coco.metrics import CocoFigures, Detections, Kind, coco_figures
 from .images import some
 from .loading import EpochOrder, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 
-KINDS = {"Box": "bbox", "Mask": "segm"}
-"""How figures are called in metrics -> how COCO calls what is compared."""
+KINDS = ("Box", "Mask")
+"""How figures are called in metrics."""
+OF_TRAINING = "model.boxes_per_image"
+MEMORY_SETTINGS = ("dataloader.max_size", OF_TRAINING, "model.proposals")
+"""What makes an R-CNN need less memory, besides the batch size; the second in training only."""
+
+
+def metric_name(masks: bool) -> str:
+    """The metric that counts."""
+    return "BoxAP+MaskAP" if masks else "BoxAP"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """COCO's figures, in percent, of boxes and of masks."""
+    """COCO's figures, in percent, of boxes and of masks; None: masks were not looked for."""
 
     boxes: CocoFigures
-    masks: CocoFigures
+    masks: CocoFigures | None
 
     def metrics(self) -> dict[str, float]:
         """All figures that are defined, by name (`BoxAP`, `BoxAP50`, ..., `MaskARl`), and the metric that counts."""
-        both = {"Box": self.boxes, "Mask": self.masks}
         found = {
             f"{kind}{name}": value
-            for kind, figures in both.items()
+            for kind, figures in zip(KINDS, self.figures(), strict=False)
             for name, value in figures.stats.items()
             if math.isfinite(value)
         }
-        return {**found, Detection.metric_name: found.get("BoxAP", 0.0) + found.get("MaskAP", 0.0)}
+        return {**found, metric_name(self.masks is not None): found.get("BoxAP", 0.0) + found.get("MaskAP", 0.0)}
+
+    def figures(self) -> list[CocoFigures]:
+        """Those of boxes, and of masks where they were looked for."""
+        return [self.boxes] if self.masks is None else [self.boxes, self.masks]
 
 
 def score(
@@ -59,12 +71,12 @@ def score(
     backend: str = "pycocotools",
     per_category: bool = False,
 ) -> Scores:
-    """COCO's figures of the detections `rows` in the images `image_ids` of `split`."""
-    boxes, masks = (
-        coco_figures(split.api, rows, kind, image_ids, backend=backend, per_category=per_category)  # type: ignore[arg-type]
-        for kind in KINDS.values()
-    )
-    return Scores(boxes, masks)
+    """COCO's figures of the detections `rows` in the images `image_ids` of `split`; of masks if the split has them."""
+
+    def figures(kind: Kind) -> CocoFigures:
+        return coco_figures(split.api, rows, kind, image_ids, backend=backend, per_category=per_category)
+
+    return Scores(figures("bbox"), figures("segm") if split.masks else None)
 
 
 class Detection:
@@ -73,17 +85,18 @@ class Detection:
     Args:
         engine: the processes that share the work.
         train: training images; None where the task is only used to validate.
-        validation: validation images.
+        validation: validation images; whether masks count is what they say (`masks`).
         loading: how images are loaded.
         group_by_aspect_ratio: make training batches of images of like shape.
         horizontal_flip: mirror half of the training images, with their boxes and masks.
         backend: what computes COCO's figures.
+        memory_settings: those that make this network need less memory, besides the batch size.
 
     Attributes:
+        metric_name: the metric that counts.
         unreadable: reason by path of the files that turned out to be unreadable while loading.
+        smallest_batch: images in the smallest training batch; 0 without training images.
     """
-
-    metric_name = "BoxAP+MaskAP"
 
     def __init__(
         self,
@@ -95,7 +108,10 @@ class Detection:
         group_by_aspect_ratio: bool = True,
         horizontal_flip: bool = True,
         backend: str = "pycocotools",
+        memory_settings: Sequence[str] = MEMORY_SETTINGS,
     ) -> None:
+        self.metric_name = metric_name(validation.masks)
+        self._memory_settings = memory_settings
         self.engine, self.seed, self.show_progress = engine, loading.seed, loading.show_progress
         self.validation, self.backend = validation, backend
         self.amp_type = amp_type(loading.amp)
@@ -108,7 +124,7 @@ class Detection:
         self._validation_loader = make_loader(dataset, self._validation_order, loading.batch_size, *how)
         self._train_paths: dict[int, str] = {}
         self._train_loader: DataLoader | None = None
-        self.steps_per_epoch = self.position = 0
+        self.steps_per_epoch = self.position = self.smallest_batch = 0
         self._epoch = 0
         if train is not None:
             check_same_categories(train, validation)
@@ -127,6 +143,7 @@ class Detection:
                 CocoDataset(train, loading.seed, horizontal_flip), self._train_batches, None, *how
             )
             self.steps_per_epoch = len(self._train_batches)
+            self.smallest_batch = per_process % loading.batch_size or loading.batch_size
 
     def training_batches(self, epoch: int, start: int = 0) -> Iterator[DetectionBatch]:
         """The batches of epoch `epoch` after the first `start`, still on the CPU; less those without a readable image.
@@ -179,8 +196,9 @@ class Detection:
             for image_id, image, target in zip(batch.image_ids, batch.images, batch.targets, strict=True)
         )
         return (
-            f"on a batch of {len(batch):,} images, {images}. Use a smaller dataloader.batch_size, dataloader.max_size, "
-            "model.boxes_per_image or model.proposals, or cut images with very many objects into parts."
+            f"on a batch of {len(batch):,} images, {images}. Use a smaller "
+            f"{_one_of(['dataloader.batch_size', *self._memory_settings])}, or cut images with very many objects into "
+            "parts."
         )
 
     def validate(self, model: nn.Module, label: str) -> dict[str, float]:
@@ -223,13 +241,16 @@ class Detection:
 
     def _image_in_words(self, image_id: int) -> str:
         width, height = self.validation.size(image_id)
-        return (
-            f"on the validation image {self.validation.path(image_id)} ({width}x{height} pixels). Use a smaller "
-            "dataloader.max_size or model.proposals."
-        )
+        settings = [key for key in self._memory_settings if key != OF_TRAINING]
+        advice = f" Use a smaller {_one_of(settings)}." if settings else ""
+        return f"on the validation image {self.validation.path(image_id)} ({width}x{height} pixels).{advice}"
 
     def _images(self, batch: DetectionBatch) -> list[Tensor]:
         return [image.to(self.engine.device, non_blocking=True) for image in batch.images]
 
     def _to_device(self, target: Mapping[str, Any]) -> dict[str, Tensor]:
         return {name: value.to(self.engine.device, non_blocking=True) for name, value in target.items()}
+
+
+def _one_of(keys: Sequence[str]) -> str:
+    return f"{', '.join(keys[:-1])} or {keys[-1]}" if len(keys) > 1 else "".join(keys)

@@ -12,7 +12,8 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d
 
 from src.architectures import ARCHITECTURES
-from src.architectures.maskrcnn import FC6, OLD_NAMES, RESHAPES, head_outputs, set_image_size
+from src.architectures.detectors import set_image_size
+from src.architectures.maskrcnn import FC6, OLD_NAMES, RESHAPES, head_outputs
 from src.common.errors import CheckpointError, GroupError
 from src.common.randomness import stream
 from src.compression.permute.groups import Group, check_function

@@ -10,7 +10,8 @@ import torch
 from torchvision.models import resnet18, resnet50
 
 from src import architectures
-from src.architectures.maskrcnn import build, set_box_numbers
+from src.architectures.detectors import set_box_numbers
+from src.architectures.maskrcnn import build
 from src.common.errors import CheckpointError
 from src.model_files.pth import save_dense
 from src.recipes.initial_model import dense_model

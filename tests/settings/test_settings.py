@@ -562,8 +562,8 @@ def test_the_published_settings_of_mask_rcnn() -> None:
         settings.model.compression_parameters == load("../config/evaluate_maskrcnn.yaml").model.compression_parameters
     )
     assert (settings.dataloader.min_size, settings.dataloader.max_size, settings.dataloader.group_by_aspect_ratio) == (
-        800,
-        1333,
+        None,
+        None,
         True,
     )
 

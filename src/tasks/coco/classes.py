@@ -3,6 +3,9 @@
 Output 0 is the background. Where the head has room for it, as the published network's for COCO (ids up to 90, 91
 outputs), an id is the number of its output. Ids of a database, or from 0, are no such numbers: then the outputs are the
 categories in the order of their ids, from 1 on. A training run writes which it is beside its models.
+
+RetinaNet and FCOS know no background; torchvision numbers their outputs like those of all others, so that output 0 is
+there and stands for nothing. No object ever has it, and training teaches it to be silent: one rule holds for all.
 """
 
 from __future__ import annotations

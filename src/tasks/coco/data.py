@@ -62,6 +62,7 @@ class CocoSplit:
         annotations: per image (as `image_ids`) the objects to train on; the evaluation asks `api` instead.
         dropped: what a training split leaves out; of any split the broken masks.
         outputs: category id -> output of the network's head, see `classes`; None: not known yet.
+        masks: whether objects are to be found with their masks; False: boxes are all that is learnt and scored.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class CocoSplit:
     annotations: tuple[tuple[Mapping[str, Any], ...], ...]
     dropped: Dropped = Dropped()
     outputs: Mapping[int, int] | None = None
+    masks: bool = True
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -113,11 +115,12 @@ class CocoSplit:
         )
 
 
-def read_coco(root: str | Path, split: str) -> CocoSplit:
+def read_coco(root: str | Path, split: str, masks: bool = True) -> CocoSplit:
     """The `train` or `val` split of the COCO folder `root`.
 
-    For training, crowds, degenerate boxes and objects without a mask are left out, and images of which nothing remains;
-    for validation every image stays. Objects whose mask encloses nothing are left out of both, with a warning.
+    For training, crowds, degenerate boxes and, where `masks` are to be found, objects without a mask are left out, and
+    images of which nothing remains; for validation every image stays. Objects whose mask encloses nothing are left out
+    of both, with a warning.
 
     Raises:
         DataError: the folder or the file is missing, the file is not JSON, not COCO's, or contradicts itself; nothing
@@ -132,11 +135,11 @@ def read_coco(root: str | Path, split: str) -> CocoSplit:
     find_files(contents["images"], folder)
     api = make_api(contents)
     if split == "train":
-        return _to_train(folder, source, api, broken)
+        return _to_train(folder, source, api, broken, masks)
     if not any(not annotation["iscrowd"] for annotation in api.anns.values()):
         raise DataError(f"{KEY}: {source} holds no object, so there is nothing to measure detections against")
     image_ids = tuple(api.imgs)
-    return CocoSplit(folder, source, api, image_ids, ((),) * len(image_ids), Dropped(broken_masks=broken))
+    return CocoSplit(folder, source, api, image_ids, ((),) * len(image_ids), Dropped(broken_masks=broken), masks=masks)
 
 
 def read_annotation_file(source: Path) -> tuple[dict[str, Any], int]:
@@ -194,19 +197,31 @@ def has_mask(annotation: Mapping[str, Any]) -> bool:
     return bool(annotation.get("segmentation"))
 
 
+def require_masks(split: CocoSplit) -> None:
+    """Raises DataError where objects have no mask to measure masks against: COCO's figures need one of each."""
+    without = [annotation for annotation in split.api.dataset["annotations"] if not has_mask(annotation)]
+    if without:
+        listing = some(f"id {annotation['id']}" for annotation in without)
+        raise DataError(
+            f"{KEY}: {len(without):,} objects in {split.source} have no mask (segmentation): {listing}. Masks that are "
+            "found cannot be measured without. Add them, leave these objects out, or use a network that finds boxes "
+            "alone"
+        )
+
+
 def box_in_image(annotation: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
     """The annotation's box (left, top, right, bottom) in pixels, cut to the image."""
     x, y, w, h = (float(value) for value in annotation["bbox"])
     return max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
 
 
-def _to_train(folder: Path, source: Path, api: COCO, broken: int) -> CocoSplit:
+def _to_train(folder: Path, source: Path, api: COCO, broken: int, masks: bool) -> CocoSplit:
     counts = {"crowds": 0, "degenerate_boxes": 0, "without_mask": 0, "images_without_annotations": 0}
     image_ids, kept = [], []
     for image_id, image in api.imgs.items():
         usable = []
         for annotation in api.imgToAnns.get(image_id, []):
-            reason = _unusable(annotation, image["width"], image["height"])
+            reason = _unusable(annotation, image["width"], image["height"], masks)
             if reason:
                 counts[reason] += 1
             else:
@@ -219,17 +234,17 @@ def _to_train(folder: Path, source: Path, api: COCO, broken: int) -> CocoSplit:
     dropped = Dropped(**counts, broken_masks=broken)
     if not image_ids:
         raise DataError(f"{KEY}: {source} leaves nothing to train on; left out were {dropped}")
-    return CocoSplit(folder, source, api, tuple(image_ids), tuple(kept), dropped)
+    return CocoSplit(folder, source, api, tuple(image_ids), tuple(kept), dropped, masks=masks)
 
 
-def _unusable(annotation: Mapping[str, Any], width: int, height: int) -> str | None:
+def _unusable(annotation: Mapping[str, Any], width: int, height: int, masks: bool) -> str | None:
     """Why training leaves an object out; None: it does not."""
     if annotation["iscrowd"]:
         return "crowds"
     left, top, right, bottom = box_in_image(annotation, width, height)
     if right - left < THINNEST or bottom - top < THINNEST:
         return "degenerate_boxes"
-    return None if has_mask(annotation) else "without_mask"
+    return None if has_mask(annotation) or not masks else "without_mask"
 
 
 def check_same_categories(train: CocoSplit, validation: CocoSplit) -> None:

@@ -1,8 +1,8 @@
 """From COCO's images and annotations to batches in the form that torchvision's detection networks take.
 
 A target holds boxes (N, 4) float32 (left, top, right, bottom in pixels), labels (N,) int64 (outputs of the
-head), masks (N, H, W) uint8, image_id (1,) int64. What an item looks like depends on (seed, epoch, number of the image)
-alone.
+head), image_id (1,) int64 and, for networks that find masks, masks (N, H, W) uint8. What an item looks like depends on
+(seed, epoch, number of the image) alone.
 """
 
 from __future__ import annotations
@@ -35,23 +35,26 @@ def target_of(split: CocoSplit, number: int) -> Target:
     width, height = split.size(image_id)
     objects = split.annotations[number]
     boxes = [box_in_image(annotation, width, height) for annotation in objects]
-    masks = np.zeros((len(objects), height, width), dtype=np.uint8)
-    for mask, annotation in zip(masks, objects, strict=True):  # one by one: there may be thousands
-        mask[:] = split.api.annToMask(annotation)
-    return {
+    target = {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor([split.label(annotation["category_id"]) for annotation in objects], dtype=torch.int64),
-        "masks": torch.from_numpy(masks),
         "image_id": torch.tensor([image_id]),
     }
+    if split.masks:
+        masks = np.zeros((len(objects), height, width), dtype=np.uint8)
+        for mask, annotation in zip(masks, objects, strict=True):  # one by one: there may be thousands
+            mask[:] = split.api.annToMask(annotation)
+        target["masks"] = torch.from_numpy(masks)
+    return target
 
 
 def flipped(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Image (3, H, W), boxes and masks mirrored left to right."""
+    """Image (3, H, W), boxes and masks, where there are any, mirrored left to right."""
     width = image.shape[-1]
     boxes = target["boxes"]
     mirrored = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
-    return image.flip(-1), {**target, "boxes": mirrored, "masks": target["masks"].flip(-1)}
+    masks = {"masks": target["masks"].flip(-1)} if "masks" in target else {}
+    return image.flip(-1), {**target, "boxes": mirrored, **masks}
 
 
 @dataclass(frozen=True)

@@ -45,24 +45,27 @@ class Detections:
         Args:
             outputs: category id -> output of the network's head; None: the ids are the outputs.
         """
-        self._categories = {output: number for number, output in (outputs or {}).items()}
+        self._categories = None if outputs is None else {output: number for number, output in outputs.items()}
         self._text = bytearray()
         self._places: dict[int, list[tuple[int, int]]] = {}  # of an image's rows in it, each place a JSON list
 
     def add(self, image_id: int, output: Mapping[str, Tensor]) -> None:
-        """Keep the detections in one image.
+        """Keep the detections in one image, less those of outputs that stand for no category.
+
+        Such outputs are those of a head with room to spare, and output 0 of SSD's relatives without a background.
 
         Args:
             image_id: COCO's id of the image.
             output: as torchvision's networks give it: `boxes` (N, 4) left, top, right, bottom in pixels, `scores` (N,),
                 `labels` (N,) outputs of the head and, from those that find masks, `masks` (N, 1, H, W) probabilities.
         """
+        output = self._known(output)
         boxes = output["boxes"].detach().cpu().double()
         sizes = boxes[:, 2:] - boxes[:, :2]
         rows: list[Row] = [
             {
                 "image_id": image_id,
-                "category_id": self._categories.get(label, label),
+                "category_id": label if self._categories is None else self._categories[label],
                 "bbox": [*corner, *size],
                 "score": score,
             }
@@ -76,6 +79,15 @@ class Detections:
             for row, counts in zip(rows, encode_masks(masks), strict=True):
                 row["segmentation"] = {"size": size, "counts": counts}
         self.merge(rows)
+
+    def _known(self, output: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The detections of which the category is known."""
+        if self._categories is None:
+            return output
+        known = [place for place, label in enumerate(output["labels"].tolist()) if label in self._categories]
+        if len(known) == len(output["labels"]):
+            return output
+        return {name: output[name][known] for name in ("boxes", "labels", "scores", "masks") if name in output}
 
     def rows(self) -> list[Row]:
         """All detections, image by image in the order of the ids."""
