@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import convert, evaluate_detector, evaluate_maskrcnn, inspect, train_classifier, train_detector
+import src.inspect as inspect_command
+from src import convert, evaluate_detector, evaluate_maskrcnn, train_classifier, train_detector
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import load_packed
 from tests.support.coco import small_coco
@@ -119,7 +120,7 @@ def test_files_name_their_network_and_are_converted_to_each_other(
     for source, target, flags in ((published, "b.safetensors", []), (packed, "dense.pth", ["--dense"])):
         assert convert.main([str(source), str(tmp_path / target), "--arch", name, *flags]) == 0
     capsys.readouterr()
-    assert inspect.main([str(tmp_path / "b.safetensors"), "--arch", name]) == 0
+    assert inspect_command.main([str(tmp_path / "b.safetensors"), "--arch", name]) == 0
     said = capsys.readouterr().out
     assert f"packed, {arch}" in said
     assert "head.classification_head" in said
