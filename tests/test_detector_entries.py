@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import src.inspect as inspect_command
-from src import convert, evaluate_detector, evaluate_maskrcnn, train_classifier, train_detector
+from src import evaluate_detector, evaluate_maskrcnn, train_classifier, train_detector
+from src.convert import main as convert
+from src.inspect import main as inspect
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import load_packed
 from tests.support.coco import small_coco
@@ -118,9 +119,9 @@ def test_files_name_their_network_and_are_converted_to_each_other(
     packed, published = folder / "1.safetensors", folder / "1.pth"
     assert (load_packed(packed).info.arch, load_packed(packed).info.num_classes) == (arch, 5)
     for source, target, flags in ((published, "b.safetensors", []), (packed, "dense.pth", ["--dense"])):
-        assert convert.main([str(source), str(tmp_path / target), "--arch", name, *flags]) == 0
+        assert convert([str(source), str(tmp_path / target), "--arch", name, *flags]) == 0
     capsys.readouterr()
-    assert inspect_command.main([str(tmp_path / "b.safetensors"), "--arch", name]) == 0
+    assert inspect([str(tmp_path / "b.safetensors"), "--arch", name]) == 0
     said = capsys.readouterr().out
     assert f"packed, {arch}" in said
     assert "head.classification_head" in said

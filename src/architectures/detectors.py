@@ -9,7 +9,7 @@ and SSDlite bring every image to one size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 
 from ..common.errors import SettingsError
+from .architecture import Architecture
+from .detector_outputs import detector_outputs
 
 MIN_SIZE, MAX_SIZE = "dataloader.min_size", "dataloader.max_size"
 BOXES, PROPOSALS = "model.boxes_per_image", "model.proposals"
@@ -46,6 +48,19 @@ class ImageSizes:
             return self.fixed
         scale = min(self.min_size / min(width, height), self.max_size / max(width, height))
         return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+def as_detector(architecture: Architecture, network: nn.Module) -> Architecture:
+    """`architecture` with what is known of it as one of a detector of torchvision's form.
+
+    Args:
+        architecture: found by a name.
+        network: what it builds; its weights do not matter.
+    """
+    sizes = image_sizes(network)
+    side = max(sizes.fixed) if sizes is not None and sizes.fixed else architecture.image_size
+    names = old_names(network)
+    return replace(architecture, task="detection", outputs=detector_outputs, old_names=names, image_size=side)
 
 
 def image_sizes(model: nn.Module) -> ImageSizes | None:

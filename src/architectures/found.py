@@ -15,27 +15,24 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..common.errors import SettingsError
 from .architecture import Architecture
+from .detector_outputs import is_detector
+from .detectors import as_detector
 from .structure import without_weights
 
 Build = Callable[[int], nn.Module]
 
 
-def with_heads(
-    architecture: Architecture, old_names: Callable[[nn.Module], Mapping[str, str]] | None = None
-) -> Architecture:
-    """`architecture` with the names of the layers that are sized by the classes.
-
-    Args:
-        architecture: of which they are not known yet.
-        old_names: network -> older names of its layers; None: it has none.
+def with_heads(architecture: Architecture) -> Architecture:
+    """`architecture` with the names of the layers that are sized by the classes; a detector with what else such a one
+    has.
 
     Raises:
         SettingsError: the network cannot be built, or has no layer of which its outputs could come.
     """
     n = architecture.n_classes
     small, large = (built_without_weights(architecture, number) for number in (n, n + 1))
-    if old_names is not None:
-        architecture = replace(architecture, old_names=old_names(small))
+    if is_detector(small):
+        architecture = as_detector(architecture, small)
     rows = {name: p.shape[0] for name, p in small.named_parameters() if p.dim() > 0}
     found: dict[str, tuple[int, int]] = {}
     for name, p in large.named_parameters():

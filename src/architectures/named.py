@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from ..common.errors import SettingsError
 from ..common.registry import did_you_mean
-from ..compression.permute.groups import call_network
 from . import ARCHITECTURES
 from .architecture import Architecture
-from .detector_outputs import detector_outputs
 from .found import first_line, frozen, with_heads
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
@@ -108,14 +106,9 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         head="",
         groups=None,
         build_frozen=frozen(build, 0.0 if own_name in _FROZEN_WITHOUT_EPS else None) if task == "detection" else None,
-        outputs=detector_outputs if task == "detection" else call_network,
         image_size=_side_of_torchvision(best),
     )
-    if task != "detection":
-        return with_heads(architecture)
-    from .detectors import old_names
-
-    return with_heads(architecture, old_names)
+    return with_heads(architecture)
 
 
 def _built_by_torchvision(builder: Callable[..., nn.Module], options: dict[str, Any], n_classes: int) -> nn.Module:

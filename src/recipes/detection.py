@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architectures.architecture import Architecture, n_outputs
 from ..architectures.detectors import finds_keypoints, finds_masks, image_sizes, set_box_numbers, set_image_size
@@ -44,7 +44,7 @@ from .pictures import Pictures
 from .train import Prepared, train
 
 EXAMPLE_SIDE = 64
-"""Pixels of the images that permutations are tried on: the smallest of which the pyramid's levels all have something
+"""Pixels of the images that permutations are tried on: the smallest of which a pyramid's levels all have something
 left."""
 LARGEST_TRIED = 64
 """Pixels of images on which batch norms are tried. The maps of larger ones have more than one place, as networks make
@@ -89,12 +89,19 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     return Prepared(
         model=model,
         task=task,
-        example=torch.randn(1, 3, EXAMPLE_SIDE, EXAMPLE_SIDE),
+        example=_example(model),
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
         compressed=start.compressed,
         files={FILE_NAME: outputs_text(splits, outputs)},
     )
+
+
+def _example(model: nn.Module) -> Tensor:
+    """Images (B, 3, H, W) to try permutations on, of the one size that the network takes, if it does."""
+    sizes = image_sizes(model)
+    height, width = (sizes.fixed if sizes is not None else None) or (EXAMPLE_SIDE, EXAMPLE_SIDE)
+    return torch.randn(1, 3, height, width)
 
 
 def _check_batch_norms(model: nn.Module, task: Detection, split: CocoSplit) -> None:
