@@ -127,7 +127,7 @@ def test_outputs_that_cannot_be_compared_are_an_error_that_says_so() -> None:
 def test_a_network_that_asks_for_less_than_float64_is_tried_in_float64(kind: torch.dtype) -> None:
     model = Net(lambda m, x: m.b(m.a(x).to(kind).relu().float()), a=nn.Linear(8, 6), b=nn.Linear(6, 3))
     found = find_groups(model, run)
-    assert Trial(model, run, 0).tolerance == 1e-11
+    assert Trial(model, run, 0).tolerance < 1e-11
     assert len(check_groups(model, found.groups, run)[0]) == 1
 
 
