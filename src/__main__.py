@@ -13,6 +13,7 @@ COMMANDS = {
     "train-maskrcnn": "compress and fine-tune a Mask R-CNN",
     "evaluate-resnet": "size and accuracy of a ResNet",
     "evaluate-maskrcnn": "size, box AP and mask AP of a Mask R-CNN",
+    "compress": "compress any network, without training or data",
     "convert": "turn a model file into another form",
     "inspect": "show what a model file holds",
 }

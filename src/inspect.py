@@ -19,7 +19,10 @@ if __name__ == "inspect":
 else:
     import argparse
 
+    from .common.callable_module import make_callable
     from .run import command
+
+    make_callable(__name__)
 
 
 PURPOSE = """Show what a model file (.pth or .safetensors: published, packed or dense) holds: a table of its layers with

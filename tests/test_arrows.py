@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 SRC = ROOT / "src"
 
 ENTRIES = (
-    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "convert", "inspect", "paper_models",
+    "train_resnet", "train_maskrcnn", "evaluate_resnet", "evaluate_maskrcnn", "compress", "convert", "inspect",
+    "paper_models",
     "__main__",
 )  # fmt: skip
 
@@ -33,9 +34,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "engines.machine": ("engines.launch",),
     "compression.quantize": ("common", "engines.machine"),
     "compression.quantize.subvectors": ("common",),
-    "compression.permute": ("common", "engines.machine", "compression.quantize.subvectors"),
+    "compression.permute": (
+        "common",
+        "engines.machine",
+        "compression.quantize.subvectors",
+        "compression.quantize.weights",
+    ),
     "compression.finetune": ("common", "engines.engine"),
-    "architectures": ("common", "compression.permute.groups"),
+    "architectures": ("common", "compression.permute.groups", "compression.permute.channels"),
     "model_files": ("common", "compression.quantize", "compression.permute", "architectures"),
     "model_files.pickle_safety": ("common",),
     "model_files.safetensors_file": ("common",),
@@ -60,6 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs"),
     "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
     "recipes": ("common", "engines", "settings", "compression", "architectures", "model_files", "tasks", "run"),
+    "api": ("common", "settings", "compression", "architectures", "model_files", "run.compression_specs"),
     "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn"),
 }
 ENTRY_MAY = ("common", "run.command", "recipes", "settings")
@@ -112,8 +119,8 @@ def allowed(name: str) -> tuple[str, tuple[str, ...]] | None:
     if rows:
         part = max(rows, key=len)
         return part, ALLOWED[part]
-    if name in {"", "compression"}:  # the root's and the science's __init__
-        return f"{name}.__init__", ()
+    if name in {"", "compression"}:  # the root's and the science's __init__; the root's shows the Python interface
+        return f"{name}.__init__", () if name else ("api",)
     return None
 
 

@@ -25,19 +25,34 @@ ARCHITECTURES: Registry[Architecture] = Registry(
 )
 
 
-def check(name: str, task: str) -> None:
-    """Check that there is an architecture called `name` for `task` ("classification" or "detection").
+def check(name: str, task: str | None) -> None:
+    """Check as far as possible without loading anything that `name` is an architecture for `task` (None: any).
 
     Raises:
         SettingsError: unknown, or for another task; lists what exists.
     """
-    if ARCHITECTURES.fact(name, "task") != task:
-        known = sorted(ARCHITECTURES.names(task=task))
-        listing = ", ".join(known) + did_you_mean(name, known)
-        raise SettingsError(f"model.arch: {name!r} is not known for {task}; known: {listing}")
+    if name in ARCHITECTURES:
+        if task in (None, ARCHITECTURES.fact(name, "task")):
+            return
+    elif ":" in name or _is_known_to_torchvision(name):
+        return
+    known = sorted(ARCHITECTURES if task is None else ARCHITECTURES.names(task=task))
+    others = "torchvision's models, timm:NAME, package.module:callable"
+    near = did_you_mean(name, known)
+    raise SettingsError(
+        f"model.arch: {name!r} is not known{f' for {task}' if task else ''}; known: {', '.join(known)}, {others}{near}"
+    )
+
+
+def _is_known_to_torchvision(name: str) -> bool:
+    from torchvision.models import list_models
+
+    return name in list_models()
 
 
 def get(name: str, task: str) -> Architecture:
-    """The architecture called `name`, for `task`. Raises SettingsError as `check`."""
+    """The architecture called `name`, for `task`. Raises SettingsError as `check`, or it cannot be built."""
+    from .named import find
+
     check(name, task)
-    return ARCHITECTURES[name]
+    return find(name, task)

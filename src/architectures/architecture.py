@@ -3,7 +3,7 @@ permutation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import SettingsError
+from ..compression.permute.channels import ChannelGroup
 from ..compression.permute.groups import Group, Outputs, call_network
 
 
@@ -28,13 +29,18 @@ class Architecture:
         n_classes: classes of the published weights.
         head: name of the layer whose rows are the classes.
         heads_beside: further layers whose rows are counted in classes.
-        groups: network -> its permutation groups (spec: `model.permutations` left out).
+        groups: network -> its permutation groups (spec: `model.permutations` left out); None: they are found by
+            following channels.
         licence: of the published weights, where it restricts their use.
         build_frozen: the same network with frozen batch norms, for state dicts that come from such a one.
         outputs: network, images (B, 3, H, W) -> everything that a permutation must leave as it is.
         reshapes: `permutation_specs.<layer>.reshape` of layers that read a flattened map.
         old_names: layers' names in earlier versions of torchvision -> their names now.
         backbone: name of the module that is a ResNet without its classifier, if there is one.
+        image_size: side of the images that it is made for.
+        rows_per_class, more_rows: the head has rows_per_class * classes + more_rows rows.
+        sizes_by_classes: whether it can be built for any number of classes.
+        download: whether to show progress -> the published weights, where they do not come from `weights_url`.
     """
 
     name: str
@@ -43,7 +49,7 @@ class Architecture:
     weights_url: str
     n_classes: int
     head: str
-    groups: Callable[[nn.Module], list[Group]]
+    groups: Callable[[nn.Module], Sequence[Group | ChannelGroup]] | None
     heads_beside: tuple[str, ...] = ()
     licence: str = ""
     build_frozen: Callable[[int], nn.Module] | None = None
@@ -51,6 +57,11 @@ class Architecture:
     reshapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     old_names: Mapping[str, str] = field(default_factory=dict)
     backbone: str = ""
+    image_size: int = 224
+    rows_per_class: int = 1
+    more_rows: int = 0
+    sizes_by_classes: bool = True
+    download: Callable[[bool], dict[str, Tensor]] | None = None
 
     def published_weights(self, progress: bool = True) -> dict[str, Tensor]:
         """Download (once; kept in torch's cache folder) the published dense weights and verify their checksum.
@@ -58,6 +69,13 @@ class Architecture:
         Raises:
             SettingsError: no network, or a checksum that does not match; says where the file can be put by hand.
         """
+        if self.download is not None:
+            return self.download(progress)
+        if not self.weights_url:
+            raise SettingsError(
+                f"model.weights: pretrained: there are no published weights of {self.name}. Name a state dict of your "
+                "own with --model.weights PATH, or start from random weights with --model.weights none."
+            )
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         advice = (
             f"Put the file into {folder} by hand, or name a state dict of your own with --model.weights PATH, "
@@ -84,8 +102,13 @@ class Architecture:
         for entry in ("bias", "weight", "codes_matrix"):
             tensor = state.get(f"{self.head}.{entry}")
             if tensor is not None and tensor.dim() > 0:
-                return int(tensor.shape[0])
+                return self._classes(int(tensor.shape[0]))
         return None
+
+    def _classes(self, rows: int) -> int | None:
+        """Classes of a head with so many rows; None: it is none of this architecture's."""
+        classes, left = divmod(rows - self.more_rows, self.rows_per_class)
+        return classes if classes > 0 and not left else None
 
     def belongs_to_a_head(self, name: str) -> bool:
         """Whether the tensor `name` has rows for classes, so that it is of no use to other classes."""
@@ -123,4 +146,5 @@ class Architecture:
 def n_outputs(architecture: Architecture, model: nn.Module) -> int:
     """Number of classes that `model` tells apart."""
     head: Any = model.get_submodule(architecture.head)
-    return int(head.out_features)
+    rows = next(int(getattr(head, name)) for name in ("out_features", "out_channels") if hasattr(head, name))
+    return architecture._classes(rows) or rows

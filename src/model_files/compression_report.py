@@ -1,5 +1,5 @@
-"""The compression report of a run, `compression.json`: distortion per layer, and the permutations as they were
-applied."""
+"""The compression report of a run, `compression.json`: distortion per layer, what stays dense and why, and the
+permutations as they were applied."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..compression.permute.groups import Group
+from ..compression.permute.binding import AnyGroup
+from ..compression.permute.channels import ChannelGroup
 from ..compression.permute.permute import GroupResult
 from ..compression.quantize.compress import LayerResult
+from ..compression.quantize.plan import DenseWeight
 from .metadata import AppliedPermutation
+from .stored_places import read_rows, stored
 
 FILE_NAME = "compression.json"
 
 
 def report_text(
     layers: Sequence[LayerResult],
-    groups: Sequence[Group],
+    groups: Sequence[AnyGroup],
     permuted: Sequence[GroupResult],
     reshapes: Mapping[str, Sequence[int]],
+    dense: Sequence[DenseWeight] = (),
 ) -> str:
     """The report as JSON.
 
     Args:
         layers: what became of each quantized layer.
-        groups: of layers that share a permutation.
+        groups: of layers or channels that share a permutation.
         permuted: what became of each of them, in the same order.
         reshapes: of linear layers that read a flattened feature map, by name.
+        dense: the weights that are not quantized.
     """
     rows = [
         {
@@ -42,29 +48,63 @@ def report_text(
             "before": result.before,
             "after": result.after,
             "permutation": None if result.permutation is None else result.permutation.tolist(),
+            **_places(group),
         }
         for group, result in zip(groups, permuted, strict=True)
     ]
-    report = {"layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers], "groups": rows}
+    n_values = sum(layer.n_subvectors * layer.d for layer in layers) + sum(weight.n_values for weight in dense)
+    report = {
+        "layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers],
+        "dense": [{**asdict(weight), "share": weight.n_values / n_values} for weight in dense],
+        "groups": rows,
+    }
     return json.dumps(report, indent=1) + "\n"
+
+
+def _places(group: AnyGroup) -> dict[str, Any]:
+    """Where the channels of a group stand; nothing where its layers say it."""
+    if not isinstance(group, ChannelGroup):
+        return {}
+    return {"n_blocks": group.n_blocks, "places": [places.row() for places in stored(group)]}
+
+
+def applied(
+    groups: Sequence[AnyGroup], permuted: Sequence[GroupResult], reshapes: Mapping[str, tuple[int, ...]]
+) -> tuple[AppliedPermutation, ...]:
+    """The permutations that were applied, as files name them; arguments as `report_text`."""
+    return tuple(
+        AppliedPermutation(
+            parents=tuple(group.parents),
+            children=tuple(group.children),
+            permutation=result.permutation,
+            reshapes={name: tuple(reshapes[name]) for name in group.children if name in reshapes},
+            places=stored(group) if isinstance(group, ChannelGroup) else None,
+            n_blocks=group.n_blocks if isinstance(group, ChannelGroup) else 1,
+        )
+        for group, result in zip(groups, permuted, strict=True)
+        if result.permutation is not None
+    )
 
 
 def read_permutations(report: Path) -> tuple[AppliedPermutation, ...] | None:
     """The permutations that a report lists; None where it is missing or does not name all layers."""
     try:
         groups = json.loads(report.read_text(encoding="utf-8"))["groups"]
-        return tuple(
-            AppliedPermutation(
-                parents=tuple(group["parents"]),
-                children=tuple(group["readers"]),
-                permutation=torch.tensor(group["permutation"], dtype=torch.int64),
-                reshapes={name: tuple(shape) for name, shape in group["reshapes"].items()},
-            )
-            for group in groups
-            if group["permutation"] is not None
-        )
+        return tuple(_read(group) for group in groups if group["permutation"] is not None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None
+
+
+def _read(group: dict[str, Any]) -> AppliedPermutation:
+    permutation = torch.tensor(group["permutation"], dtype=torch.int64)
+    return AppliedPermutation(
+        parents=tuple(group["parents"]),
+        children=tuple(group["readers"]),
+        permutation=permutation,
+        reshapes={name: tuple(shape) for name, shape in group["reshapes"].items()},
+        places=read_rows(group["places"], permutation.numel()) if "places" in group else None,
+        n_blocks=int(group.get("n_blocks", 1)),
+    )
 
 
 def permutations_of_run(model_file: Path) -> tuple[AppliedPermutation, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,84 +13,31 @@ from torch import nn
 
 from ..common.errors import CheckpointError, GroupError
 from ..compression.permute.groups import Group, resolve
-from ..compression.quantize.layers import QuantizedLayer, dense_name, own_tensors
+from ..compression.quantize.layers import QuantizedLayer, dense_type, own_tensors
+from ..compression.quantize.placing import dense_name
+from ..compression.quantize.plan import DenseWeight, dense_notes
 from ..compression.quantize.subvectors import Layer, bits_per_code
+from ..compression.quantize.weights import matrices, why_dense
 from .building import build_and_load
+from .inspected import Inspection, Row
 from .metadata import AppliedPermutation, ModelInfo
 from .norms import is_folded_norm
 from .open_model_file import OpenModelFile, open_model_file, state_for
 from .pth import is_compressed, read_tensors
-from .size import CODEBOOK_BITS, ModelSize, model_size, tensor_bits
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer of a network; figures of quantized layers are None in others.
-
-    Attributes:
-        name: of the layer.
-        kind: its type.
-        shape: of its weight, or of what else it holds.
-        codes_bits: of its codes.
-        codebook_bits: of its codebook.
-        other_bits: of everything else in it.
-        d: subvector length.
-        k: centroids.
-        n_codes: subvectors.
-        used: distinct blocks that occur in the weight.
-        entropy: of the codes, in bits per code.
-        frequencies: how often each code occurs, falling.
-        sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare
-            with.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    codes_bits: int = 0
-    codebook_bits: int = 0
-    other_bits: int = 0
-    d: int | None = None
-    k: int | None = None
-    n_codes: int | None = None
-    used: int | None = None
-    entropy: float | None = None
-    frequencies: tuple[int, ...] = ()
-    sqnr: float | None = None
-
-    @property
-    def bits(self) -> int:
-        """All bits of the layer."""
-        return self.codes_bits + self.codebook_bits + self.other_bits
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """A whole file: its layers in the network's order, totals, and what is known about the model."""
-
-    path: Path
-    file_bytes: int
-    kind: str
-    architecture: str
-    info: ModelInfo
-    rows: tuple[Row, ...]
-    size: ModelSize
-    against: str | None
-    notes: tuple[str, ...]
-
-    @property
-    def entropy_bits(self) -> float:
-        """What all codes would take at their entropies, without tables."""
-        return sum((row.entropy or 0.0) * (row.n_codes or 0) for row in self.rows)
+from .size import CODEBOOK_BITS, model_size, tensor_bits
+from .stored_places import apply_stored
 
 
 def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
     """Read a file and, if given, the dense network it came from; arguments and errors as `recipes.inspect`."""
-    opened = open_model_file(path, arch)
-    rows = [row for name, module in opened.model.named_modules() if (row := _row(name, module)) is not None]
-    notes: list[str] = []
+    opened = open_model_file(path, arch, needs_network=dense is not None)
+    rows = _rows(opened.model)
+    notes = _left_dense(opened.model, opened.info) if opened.quantized else []
+    if opened.why_unknown:
+        notes.insert(0, f"shown without its network, so that only tensors are known: {opened.why_unknown}")
     if dense is not None:
-        original, notes = _dense_permuted_alike(dense, opened)
+        original, more = _dense_permuted_alike(dense, opened)
+        notes += more
         rows = [_compared(row, opened.model, original) for row in rows]
     size = model_size(opened.model)
     missing = size.bits - sum(row.bits for row in rows)
@@ -109,19 +56,58 @@ def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> I
     )
 
 
+def examine_model(model: nn.Module, info: ModelInfo | None = None) -> Inspection:
+    """What a network holds that is in no file."""
+    info = info or ModelInfo()
+    quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
+    return Inspection(
+        path=None,
+        file_bytes=None,
+        kind="quantized" if quantized else "dense",
+        architecture=dense_type(model).__name__,
+        info=info,
+        rows=tuple(_rows(model)),
+        size=model_size(model),
+        against=None,
+        notes=tuple(_left_dense(model, info) if quantized else ()),
+    )
+
+
+def _rows(model: nn.Module) -> list[Row]:
+    return [row for name, module in model.named_modules() if (row := _row(name, module)) is not None]
+
+
+def _left_dense(model: nn.Module, info: ModelInfo) -> list[str]:
+    """What a quantized network keeps as it was, and why as far as the file tells."""
+    parameters = (info.settings or {}).get("compression_parameters")
+    ignored = parameters.get("ignored_modules", ()) if isinstance(parameters, Mapping) else ()
+    ignored = [name for name in ignored if isinstance(name, str)] if isinstance(ignored, list | tuple) else []
+    quantized = sum(math.prod(layer.weight_shape) for layer in model.modules() if isinstance(layer, QuantizedLayer))
+    left = []
+    for place in matrices(model):
+        if isinstance(place.host, QuantizedLayer) and place.attribute == "codebook":
+            continue
+        if any(f"{place.name}.".startswith(f"{name}.") for name in ignored):
+            reason = "named in ignored_modules"
+        else:
+            reason = why_dense(place) or "was not quantized when the file was made"
+        left.append(DenseWeight(name=place.name, n_values=place.parameter.numel(), reason=reason))
+    return dense_notes(left, quantized + sum(weight.n_values for weight in left))
+
+
 def _row(name: str, module: Layer) -> Row | None:
     """The row of a module; None where it holds nothing itself."""
     if isinstance(module, QuantizedLayer):
         counts = torch.bincount(module.codes_matrix.reshape(-1), minlength=module.k)
         share = counts[counts > 0].double() / counts.sum()
-        used = module.codebook.detach().half()[counts > 0]
+        used = module.stored_codebook()[counts > 0]
         n_codes = module.codes_matrix.numel()
         return Row(
             name=name,
             kind=module.quantized_kind,
             shape=tuple(module.weight_shape),
             codes_bits=n_codes * bits_per_code(module.k),
-            codebook_bits=module.codebook.numel() * CODEBOOK_BITS,
+            codebook_bits=module.codebook.numel() * CODEBOOK_BITS + 32 * module.has_scale,
             other_bits=sum(map(tensor_bits, own_tensors(module).values())),
             d=module.d,
             k=module.k,
@@ -138,7 +124,7 @@ def _row(name: str, module: Layer) -> Row | None:
         return None
     largest = max(own, key=torch.numel)
     bits = sum(map(tensor_bits, own))
-    return Row(name=name, kind=type(module).__name__, shape=tuple(largest.shape), other_bits=bits)
+    return Row(name=name, kind=dense_type(module).__name__, shape=tuple(largest.shape), other_bits=bits)
 
 
 def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module, list[str]]:
@@ -157,11 +143,15 @@ def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module,
 
 
 def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path: Path) -> None:
-    groups = [Group(p.parents, p.children) for p in permutations]
+    layers = [Group(p.parents, p.children) for p in permutations if p.places is None]
     reshapes = {name: shape for p in permutations for name, shape in p.reshapes.items()}
     try:
-        for group, applied in zip(resolve(model, groups, reshapes), permutations, strict=True):
-            group.apply(applied.permutation)
+        resolved = iter(resolve(model, layers, reshapes))
+        for applied in permutations:
+            if applied.places is None:
+                next(resolved).apply(applied.permutation)
+            else:
+                apply_stored(model, applied.places, applied.permutation, applied.n_blocks)
     except GroupError as error:
         raise CheckpointError(f"--against: {path} cannot be permuted like the quantized network: {error}") from error
 
@@ -181,68 +171,3 @@ def _compared(row: Row, quantized: nn.Module, dense: nn.Module) -> Row:
         )
     sqnr = math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
     return replace(row, sqnr=sqnr)
-
-
-def header(found: Inspection) -> list[str]:
-    """What stands above the columns of `cells`."""
-    names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
-    return [*names, *(["SQNR dB"] if found.against else [])]
-
-
-def about(found: Inspection) -> list[str]:
-    """What the file says about the model, a line each."""
-    info = found.info
-    lines = [f"classes: {info.num_classes:,}"] if info.num_classes is not None else []
-    if info.producer:
-        lines.append(f"written by: {info.producer}")
-    if info.metric:
-        lines.append("measured: " + ", ".join(f"{name} {value:.6g}" for name, value in info.metric.items()))
-    if info.settings:
-        lines.append("settings: " + _flat(info.settings))
-    if info.permutations is not None:
-        lines.append(f"permutations: {len(info.permutations)} groups of channels reordered")
-    elif found.size.codes:
-        lines.append("permutations: not known")
-    return lines
-
-
-def totals(found: Inspection) -> list[str]:
-    """The totals, a line each."""
-    lines = [
-        f"size: {found.size.summary()}",
-        f"file: {found.file_bytes:,} bytes, {8 * found.file_bytes / found.size.bits:.4f} of the reported bits / 8",
-    ]
-    if found.size.codes:
-        saved = 100 * (1 - found.entropy_bits / found.size.codes)
-        lines.append(f"entropy of all codes: {found.entropy_bits:,.0f} bits, {saved:.2f} % below log2(k) bits per code")
-    return lines
-
-
-def _flat(tree: Mapping[str, object]) -> str:
-    parts = [
-        f"{key} {_flat(value) if isinstance(value, Mapping) else value}"
-        for key, value in tree.items()
-        if value not in ({}, [], None)
-    ]
-    return ", ".join(parts)[:1000]
-
-
-def cells(row: Row, found: Inspection) -> list[str]:
-    """A line of the table."""
-
-    def shown(value: float | None, form: str = ",") -> str:
-        return "" if value is None else format(value, form)
-
-    line = [
-        row.name or "(model)",
-        row.kind,
-        "x".join(map(str, row.shape)),
-        shown(row.d),
-        shown(row.k),
-        shown(row.n_codes),
-        f"{row.bits:,}",
-        f"{100 * row.bits / found.size.bits:.2f} %",
-        shown(row.used),
-        shown(row.entropy, ".3f"),
-    ]
-    return [*line, shown(row.sqnr, ".2f")] if found.against else line

@@ -9,7 +9,7 @@ from functools import partial
 from markupsafe import Markup, escape
 
 from ..compression.quantize.subvectors import bits_per_code
-from .inspection import Inspection, Row
+from .inspected import Inspection, Row
 
 PARTS = (("codes", "codes_bits", "c1"), ("codebooks", "codebook_bits", "c2"), ("other", "other_bits", "c3"))
 """Name, attribute of a row, class of its colour."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .inspection import Inspection, Row, about, cells, header, totals
+from .inspected import Inspection, Row, about, cells, header, totals
 from .inspection_figures import PARTS, composition, layer_figure
 
 TEMPLATE = "inspection_page.html.jinja"
@@ -28,7 +28,7 @@ def page(found: Inspection) -> str:
     )
     rows = [row for row in found.rows if row.k is not None or row.bits >= SMALL_SHARE * found.size.bits]
     return environment.get_template(TEMPLATE).render(
-        title=f"{found.path.name}: {found.architecture}",
+        title=f"{found.path.name}: {found.architecture}" if found.path else found.architecture,
         lines=[f"{found.kind} file", *about(found)],
         cards=_cards(found, [row for row in found.rows if row.k is not None]),
         notes=found.notes,
@@ -44,7 +44,7 @@ def page(found: Inspection) -> str:
 
 def _cards(found: Inspection, quantized: Sequence[Row]) -> list[tuple[str, str]]:
     size = found.size
-    cards = [("reported size", f"{size.megabytes:.2f} MB"), ("file", f"{found.file_bytes / 2**20:.2f} MB")]
+    cards = [("reported size", f"{size.megabytes:.2f} MB"), ("file", f"{(found.file_bytes or 0) / 2**20:.2f} MB")]
     if quantized:
         cards += [("smaller than the dense network", f"{size.ratio:.2f}x"), ("layers quantized", str(len(quantized)))]
         cards.append(

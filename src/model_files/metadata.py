@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,28 @@ from torch import Tensor
 
 from ..common.errors import CheckpointError
 from .bit_packing import packed_size, unpack
+from .stored_places import StoredPlaces, inflated, read_rows
 
 
 @dataclass(frozen=True)
 class AppliedPermutation:
-    """A permutation that was applied to a group of layers.
+    """A permutation that was applied to a group of layers, or of channels.
 
     Attributes:
         parents: producers, whose output channels were permuted.
         children: consumers, whose input channels were permuted alike.
         permutation: p (C,).
         reshapes: of consumers that read a flattened map.
+        places: where the channels stand, of a group of channels; None: whole sides of parents and children.
+        n_blocks: of a group of channels.
     """
 
     parents: tuple[str, ...]
     children: tuple[str, ...]
     permutation: Tensor
     reshapes: Mapping[str, tuple[int, ...]]
+    places: tuple[StoredPlaces, ...] | None = None
+    n_blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,9 @@ def index_bits(width: int) -> int:
 
 def group_entry(group: AppliedPermutation) -> dict[str, Any]:
     """What the metadata hold of a permutation: everything but its numbers."""
+    if group.places is not None:
+        blocks = {"blocks": group.n_blocks} if group.n_blocks > 1 else {}
+        return {"width": group.permutation.numel(), **blocks, "places": [places.row() for places in group.places]}
     entry: dict[str, Any] = {"parents": group.parents, "children": group.children, "width": group.permutation.numel()}
     return {**entry, "reshapes": group.reshapes} if group.reshapes else entry
 
@@ -191,6 +199,11 @@ class _Reader:
 
     def _permutations(self, packed: Tensor | None) -> tuple[AppliedPermutation, ...] | None:
         groups = self._json("permutations")
+        if isinstance(groups, str):
+            try:
+                groups = inflated(groups)
+            except ValueError as error:
+                raise self._wrong("permutations") from error
         if groups is None and packed is None:
             return None
         if not isinstance(groups, list) or (packed is not None and (packed.dtype != torch.uint8 or packed.dim() != 1)):
@@ -205,8 +218,7 @@ class _Reader:
                 or not 1 <= width <= 8 * stream.size
             ):
                 raise self._wrong(what)
-            parents, children = self._names(what, entry.get("parents")), self._names(what, entry.get("children"))
-            reshapes = self._reshapes(what, entry.get("reshapes", {}))
+            about = self._members(what, entry, width)
             size = packed_size(width, index_bits(width))
             try:
                 p = unpack(stream[at : at + size], width, index_bits(width))
@@ -215,13 +227,25 @@ class _Reader:
             if not np.array_equal(np.sort(p), np.arange(width)):
                 raise self._wrong(f"{what} is not a permutation")
             at += size
-            permutation = torch.from_numpy(p.astype(np.int64))
-            found.append(
-                AppliedPermutation(parents=parents, children=children, permutation=permutation, reshapes=reshapes)
-            )
+            found.append(replace(about, permutation=torch.from_numpy(p.astype(np.int64))))
         if at != stream.size:
             raise self._wrong("permutations")
         return tuple(found)
+
+    def _members(self, what: str, entry: dict[str, Any], width: int) -> AppliedPermutation:
+        """The layers or channels of a group, without the numbers of its permutation."""
+        none = torch.empty(0, dtype=torch.int64)
+        if "places" not in entry:
+            parents, children = self._names(what, entry.get("parents")), self._names(what, entry.get("children"))
+            return AppliedPermutation(parents, children, none, self._reshapes(what, entry.get("reshapes", {})))
+        blocks = entry.get("blocks", 1)
+        if type(blocks) is not int or not 1 <= blocks <= width or width % blocks:
+            raise self._wrong(what)
+        try:
+            places = read_rows(entry["places"], width)
+        except ValueError as error:
+            raise self._wrong(f"{what}: {error}") from error
+        return AppliedPermutation((), (), none, {}, places, blocks)
 
     def _names(self, what: str, found: Any) -> tuple[str, ...]:
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):

@@ -1,4 +1,5 @@
-"""Norms of which a file holds scale and shift only, made whole from images: what they evaluate to stays as it is.
+"""Batch norms and images: running statistics taken anew, and norms of which a file holds scale and shift only, made
+whole; what those evaluate to stays as it is.
 
 While images pass, mean m and variance v of each such norm's input are taken. With m and v as running statistics, gain
 scale * sqrt(v + eps) and bias shift + m * scale the norm evaluates to the same; and in training, where a batch's
@@ -7,7 +8,7 @@ moments are near m and v, it is near what it evaluates to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -74,3 +75,46 @@ def _make_whole(norm: _BatchNorm, mean: Tensor, square: Tensor) -> None:
     unfold_norm(norm, weight, bias, (deviation, bias.double() + mean * scale_of(norm, weight)))
     set_known_whole(norm)
     norm.to(device)
+
+
+@torch.no_grad()
+def retake_norms(model: nn.Module, inputs: Iterable[Tensor], device: torch.device | str = "cpu") -> list[str]:
+    """Take the running statistics of all batch norms anew, as quantizing has changed what they see; in place.
+
+    The mean over all batches of what each norm sees with those before it already normalising by the batch. Norms of
+    frozen statistics (`FrozenBatchNorm2d`) are part of the weights and stay.
+
+    Args:
+        model: in evaluation mode; it is again afterwards, on the CPU.
+        inputs: batches for the network.
+        device: where it runs meanwhile.
+
+    Returns:
+        Names of the norms that were reached.
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    if not norms:
+        return []
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    before = {name: {key: b.clone() for key, b in norm.named_buffers()} for name, norm in norms.items()}
+    model.eval().to(device)
+    try:
+        for norm in norms.values():
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean
+            norm.training = True
+        for batch in inputs:
+            model(batch.to(device))
+    finally:
+        for name, norm in norms.items():
+            norm.momentum, norm.training = momenta[name], False
+        model.to("cpu")
+        seen = [name for name, norm in norms.items() if norm.num_batches_tracked]
+        for name in norms.keys() - set(seen):
+            for key, buffer in norms[name].named_buffers():
+                buffer.copy_(before[name][key])
+    return seen

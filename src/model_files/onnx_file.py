@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..common.errors import RunError, SettingsError
 from ..common.paths import write_atomically
-from ..compression.quantize.layers import QuantizedLayer, dense_name
+from ..compression.quantize.layers import QuantizedLayer
+from ..compression.quantize.placing import dense_name
 
 OPSET = 18
 INPUT, OUTPUT = "images", "logits"
@@ -83,14 +84,15 @@ def put_codes(graph: Any, quantized: nn.Module) -> Any:
         graph.graph.initializer.extend(
             [
                 onnx.numpy_helper.from_array(_narrow(layer.codes_matrix, layer.k), f"{prefix}.codes"),
-                onnx.numpy_helper.from_array(layer.codebook.detach().cpu().half().numpy(), f"{prefix}.codebook"),
+                onnx.numpy_helper.from_array(layer.stored_codebook().cpu().numpy(), f"{prefix}.codebook"),
                 onnx.numpy_helper.from_array(np.array(layer.weight_shape, np.int64), f"{prefix}.shape"),
             ]
         )
         make = onnx.helper.make_node
         nodes += [
             make("Cast", [f"{prefix}.codes"], [f"{prefix}.indices"], to=onnx.TensorProto.INT32),
-            make("Cast", [f"{prefix}.codebook"], [f"{prefix}.centroids"], to=onnx.TensorProto.FLOAT),
+            make("Cast", [f"{prefix}.codebook"], [_cast_to(prefix, layer)], to=onnx.TensorProto.FLOAT),
+            *_scaling(graph, prefix, layer),
             make("Gather", [f"{prefix}.centroids", f"{prefix}.indices"], [f"{prefix}.subvectors"], axis=0),
             make("Reshape", [f"{prefix}.subvectors", f"{prefix}.shape"], [name]),
         ]
@@ -99,6 +101,19 @@ def put_codes(graph: Any, quantized: nn.Module) -> Any:
     graph.graph.node.extend([*nodes, *old])
     onnx.checker.check_model(graph)
     return graph
+
+
+def _cast_to(prefix: str, layer: QuantizedLayer) -> str:
+    return f"{prefix}.divided" if layer.has_scale else f"{prefix}.centroids"
+
+
+def _scaling(graph: Any, prefix: str, layer: QuantizedLayer) -> list[Any]:
+    """What multiplies a codebook that is stored divided by a scale."""
+    if not layer.has_scale:
+        return []
+    onnx = _needed("onnx")
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(layer.codebook_scale.cpu().numpy(), f"{prefix}.scale"))
+    return [onnx.helper.make_node("Mul", [_cast_to(prefix, layer), f"{prefix}.scale"], [f"{prefix}.centroids"])]
 
 
 def write_graph(graph: Any, path: Path, about: dict[str, str], check: Callable[[Path], None]) -> None:

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture
+from ..architectures.named import canonical, find, is_code
+from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, SettingsError
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.weights import find_weight
 from .building import build_and_load
 from .compression_report import permutations_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
-from .pth import is_compressed, read_tensors
+from .pth import is_compressed, read_tensors, scaled
+from .skeleton import skeleton_of_packed, skeleton_of_state
 from .wrapping import fitted, is_wrapped
 
 MOST_CLASSES = 1 << 24
@@ -63,6 +66,7 @@ class OpenModelFile:
         info: what else is known about it.
         quantized: whether it has quantized layers.
         kind: packed, published or dense.
+        why_unknown: why the network could not be built and the model is only its skeleton; empty: it was.
     """
 
     model: nn.Module
@@ -70,6 +74,7 @@ class OpenModelFile:
     info: ModelInfo
     quantized: bool
     kind: str
+    why_unknown: str = ""
 
 
 def read_model_file(path: Path) -> ModelFile:
@@ -87,28 +92,24 @@ def read_model_file(path: Path) -> ModelFile:
     return ModelFile(path=path, packed=None, tensors=read_tensors(path))
 
 
-def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
+def open_model_file(path: Path, arch: str | None = None, needs_network: bool = True) -> OpenModelFile:
     """Read any model file without settings, and build its network.
 
     Args:
         path: `.pth` or `.safetensors`.
         arch: name of the architecture; None: that of the file, or the first one that its tensors fit.
+        needs_network: False: where the network cannot be built, its skeleton is enough (`skeleton`).
 
     Raises:
         CheckpointError: it cannot be read, or is no known architecture.
     """
     file = read_model_file(path)
-    if file.packed is not None:
-        architecture = architecture_of(file.packed)
-        if arch is not None and arch != architecture.name:
-            raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
-        info = file.packed.info
-    else:
-        architecture = _identify(file.tensors, str(path), arch)
-        state = state_for(architecture, file.tensors, str(path))
-        info = replace(
-            ModelInfo(architecture.name, _classes(architecture, state)), permutations=permutations_of_run(path)
-        )
+    try:
+        architecture, info = _known(file, arch)
+    except CheckpointError as error:
+        if needs_network or arch is not None:
+            raise
+        return _without_network(file, str(error))
     return OpenModelFile(
         model=build_network(file, architecture),
         architecture=architecture,
@@ -116,6 +117,43 @@ def open_model_file(path: Path, arch: str | None = None) -> OpenModelFile:
         quantized=file.quantized,
         kind=file.kind,
     )
+
+
+def _known(file: ModelFile, arch: str | None) -> tuple[Architecture, ModelInfo]:
+    """What a file is of, as it says itself or by its tensors."""
+    path = file.path
+    if file.packed is not None:
+        architecture = architecture_of(file.packed, said=arch)
+        if arch is not None and canonical(arch) != architecture.name:
+            raise CheckpointError(f"{path} holds a {architecture.name}, and --arch says {arch}; leave --arch out")
+        return architecture, file.packed.info
+    architecture = _identify(file.tensors, str(path), arch)
+    state = state_for(architecture, file.tensors, str(path))
+    info = ModelInfo(architecture.name, _classes(architecture, state))
+    return architecture, replace(info, permutations=permutations_of_run(path))
+
+
+def _without_network(file: ModelFile, why: str) -> OpenModelFile:
+    """A file whose network cannot be built: what can be said of it all the same."""
+    packed, source = file.packed, str(file.path)
+    info = ModelInfo(permutations=permutations_of_run(file.path)) if packed is None else packed.info
+    model = skeleton_of_state(file.tensors, source) if packed is None else skeleton_of_packed(packed)
+    unknown = Architecture(
+        name=info.arch or "a network that is not known here",
+        task="",
+        build=partial(_not_known, why),
+        weights_url="",
+        n_classes=info.num_classes or 1,
+        head="",
+        groups=None,
+    )
+    return OpenModelFile(
+        model=model, architecture=unknown, info=info, quantized=file.quantized, kind=file.kind, why_unknown=why
+    )
+
+
+def _not_known(why: str, _n_classes: int) -> nn.Module:
+    raise CheckpointError(why)
 
 
 def build_network(
@@ -137,7 +175,7 @@ def build_network(
         return _build_packed(file.packed, architecture)
     source = str(file.path)
     state = state_for(architecture, file.tensors, source)
-    own = plan or (lambda dense: plan_of(dense, state, source))
+    own = (lambda dense: scaled(plan(dense), state, source)) if plan else (lambda dense: plan_of(dense, state, source))
     return build_and_load(lambda: architecture.build_for(state), own if file.quantized else None, state, source)
 
 
@@ -150,8 +188,7 @@ def state_for(architecture: Architecture, tensors: Mapping[str, Tensor], source:
     state = architecture.current_state(tensors)
     if not is_wrapped(tensors):
         return state
-    with torch.device("meta"):
-        model = architecture.build(architecture.n_classes)
+    model = without_weights(lambda: architecture.build(architecture.n_classes))
     names = [set(model.state_dict())]
     if architecture.backbone:  # the network may start from that of a classifier
         names.append({*model.get_submodule(architecture.backbone).state_dict(), "fc.weight", "fc.bias"})
@@ -159,20 +196,30 @@ def state_for(architecture: Architecture, tensors: Mapping[str, Tensor], source:
     return next((renamed for renamed in found if renamed.keys() != state.keys()), state)
 
 
-def architecture_of(packed: PackedFile, task: str | None = None) -> Architecture:
+def architecture_of(packed: PackedFile, task: str | None = None, said: str | None = None) -> Architecture:
     """The architecture that a packed file names.
+
+    Args:
+        packed: the file.
+        task: what it is wanted for; None: anything.
+        said: the name that the user gave. The code of a `package.module:callable` is run only where it is the same; a
+            file that names nothing is taken to be this.
 
     Raises:
         CheckpointError: it names none, or one that is not known or for another task.
     """
-    found = architectures.ARCHITECTURES.get(packed.info.arch or "")
-    if found is None or (task is not None and found.task != task):
-        known = ", ".join(sorted(a.name for a in architectures.ARCHITECTURES.values() if task in (None, a.task)))
+    name = packed.info.arch or said
+    if name is None:
+        raise CheckpointError(f"{packed.source} does not say which network it is of; name it with --arch")
+    if is_code(name) and name != said:
         raise CheckpointError(
-            f"{packed.source} holds the architecture {str(packed.info.arch)[:60]!r}, which is not "
-            f"known{f' for {task}' if task else ''}; known: {known}"
+            f"{packed.source} is of a network that {name[:200]!r} builds. Code that a file names is not run: say the "
+            f"same name yourself (--arch, --model.arch)"
         )
-    return found
+    try:
+        return find(name, task)
+    except SettingsError as error:
+        raise CheckpointError(f"{packed.source} holds the architecture {name[:60]!r}: {error}") from error
 
 
 def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
@@ -180,8 +227,7 @@ def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
     if n_classes is None or n_classes > MOST_CLASSES:
         raise CheckpointError(f"{packed.source}: {n_classes} classes; expected a number up to {MOST_CLASSES:,}")
     # layers first: their shapes bound what the codes unpack to
-    with torch.device("meta"):
-        check_layers_of(architecture.build(n_classes), packed)
+    check_layers_of(without_weights(lambda: architecture.build(n_classes)), packed)
     return build_and_load(lambda: architecture.build(n_classes), lambda _: packed.plan, packed.state(), packed.source)
 
 
@@ -211,7 +257,7 @@ def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
                 "that the file holds"
             )
         layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
-    return Plan(layers=layers, notes=())
+    return scaled(Plan(layers=layers, notes=()), state, source)
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -228,14 +274,11 @@ def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Arc
     """
     known = architectures.ARCHITECTURES
     if arch is not None:
-        if arch not in known:
-            raise SettingsError(f"--arch {arch} is not known; known: {', '.join(sorted(known))}")
-        return known[arch]
+        return find(arch)
     for architecture in known.values():
         found = state_for(architecture, state, source)
         layers = {name.rpartition(".")[0] for name in found}
-        with torch.device("meta"):
-            model = architecture.build(architecture.n_classes)
+        model = without_weights(partial(architecture.build, architecture.n_classes))
         own = {name.rpartition(".")[0] for name in model.state_dict()}
         if own == layers and all(_same_shape(name, tensor, model, architecture) for name, tensor in found.items()):
             return architecture

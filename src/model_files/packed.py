@@ -3,15 +3,18 @@
 Tensors (L: quantized layer, B: batch norm):
 - `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded
   (`entropy`; in files of format 1 `L.codes_entropy`, see `rans`);
-- `L.codebook`: F16 (k, d); `.norms`: U8, the folded norms of 32-bit floats and how they train (`packed_norms`);
-  `B.weight`, `B.bias`: a norm that is known as two vectors only; everything else as in the published format (`pth`);
+- `L.codebook`: F16 (k, d), and `L.codebook_scale` as in the published format; `.norms`: U8, the folded norms of 32-bit
+  floats and how they train (`packed_norms`); `B.weight`, `B.bias`: a norm that is known as two vectors only; everything
+  else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
-Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
-number of classes, compression settings and metric, null where not known; `layers`: for each quantized layer type,
-weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents, children, width
-and reshapes of each group; `tied`: names that share the tensors of another name; `renamed`, where there are any:
-tensors that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2.
+Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
+architecture, number of classes, compression settings and metric, null where not known; `layers`: for each quantized
+layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
+children, width and reshapes of each group, or width, blocks and places of a group of channels, then deflated as a
+whole (`stored_places`); `tied`: names that share the tensors of another name; `renamed`, where there are any: tensors
+that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2, one
+with places 4.
 """
 
 from __future__ import annotations
@@ -42,15 +45,17 @@ from .metadata import (
     norm_widths,
 )
 from .packed_norms import STREAM, put_norms, take_norms
-from .pth import compressed_state, key_of
+from .pth import compressed_state, key_of, scaled
 from .renamed import RENAMED, read_renamed, stored_names
 from .safetensors_file import read_container, read_metadata, write_container
+from .stored_places import deflated
 from .tied import tied_names
 
 FORMAT = "pqf"
 FORMAT_VERSION = 3
 VERSION_WITHOUT_NORMS = 2
-READABLE_VERSIONS = ("1", "2", "3")
+VERSION_WITH_PLACES = 4
+READABLE_VERSIONS = ("1", "2", "3", "4")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -89,7 +94,8 @@ class PackedFile:
             name: LayerPlan(name=name, d=layer.d, k=layer.k, k_means_type="kmeans", k_means_n_iters=0)
             for name, layer in self.layers.items()
         }
-        return Plan(layers=layers, notes=())
+        tied = {name: self.tensors[owner] for name, owner in self.tied.items() if owner in self.tensors}
+        return scaled(Plan(layers=layers, notes=()), {**self.tensors, **tied}, self.source)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors as the published format names them, codes as int32 (R, m).
@@ -149,6 +155,8 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     if norms:
         tensors[STREAM], described["norms"] = stream, norms
     version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
+    if any(group.places is not None for group in info.permutations or ()):
+        version, described["permutations"] = VERSION_WITH_PLACES, deflated(groups)
     metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
     for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))

@@ -2,7 +2,8 @@
 
 A plain dict of tensors:
 - quantized layer L: `L.codes_matrix` (R x m; uint8 if k <= 256, int16 if k <= 32768, else int32; int16 is read as
-  unsigned), `L.codebook` (k x d, float16), `L.bias` if any;
+  unsigned), `L.codebook` (k x d, float16), `L.bias` if any; in files of ours `L.codebook_scale`
+  (float32), which the codebook is to be multiplied by, where its values would be beyond 16-bit floats;
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
 A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. In files of ours the
@@ -12,8 +13,10 @@ are read with `weights_only=True`, always.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..common.paths import write_atomically
 from ..compression.quantize.layers import QuantizedLayer, own_tensors
+from ..compression.quantize.plan import Plan
+from ..compression.quantize.weights import SUFFIX
 from .norm_training import key_of, training_vectors_in, training_vectors_of, with_training_vectors
 from .norms import NORM_VECTORS, fold_norm, is_folded_norm
 from .pickle_safety import check_pickle_safety, check_tensors
@@ -50,13 +55,15 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer):
             module.check_codes()
-            half = module.codebook.detach().to(torch.float16)
+            half = module.stored_codebook()
             if not torch.isfinite(half).all():
                 raise CheckpointError(
                     f"layer {prefix!r}: its codebook holds values that 16-bit floats cannot hold (NaN, or beyond 65504)"
                 )
             state[key_of(prefix, "codes_matrix")] = module.codes_matrix.to(codes_dtype(module.k))
             state[key_of(prefix, "codebook")] = half
+            if module.has_scale:
+                state[key_of(prefix, "codebook_scale")] = module.codebook_scale
             own = own_tensors(module)
         elif is_folded_norm(module):
             own = dict(zip(NORM_VECTORS, fold_norm(module), strict=True))
@@ -150,6 +157,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def scaled(plan: Plan, state: Mapping[str, Tensor], source: str) -> Plan:
+    """The plan of the network of a file, with the scales of its codebooks.
+
+    Raises:
+        CheckpointError: one is not a positive number.
+    """
+    layers = dict(plan.layers)
+    for name, layer in plan.layers.items():
+        for prefix in (name, name + SUFFIX):
+            scale = state.get(key_of(prefix, "codebook_scale"))
+            if scale is None:
+                continue
+            if scale.shape != () or scale.dtype != torch.float32 or not 0 < float(scale) < math.inf:
+                raise CheckpointError(f"{source}: {prefix}.codebook_scale must be one positive 32-bit number")
+            layers[name] = replace(layer, scale=float(scale))
+    return replace(plan, layers=layers)
 
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:

@@ -69,7 +69,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             if first_time(module.codebook):
-                codebooks += module.codebook.numel() * CODEBOOK_BITS
+                codebooks += module.codebook.numel() * CODEBOOK_BITS + 32 * module.has_scale
                 codes += module.codes_matrix.numel() * bits_per_code(module.k)
                 original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
         elif is_folded_norm(module):

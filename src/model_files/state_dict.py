@@ -3,7 +3,7 @@ first."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,16 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
             optional_target = None if name.rpartition(".")[2] in TRAINING_VECTORS else _buffer(model, name)
             if optional_target is not None:
                 optional_target.copy_(state[name])
-        for module in model.modules():
-            if isinstance(module, QuantizedLayer):
-                module.forget()
+        _finish_quantized([module for module in model.modules() if isinstance(module, QuantizedLayer)])
         _load_norms(dict(norms), state, source)
+
+
+def _finish_quantized(layers: Sequence[QuantizedLayer]) -> None:
+    """Multiply the codebooks that files hold divided by a scale, each once; what was derived is made anew."""
+    for layer in {id(layer.codebook): layer for layer in layers if layer.has_scale}.values():
+        layer.codebook.mul_(layer.codebook_scale)
+    for layer in layers:
+        layer.forget()
 
 
 def _load_norms(norms: Mapping[str, Layer], state: Mapping[str, Tensor], source: str) -> None:

@@ -11,11 +11,11 @@ from ..common.log import log
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
 from ..run.agreement import first_here
+from ..run.expected import verdict
 from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
 from ..tasks.classification import check_batch_norms, check_classes
 from .data import classification_task, images_fingerprint, read_images
-from .evaluate import verdict
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .train import Prepared, train
 

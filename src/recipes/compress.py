@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from ..architectures.architecture import Architecture
 from ..common.log import log, note
-from ..compression.permute.groups import Group, check_function, resolve
+from ..compression.permute.auto import groups_by_following
+from ..compression.permute.binding import AnyGroup, bind
+from ..compression.permute.groups import Group, check_function
 from ..compression.permute.permute import GroupResult, SearchSpec, permute
 from ..compression.quantize.compress import LayerResult, candidate_distortion, check_weights, compress
 from ..compression.quantize.plan import Plan, make_plan
@@ -31,15 +33,17 @@ class CompressionPlan:
 
     Attributes:
         quantization: how each layer will be quantized.
-        groups: of layers that share a permutation.
+        groups: of layers or channels that share a permutation.
         search: how their permutations are searched.
         seed: of all random choices.
+        notes: what a reader should know.
     """
 
     quantization: Plan
-    groups: Sequence[Group]
+    groups: Sequence[AnyGroup]
     search: SearchSpec
     seed: int
+    notes: tuple[str, ...] = ()
 
 
 def plan_compression(
@@ -57,24 +61,33 @@ def plan_compression(
         PlanError: a layer cannot be quantized as asked.
         GroupError: a group does not fit, or would change the network's function.
     """
-    given = settings.model
     quantization = make_plan(model, quantization_spec(settings))
     check_weights(model, quantization)
-    if not given.use_permutations:
-        groups = []
-    elif given.permutations is None:
-        groups = architecture.groups(model)
-    else:
-        groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
     plan = CompressionPlan(
         quantization=quantization,
-        groups=groups,
+        groups=(),
         search=search_spec(settings, architecture),
         seed=settings.seed,
     )
-    resolve(model, groups, plan.search.reshapes)
-    check_function(model, groups, example, plan.search.reshapes, settings.seed, architecture.outputs)
-    return plan
+    groups, found_notes = _groups(settings, architecture, model, example)
+    bind(model, groups, plan.search.reshapes)
+    by_layers = [group for group in groups if isinstance(group, Group)]
+    check_function(model, by_layers, example, plan.search.reshapes, settings.seed, architecture.outputs)
+    return replace(plan, groups=groups, notes=(*quantization.notes, *found_notes))
+
+
+def _groups(
+    settings: Settings, architecture: Architecture, model: nn.Module, example: Tensor
+) -> tuple[Sequence[AnyGroup], list[str]]:
+    """The groups that the settings ask for, and what was found out about them."""
+    given = settings.model
+    if not given.use_permutations:
+        return [], []
+    if isinstance(given.permutations, tuple):
+        return [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations], []
+    if architecture.groups is not None and given.permutations != "auto":
+        return architecture.groups(model), []
+    return groups_by_following(model, lambda network: architecture.outputs(network, example), settings.seed)
 
 
 def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
@@ -82,7 +95,7 @@ def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Mo
 
     Groups and layers that an earlier process of the run finished are not done again.
     """
-    for text in plan.quantization.notes:
+    for text in plan.notes:
         note(text)
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))
@@ -102,7 +115,9 @@ def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Mo
                 "alone: its values are near the smallest that they can hold"
             )
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
-    run.recorder.file(FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes))
+    run.recorder.file(
+        FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense)
+    )
     return model
 
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 
 from torch import Tensor, nn
 
-from ..compression.permute.groups import Group, resolve
+from ..compression.permute.binding import AnyGroup, bind, chains
 from ..compression.permute.permute import GroupResult, group_result, group_row
-from ..compression.quantize.compress import LayerResult, build_quantized, places_of
-from ..compression.quantize.layers import quantized_layers
+from ..compression.quantize.compress import LayerResult, build_quantized, places_of, with_scales
+from ..compression.quantize.placing import quantized_layers
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..compression.quantize.weights import WeightPlace
 from ..engines.engine import Engine
@@ -25,11 +25,13 @@ from ..engines.engine import Engine
 def permute_together(
     engine: Engine,
     model: nn.Module,
-    groups: Sequence[Group],
+    groups: Sequence[AnyGroup],
     reshapes: dict[str, tuple[int, ...]],
-    search: Callable[[nn.Module, Sequence[Group], Sequence[int]], list[GroupResult]],
+    search: Callable[[nn.Module, Sequence[AnyGroup], Sequence[int]], list[GroupResult]],
 ) -> list[GroupResult]:
     """Search every group on one of the processes and permute `model` alike on all, in place.
+
+    Groups that are searched one after the other stay together.
 
     Args:
         engine: the processes.
@@ -40,13 +42,13 @@ def permute_together(
     """
     if engine.world_size == 1:
         return search(model, groups, range(len(groups)))
-    mine = range(len(groups))[engine.rank :: engine.world_size]
+    mine = sorted(number for chain in chains(groups)[engine.rank :: engine.world_size] for number in chain)
     found = search(
         copy.deepcopy(model), [groups[number] for number in mine], mine
     )  # on a copy: all are applied at the end, in order
     rows = [[number, group_row(result)] for number, result in zip(mine, found, strict=True)]
     results = []
-    for group, (_, row) in zip(resolve(model, groups, reshapes), sorted(engine.gather(rows)), strict=True):
+    for group, (_, row) in zip(bind(model, groups, reshapes), sorted(engine.gather(rows)), strict=True):
         result = group_result(group.label, row)
         if result.permutation is not None:
             group.apply(result.permutation)
@@ -70,6 +72,7 @@ def quantize_together(
     """
     if engine.world_size == 1:
         return code(model, plan)
+    plan = with_scales(model, plan)
     owners = _owners(model, plan, engine.world_size)
     mine = {name: layer for name, layer in plan.layers.items() if owners[name] == engine.rank}
     others = {name: layer for name, layer in plan.layers.items() if owners[name] != engine.rank}

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..architectures.structure import without_weights
 from ..common.errors import SettingsError
 from ..common.log import log
 from ..common.paths import check_name, find
@@ -16,7 +17,7 @@ from ..compression.quantize.dequantize import dequantized_state
 from ..compression.quantize.layers import QuantizedLayer
 from ..model_files.onnx_file import dense_graph, difference, put_codes, write_graph
 from ..model_files.open_model_file import OpenModelFile, open_model_file
-from ..model_files.packed import save_packed
+from ..model_files.packed import is_packed, save_packed
 from ..model_files.pth import save_compressed, save_dense, save_dense_safetensors
 from ..model_files.size import model_size
 from ..run.model_writer import PRODUCER
@@ -55,7 +56,7 @@ def convert(
     """
     path, to = find(source, "the model to convert"), Path(target).expanduser()
     _check_target(path, to, dense, entropy_coding, overwrite)
-    file = open_model_file(path, arch)
+    file = open_model_file(path, arch, needs_network=dense or to.suffix == ".onnx" or not is_packed(path))
     dense = dense or not file.quantized
     if dense and entropy_coding:
         raise SettingsError("--entropy: a dense network has no codes")
@@ -95,8 +96,7 @@ def _dequantized(file: OpenModelFile) -> nn.Module:
     if not file.quantized:
         return file.model
     state = dequantized_state(file.model)
-    with torch.device("meta"):
-        model = file.architecture.build_for(state)
+    model = without_weights(lambda: file.architecture.build_for(state))
     model.load_state_dict(state, assign=True)
     return model.eval()
 

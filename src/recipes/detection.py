@@ -18,6 +18,7 @@ from ..common.paths import write_text
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
 from ..run.agreement import first_here, once
+from ..run.expected import verdict
 from ..run.inputs import compressed_file, detections_file, weights_source
 from ..run.open_run import Evaluation, Run, open_evaluation
 from ..run.output_folder import EVALUATION_FILES, OutputFolder
@@ -35,7 +36,6 @@ from ..tasks.coco.data import CocoSplit
 from ..tasks.coco.metrics import read_results, write_results
 from ..tasks.detection import Scores, score
 from .coco_data import detection_task, read_splits, splits_fingerprint
-from .evaluate import verdict
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, train

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture, n_outputs
+from ..architectures.named import canonical
+from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import log, note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
@@ -84,7 +85,10 @@ def starting_model(
             f"model.weights: {weights} is a compressed model, and use_compression False trains a dense one. Leave "
             f"use_compression out, or make it dense first: python -m src.convert {weights} dense.safetensors --dense"
         )
-    if file.packed is not None and (found := architecture_of(file.packed, architecture.task)) != architecture:
+    if (
+        file.packed is not None
+        and (found := architecture_of(file.packed, architecture.task, architecture.name)).name != architecture.name
+    ):
         raise SettingsError(
             f"model.weights: {weights} holds a {found.name}, and model.arch is {architecture.name}; use --model.arch "
             f"{found.name}"
@@ -205,8 +209,8 @@ def _architecture_to_evaluate(settings: Settings, file: ModelFile, task: str) ->
     """The architecture that a packed file names, or that of the settings."""
     if file.packed is None:
         return architectures.get(settings.model.arch, task)
-    found = architecture_of(file.packed, task)
-    if settings.model.arch != found.name and given_on_command_line(settings, "model.arch"):
+    found = architecture_of(file.packed, task, settings.model.arch)
+    if canonical(settings.model.arch) != found.name and given_on_command_line(settings, "model.arch"):
         raise SettingsError(
             f"{file.path} holds a {found.name}, and the command line says --model.arch {settings.model.arch}; leave "
             "that out"
@@ -218,7 +222,7 @@ def _compare(
     settings: Settings, packed: PackedFile, architecture: Architecture, plan: Callable[[nn.Module], Plan]
 ) -> None:
     """Compare what the settings say about the quantization with the file, which has the last word."""
-    if settings.model.arch != architecture.name:
+    if canonical(settings.model.arch) != architecture.name:
         difference: str | None = f"model.arch is {settings.model.arch}, the file holds a {architecture.name}"
     else:
         difference = _difference(packed, architecture, plan)
@@ -236,8 +240,7 @@ def _compare(
 
 def _difference(packed: PackedFile, architecture: Architecture, plan: Callable[[nn.Module], Plan]) -> str | None:
     """The first difference between the settings' plan and a packed file; None: they mean the same."""
-    with torch.device("meta"):
-        dense = architecture.build(packed.info.num_classes or architecture.n_classes)
+    dense = without_weights(lambda: architecture.build(packed.info.num_classes or architecture.n_classes))
     try:
         wanted = plan(dense).layers
     except PlanError as error:

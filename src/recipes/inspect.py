@@ -7,7 +7,8 @@ from pathlib import Path
 from ..common.errors import SettingsError
 from ..common.log import log
 from ..common.paths import find, write_text
-from ..model_files.inspection import Inspection, about, cells, examine, header, totals
+from ..model_files.inspected import lines
+from ..model_files.inspection import examine
 from ..model_files.inspection_page import page
 
 
@@ -41,24 +42,8 @@ def inspect(
     found = examine(path, dense, arch)
     if html is not None:
         write_text(Path(html).expanduser(), page(found))
-    for line in text(found):
+    for line in lines(found):
         log.info("%s", line)
     if html is not None:
         log.info("page with figures: %s", html)
     return 0
-
-
-def text(found: Inspection) -> list[str]:
-    """The report as lines for a terminal."""
-    lines = [f"{found.path}: {found.kind}, {found.architecture}, {found.file_bytes:,} bytes", *about(found), ""]
-    table = [header(found), *(cells(row, found) for row in found.rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for number, row in enumerate(table):
-        padded = [
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(padded).rstrip())
-        if number == 0:
-            lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
-    return [*lines, "", *totals(found), *(f"note: {note}" for note in found.notes)]

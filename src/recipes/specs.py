@@ -9,10 +9,9 @@ from typing import TypeVar
 from ..architectures.architecture import Architecture
 from ..compression.finetune.loop import FinetuneSpec
 from ..compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
-from ..compression.permute.permute import PermutationSpec, SearchSpec
-from ..compression.quantize import plan
+from ..compression.permute.permute import SearchSpec
 from ..compression.quantize.plan import QuantizationSpec
-from ..compression.quantize.subvector_size import BlockRule
+from ..run.compression_specs import quantization_of, search_of
 from ..settings import GroupSettings, LayerSpec, Settings
 from ..settings import PermutationSpec as PermutationSection
 
@@ -35,7 +34,7 @@ def with_current_names(settings: Settings, architecture: Architecture) -> Settin
         }
     )
     groups = model.permutations
-    if groups is not None:
+    if isinstance(groups, tuple):
         groups = tuple(
             GroupSettings(parents=_names(architecture, group.parents), children=_names(architecture, group.children))
             for group in groups
@@ -70,34 +69,12 @@ def _specs(architecture: Architecture, specs: Mapping[str, Spec]) -> dict[str, S
 
 def quantization_spec(settings: Settings) -> QuantizationSpec:
     """`model.compression_parameters` as the compression package wants it."""
-    given = settings.model.compression_parameters
-    return QuantizationSpec(
-        k=given.k,
-        k_means_type=given.k_means_type,
-        k_means_n_iters=given.k_means_n_iters,
-        rule=BlockRule(
-            fc_subvector_size=given.fc_subvector_size,
-            pw_subvector_size=given.pw_subvector_size,
-            large_subvectors=given.large_subvectors,
-        ),
-        ignored_modules=given.ignored_modules,
-        layer_specs={name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
-        k_means_tolerance=given.k_means_tolerance,
-    )
+    return quantization_of(settings.model)
 
 
 def search_spec(settings: Settings, architecture: Architecture) -> SearchSpec:
     """How permutations are searched, with the architecture's reshapes where `model.permutation_specs` gives none."""
-    given = settings.model
-    specs = {name: PermutationSpec(reshape) for name, reshape in architecture.reshapes.items()}
-    for name, spec in given.permutation_specs.items():
-        specs[name] = PermutationSpec(spec.reshape or architecture.reshapes.get(name), spec.optimization)
-    return SearchSpec(
-        search=given.search,
-        sls_iterations=given.sls_iterations,
-        search_seconds=given.search_seconds,
-        permutation_specs=specs,
-    )
+    return search_of(settings.model, architecture.reshapes)
 
 
 def finetune_spec(settings: Settings, world_size: int, show_progress: bool = True) -> FinetuneSpec:

@@ -45,9 +45,9 @@ def run(
         purpose: what it does, in a sentence, for the help.
         default_config: settings file that is read without `--config`.
         argv: arguments without the program's name; None: those of this process.
-        kind, task: what sort of job it is (`train`, `evaluate`), and on what (`classification`, `detection`): its help
-            lists what such a job reads, and its files and folders are looked for before it starts. None: a job that
-            needs none.
+        kind, task: what sort of job it is (`train`, `evaluate`, `compress`), and on what (`classification`,
+            `detection`): its help lists what such a job reads, and its files and folders are looked for before it
+            starts. None: a job that needs none, or that is on anything.
 
     Returns:
         The exit status: the job's own, 0 after the help, a `UserError`'s status after its message, 130 after Ctrl-C,
@@ -64,7 +64,7 @@ def run(
         settings = load(config, overrides)
         for warning in ineffective(settings, kind, task):
             log.warning("%s", warning)
-        if kind is not None and task is not None:
+        if kind is not None:
             check_inputs(settings, kind, task)
         return job(settings)
 

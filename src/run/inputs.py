@@ -9,7 +9,7 @@ from .. import architectures
 from ..common.errors import SettingsError
 from ..common.paths import candidates, find
 from ..settings import Settings, require
-from ..settings.reach import DETECTION, TRAIN
+from ..settings.reach import COMPRESS, DETECTION, TRAIN
 from ..tasks.sources import BY_TASK, Sources, check
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
@@ -20,14 +20,21 @@ DATA = {
 """By task: the key of the data's folder, and advice."""
 
 
-def check_inputs(settings: Settings, job: str, task: str) -> None:
+def check_inputs(settings: Settings, job: str, task: str | None) -> None:
     """Check what a command needs before anything is loaded: architecture, starting weights or model file, output
     folder, data.
 
     Raises:
         SettingsError: one is not set, not there, or not known.
     """
+    if job == COMPRESS:
+        architectures.check(settings.model.arch, None)
+        weights_source(settings)
+        require(settings, "output_path")
+        calibration_folder(settings)
+        return
     compressed = settings.model.use_compression
+    assert task is not None
     if job == TRAIN:
         architectures.check(settings.model.arch, task)
         weights_source(settings)
@@ -54,6 +61,21 @@ def weights_source(settings: Settings) -> str | Path:
     return find(
         weights, "model.weights", "Expected pretrained, none, or the path of a state dict (.pth or .safetensors)"
     )
+
+
+def calibration_folder(settings: Settings) -> Path | None:
+    """The folder of `calibration.images`; None where none is given.
+
+    Raises:
+        SettingsError: it is not there, or no folder.
+    """
+    given = settings.calibration.images
+    if given is None:
+        return None
+    folder = find(require(settings, "calibration.images"), "calibration.images", "Expected a folder with images")
+    if not folder.is_dir():
+        raise SettingsError(f"calibration.images: {folder} is a file, expected a folder with images")
+    return folder
 
 
 def compressed_file(settings: Settings) -> Path:

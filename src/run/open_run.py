@@ -112,13 +112,19 @@ class Run(Job):
         recorder.text("config", to_yaml(self.settings))
         return recorder
 
-    def finish(self, outcome: Outcome, results: Mapping[str, Any]) -> None:
-        """Write the results; the run cannot be resumed any more."""
+    def finish(self, outcome: Outcome | None, results: Mapping[str, Any], models: Path | None = None) -> None:
+        """Write the results; the run cannot be resumed any more.
+
+        Args:
+            outcome: of the training; None: there was none.
+            results: further entries.
+            models: where the models are; None: in the folder of trained models.
+        """
         skipped = set(self.engine.gather(sorted(self.checkpoints.unreadable)))
         more = {"skipped images": len(skipped)} if skipped else {}
         self.recorder.finish(outcome, {**results, **more})
         self.checkpoints.remove()
-        log.info("results in %s; models in %s", self.output.path / "results.txt", self.output.models)
+        log.info("results in %s; models in %s", self.output.path / "results.txt", models or self.output.models)
 
 
 @contextmanager

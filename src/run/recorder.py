@@ -130,26 +130,30 @@ class RunRecorder:
         """Write `trained_models/best.pth`."""
         self._save(model, self.folder.models / "best.pth", self._measured)
 
-    def finish(self, outcome: Outcome, more: Mapping[str, Any]) -> None:
-        """Write results.txt and results.json and close the log."""
+    def finish(self, outcome: Outcome | None, more: Mapping[str, Any]) -> None:
+        """Write results.txt and results.json and close the log; without an `outcome` where nothing was trained."""
         results: dict[str, Any] = {
             "start": self._started.isoformat(timespec="seconds"),
             "end": datetime.now().astimezone().isoformat(timespec="seconds"),
+            **({} if outcome is None else self._trained(outcome)),
+            **more,
+        }
+        self.flush()
+        lines = [f"{name}: {'-' if value is None else value}" for name, value in results.items()]
+        write_text(self.folder.path / "results.txt", "\n".join(lines) + "\n")
+        history = {} if outcome is None else {"history": outcome.history}
+        write_text(self.folder.path / "results.json", json.dumps({**results, **history}, indent=1) + "\n")
+        self.close()
+
+    def _trained(self, outcome: Outcome) -> dict[str, Any]:
+        return {
             "metric": self._metric,
             "before training": outcome.initial,
             "last": outcome.last,
             "best": outcome.best,
             "best epoch": outcome.best_epoch,
             "seconds per step": None if math.isnan(outcome.seconds_per_step) else round(outcome.seconds_per_step, 4),
-            **more,
         }
-        self.flush()
-        lines = [f"{name}: {'-' if value is None else value}" for name, value in results.items()]
-        write_text(self.folder.path / "results.txt", "\n".join(lines) + "\n")
-        write_text(
-            self.folder.path / "results.json", json.dumps({**results, "history": outcome.history}, indent=1) + "\n"
-        )
-        self.close()
 
     def close(self) -> None:
         """Close the log."""
@@ -187,7 +191,7 @@ class NoRecorder:
     def best(self, epoch: int, model: nn.Module) -> None:
         """Nothing."""
 
-    def finish(self, outcome: Outcome, more: Mapping[str, Any]) -> None:
+    def finish(self, outcome: Outcome | None, more: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def close(self) -> None:

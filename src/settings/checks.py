@@ -17,7 +17,7 @@ from ..engines.registry import ENGINES
 from .keys import LAYER, Path, walk
 from .model_schema import CompressionSettings
 from .overrides import locate
-from .reach import CLASSIFICATION, DETECTION, unread
+from .reach import CLASSIFICATION, COMPRESS, DETECTION, unread
 from .reach import keys as keys_and_readers
 from .schema import Settings
 
@@ -61,7 +61,7 @@ def ineffective(settings: Settings, job: str | None = None, task: str | None = N
     Files are shared by jobs: what `job` (on `task`) does not read is mentioned only where the command line gives it.
     """
     reasons = dict.fromkeys(_given_in_vain(settings, job, task), "it is not read by this command")
-    for reason, keys in _without_effect(settings):
+    for reason, keys in _without_effect(settings, job, task):
         for key in keys:
             value, default = value_of(settings, key), value_of(_DEFAULTS, key)
             if value != default and not is_placeholder(value):
@@ -87,7 +87,7 @@ def _given_in_vain(settings: Settings, job: str | None, task: str | None) -> Ite
 _DEFAULTS = Settings()
 
 
-def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
+def _without_effect(settings: Settings, job: str | None, task: str | None) -> Iterator[tuple[str, list[str]]]:
     schedule, model = settings.lr_scheduler.type, settings.model
     for key in OPTIMIZERS.unread(settings.optimizer):
         yield f"only optimizer {' or '.join(OPTIMIZERS.readers(key))} has a {key}", [key]
@@ -95,9 +95,10 @@ def _without_effect(settings: Settings) -> Iterator[tuple[str, list[str]]]:
         f"lr_scheduler.type {schedule} does not use it",
         [f"lr_scheduler.{key}" for key in SCHEDULES.unread(schedule)],
     )
-    task = ARCHITECTURES.fact(model.arch, "task") or CLASSIFICATION
+    task = ARCHITECTURES.fact(model.arch, "task") or task or CLASSIFICATION
     trained_on = {CLASSIFICATION: "images in folders", DETECTION: "COCO"}
-    yield f"{model.arch} is trained on {trained_on[task]}", unread(None, task)
+    if job != COMPRESS:
+        yield f"{model.arch} is trained on {trained_on[task]}", unread(None, task)
     search = [
         "model.search",
         "model.search_seconds",
@@ -126,7 +127,7 @@ def to_yaml(settings: Settings) -> str:
     for specs in (model["compression_parameters"]["layer_specs"], model["permutation_specs"]):
         for layer, spec in specs.items():
             specs[layer] = {key: value for key, value in spec.items() if value is not None}
-    if model["permutations"] is not None:
+    if isinstance(model["permutations"], list):
         model["permutations"] = [
             [{"parents": group["parents"]}, {"children": group["children"]}] for group in model["permutations"]
         ]

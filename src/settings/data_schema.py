@@ -17,6 +17,23 @@ from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole
 
 
+class CalibrationSettings(Section):
+    """Images that show a network what it sees; they need no labels."""
+
+    images: Text | None = Field(
+        None, description="Folder with images, in whatever folders below it; null: no images are used."
+    )
+    count: Positive = Field(1024, description="Images that are drawn from them, at most.")
+    batch_size: Positive = Field(64, description="Images at a time.")
+    num_workers: Natural = Field(4, description="Processes that read images; 0 reads in the main process.")
+    image_size: Positive | None = Field(
+        None, description="Side in pixels of the square crop that the network sees; null: what it is made for."
+    )
+    resize: Positive | None = Field(
+        None, description="Length in pixels to which the short side is scaled before; null: 8/7 of image_size."
+    )
+
+
 class DataSettings(Section):
     """Where images come from and how they reach the network."""
 

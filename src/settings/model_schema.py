@@ -1,16 +1,20 @@
 """Keys about the network, its permutation and its compression: type, default and meaning of each."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from annotated_types import MinLen
 from pydantic import (
     BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
+    ValidatorFunctionWrapHandler,
+    WrapSerializer,
+    WrapValidator,
     model_validator,
 )
 
 from .names import ArchitectureName, QuantizerName, SearchName, StepName
-from .read_by import COCO, EVALUATION, TRAINING
+from .read_by import COCO, COMPRESSING, EVALUATION, TRAINING, WITH_DATA
 from .section import Section, empty_map
 from .values import Centroids, Flag, Natural, Positive, RealAboveZero, RealFromZero, Text
 
@@ -21,8 +25,8 @@ class LayerSpec(Section):
     """Compression settings of one layer; null: those of the whole model."""
 
     k: Centroids | None = Field(None, description="Centroids of this layer.")
-    k_means_type: Annotated[QuantizerName | None, TRAINING] = Field(None, description="Clustering of this layer.")
-    k_means_n_iters: Annotated[Natural | None, TRAINING] = Field(
+    k_means_type: Annotated[QuantizerName | None, COMPRESSING] = Field(None, description="Clustering of this layer.")
+    k_means_n_iters: Annotated[Natural | None, COMPRESSING] = Field(
         None, description="Clustering iterations of this layer."
     )
     subvector_size: Positive | None = Field(None, description="Block length of a linear layer or 1x1 convolution.")
@@ -33,9 +37,9 @@ class CompressionSettings(Section):
     """How weights are cut into blocks and clustered."""
 
     k: Centroids = Field(256, description="Centroids per layer; fewer where a layer has too few blocks.")
-    k_means_type: Annotated[QuantizerName, TRAINING] = Field("src", description="Clustering.")
-    k_means_n_iters: Annotated[Natural, TRAINING] = Field(1000, description="Clustering iterations.")
-    k_means_tolerance: Annotated[RealFromZero, TRAINING] = Field(
+    k_means_type: Annotated[QuantizerName, COMPRESSING] = Field("src", description="Clustering.")
+    k_means_n_iters: Annotated[Natural, COMPRESSING] = Field(1000, description="Clustering iterations.")
+    k_means_tolerance: Annotated[RealFromZero, COMPRESSING] = Field(
         0.0,
         description=(
             "Share of the distortion: stop when 10 iterations of kmeans, or one of the short annealings that src then "
@@ -73,6 +77,24 @@ class GroupSettings(Section):
         return {key: value for part in parts for key, value in part.items()}
 
 
+AUTO = "auto"
+
+
+def _auto_or_groups(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """`auto` as it is; anything else is a list of groups, and errors are those of its items."""
+    return value if value == AUTO else read(value)
+
+
+def _auto_or_plain(value: Any, write: SerializerFunctionWrapHandler) -> Any:
+    return value if value == AUTO else write(value)
+
+
+if TYPE_CHECKING:
+    Groups: TypeAlias = tuple[GroupSettings, ...] | Literal["auto"] | None
+else:
+    Groups = Annotated[tuple[GroupSettings, ...] | None, WrapValidator(_auto_or_groups), WrapSerializer(_auto_or_plain)]
+
+
 class PermutationSpec(Section):
     """How the permutation of one layer's inputs is searched."""
 
@@ -87,7 +109,13 @@ class PermutationSpec(Section):
 class ModelSettings(Section):
     """The network, its permutation and its compression."""
 
-    arch: ArchitectureName = Field("resnet50", description="Architecture.")
+    arch: ArchitectureName = Field(
+        "resnet50",
+        description=(
+            "Architecture: one of these; one of torchvision's models (torchvision:NAME, or NAME); timm:NAME; or "
+            "package.module:callable, which builds a network and is given num_classes where it takes that."
+        ),
+    )
     weights: Text = Field(
         "pretrained",
         description=(
@@ -109,7 +137,9 @@ class ModelSettings(Section):
             "model.weights holds scale and shift only."
         ),
     )
-    use_compression: Flag = Field(True, description="Compress the network; False trains or evaluates it as it is.")
+    use_compression: Annotated[Flag, WITH_DATA] = Field(
+        True, description="Compress the network; False trains or evaluates it as it is."
+    )
     state_dict_compressed: Annotated[Text | None, EVALUATION] = Field(None, description="Compressed model to evaluate.")
     compression_parameters: CompressionSettings = Field(
         default_factory=CompressionSettings, description="How weights are compressed."
@@ -117,21 +147,25 @@ class ModelSettings(Section):
     boxes_per_image: Annotated[Positive, TRAINING, COCO] = Field(
         512, description="Detection: proposed boxes of an image that a training step learns from, at most."
     )
-    proposals: Annotated[Positive, COCO] = Field(
+    proposals: Annotated[Positive, COCO, WITH_DATA] = Field(
         1000,
         description="Detection: boxes of an image that are proposed to the heads, at most; twice as many in training.",
     )
-    use_permutations: Annotated[Flag, TRAINING] = Field(True, description="Permute channels before compressing.")
-    search: Annotated[SearchName, TRAINING] = Field("best", description="Search for permutations.")
-    search_seconds: Annotated[RealAboveZero | None, TRAINING] = Field(
+    use_permutations: Annotated[Flag, COMPRESSING] = Field(True, description="Permute channels before compressing.")
+    search: Annotated[SearchName, COMPRESSING] = Field("best", description="Search for permutations.")
+    search_seconds: Annotated[RealAboveZero | None, COMPRESSING] = Field(
         None, description="Stop the best search after so long; the result then depends on the machine. null: no limit."
     )
-    sls_iterations: Annotated[Natural, TRAINING] = Field(
+    sls_iterations: Annotated[Natural, COMPRESSING] = Field(
         10_000, description="Swaps tried per group by search: published, and by the first of best's own searches."
     )
-    permutations: Annotated[tuple[GroupSettings, ...] | None, TRAINING] = Field(
-        None, description="Groups of layers; null: those of the architecture."
+    permutations: Annotated[Groups, COMPRESSING] = Field(
+        None,
+        description=(
+            "Groups of layers; auto: found by following channels through the network; null: those of the architecture, "
+            "or auto where it has none."
+        ),
     )
-    permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(empty_map), TRAINING] = Field(
+    permutation_specs: Annotated[dict[str, PermutationSpec], BeforeValidator(empty_map), COMPRESSING] = Field(
         default_factory=dict, description="Search settings of single layers."
     )

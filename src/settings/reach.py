@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from .keys import LAYER, Path, layer_section_of, section_of, walk
-from .read_by import CLASSIFICATION, DETECTION, EVALUATE, JOBS, TASKS, TRAIN, ReadBy
+from .read_by import CLASSIFICATION, COMPRESS, DETECTION, EVALUATE, JOBS, TASKS, TRAIN, ReadBy
 from .schema import Section, Settings
 
-__all__ = ["CLASSIFICATION", "DETECTION", "EVALUATE", "JOBS", "TASKS", "TRAIN", "Key", "keys", "unread"]
+__all__ = ["CLASSIFICATION", "COMPRESS", "DETECTION", "EVALUATE", "JOBS", "TASKS", "TRAIN", "Key", "keys", "unread"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Key:
     Attributes:
         path: its parts; `<layer>` holds the place of a layer's name.
         field: type, default and meaning.
-        jobs: `train`, `evaluate`.
+        jobs: `train`, `evaluate`, `compress`.
         tasks: `classification`, `detection`.
         but_not: pairs of them that do not read it all the same.
     """

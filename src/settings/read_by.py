@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-TRAIN, EVALUATE = "train", "evaluate"
-JOBS = (TRAIN, EVALUATE)
+TRAIN, EVALUATE, COMPRESS = "train", "evaluate", "compress"
+JOBS = (TRAIN, EVALUATE, COMPRESS)
 CLASSIFICATION, DETECTION = "classification", "detection"
 TASKS = (CLASSIFICATION, DETECTION)
 
@@ -13,7 +13,7 @@ class ReadBy:
     """A mark of a key, or of a section for all keys in it: `Annotated[Natural, TRAINING]`. Of several marks all count.
 
     Attributes:
-        jobs: `train`, `evaluate`.
+        jobs: `train`, `evaluate`, `compress`.
         tasks: `classification`, `detection`.
         but_not: pairs of a job and a task that do not read it although other jobs on the task do.
     """
@@ -24,6 +24,9 @@ class ReadBy:
 
 
 TRAINING, EVALUATION = ReadBy(jobs=(TRAIN,)), ReadBy(jobs=(EVALUATE,))
+COMPRESSING, COMPRESSION = ReadBy(jobs=(TRAIN, COMPRESS)), ReadBy(jobs=(COMPRESS,))
+WITH_DATA = ReadBy(jobs=(TRAIN, EVALUATE))
+"""What only commands read that run the network on a data set."""
 IMAGES_IN_FOLDERS, COCO = ReadBy(tasks=(CLASSIFICATION,)), ReadBy(tasks=(DETECTION,))
 WRITES_A_FOLDER = ReadBy(but_not=((EVALUATE, CLASSIFICATION),))
 """An evaluation of a classifier only logs what it finds."""

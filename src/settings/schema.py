@@ -11,10 +11,10 @@ from pydantic import (
     field_validator,
 )
 
-from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
+from .data_schema import CalibrationSettings, DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .model_schema import ModelSettings
 from .names import EngineName, OptimizerName
-from .read_by import COCO, EVALUATION, TRAINING, WRITES_A_FOLDER
+from .read_by import COCO, COMPRESSING, COMPRESSION, EVALUATION, TRAINING, WITH_DATA, WRITES_A_FOLDER
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text
 
@@ -22,7 +22,10 @@ from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, 
 class Settings(Section):
     """Everything a job reads."""
 
-    dataloader: DataSettings = Field(default_factory=DataSettings, description="Images.")
+    dataloader: Annotated[DataSettings, WITH_DATA] = Field(default_factory=DataSettings, description="Images.")
+    calibration: Annotated[CalibrationSettings, COMPRESSION] = Field(
+        default_factory=CalibrationSettings, description="Images without labels."
+    )
     epochs: Annotated[Natural, TRAINING] = Field(9, description="Passes over the training images.")
     optimizer: Annotated[OptimizerName, TRAINING] = Field("adam", description="Optimizer.")
     learning_rate: Annotated[RealAboveZero, TRAINING] = Field(
@@ -42,20 +45,20 @@ class Settings(Section):
     overwrite: Annotated[Flag, WRITES_A_FOLDER] = Field(
         False, description="Replace a run that output_path already holds."
     )
-    resume: Annotated[Text, TRAINING] = Field(
+    resume: Annotated[Text, COMPRESSING] = Field(
         "auto",
         description=(
             "auto: resume an unfinished run in output_path; none: never; or the folder (or a checkpoint) of a run to "
             "resume from."
         ),
     )
-    resume_with_changes: Annotated[Flag, TRAINING] = Field(
+    resume_with_changes: Annotated[Flag, COMPRESSING] = Field(
         False, description="Resume a run although settings of its training have changed since."
     )
     checkpoint_every_n_steps: Annotated[Natural, TRAINING] = Field(
         500, description="Training steps between two checkpoints; 0: only before and after validations."
     )
-    save_format: Annotated[Literal["pth", "safetensors", "both"], TRAINING] = Field(
+    save_format: Annotated[Literal["pth", "safetensors", "both"], COMPRESSING] = Field(
         "pth",
         description=(
             "Files of trained models: pth (as published), safetensors (packed: smaller, says how it was made), or both."
@@ -76,13 +79,13 @@ class Settings(Section):
         False, description="Batch norms count over the images of all processes together in training."
     )
     amp: Annotated[Literal["none", "bf16", "fp16"], TRAINING] = Field("none", description="Mixed precision.")
-    channels_last: Flag = Field(
+    channels_last: Annotated[Flag, WITH_DATA] = Field(
         False, description="Keep images in channels-last memory order, which is faster on some GPUs."
     )
     expected: Annotated[ExpectedSettings, EVALUATION] = Field(
         default_factory=ExpectedSettings, description="Result that an evaluation checks."
     )
-    evaluation: Annotated[EvaluationSettings, COCO] = Field(
+    evaluation: Annotated[EvaluationSettings, COCO, WITH_DATA] = Field(
         default_factory=EvaluationSettings, description="Scoring of detections."
     )
     visualize: Annotated[Text | None, EVALUATION, COCO] = Field(

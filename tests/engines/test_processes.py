@@ -22,7 +22,7 @@ from tests.support import small_runs
 from tests.support.coco import small_coco
 from tests.support.helpers import quantized, spec
 from tests.support.launching import ENGINES, Finished, by_hand, free_port, launch
-from tests.support.worker import detection, exchanges, gradients, whole_run
+from tests.support.worker import detection, exchanges, gradients, side_by_side, whole_run
 from tests.tasks.test_detection import network as detector
 from tests.test_entries import scalars
 
@@ -108,6 +108,12 @@ def test_permutations_codes_and_codebooks_are_those_of_one_process(found: dict, 
     assert all(torch.equal(joint["quantized"][name], tensor) for name, tensor in alone["quantized"].items())
     assert joint["tied"]
     assert alone["tied"]
+
+
+def test_groups_that_follow_each_other_are_searched_as_by_one_process(found: dict) -> None:
+    alone = side_by_side(SingleProcess(Launch(), torch.device("cpu")))
+    assert found["side by side"] == [alone, alone]
+    assert sum(row[3] is not None for row in alone[1:]) == 8
 
 
 def test_losses_and_codebooks_agree_with_one_process_and_the_joint_batch(found: dict, alone: dict) -> None:

@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import src.inspect as inspect_command
 from src import architectures, convert, evaluate_resnet
-from src import inspect as inspect_command
 from src.architectures.architecture import Architecture
 from src.common.errors import CheckpointError, GroupError, SettingsError, UserError
 from src.common.registry import Entry

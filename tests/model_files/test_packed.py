@@ -347,7 +347,8 @@ def test_a_file_that_does_not_fit_its_architecture_is_refused(tmp_path: Path) ->
     model = quantized(lively(small()), spec(16)).eval()
     path = tmp_path / "model.safetensors"
     for arch, n, words in (
-        (None, 20, "not known"),
+        (None, 20, "does not say which network"),
+        ("os:system", 20, "Code that a file names is not run"),
         ("resnet99", 20, "not known"),
         ("resnet18", None, "classes"),
         ("resnet18", 20, "no such layer|another"),

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import resnet18
 
+import src.inspect as inspect_command
 from src import architectures, convert, evaluate_resnet, train_resnet
-from src import inspect as inspect_command
 from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.layers import QuantizedLayer
 from src.model_files.compression_report import read_permutations
@@ -415,6 +415,14 @@ def test_a_run_writes_both_formats_with_everything_in_the_packed_one(run: Path) 
         (g["permutation"], g["parents"]) for g in listed
     ]
     assert len(listed) > 3
+    # so are the weights that stay dense, with the reason
+    (left,) = json.loads((run / "compression.json").read_text())["dense"]
+    assert (left["name"], left["n_values"], left["reason"]) == ("conv1", 9408, "named in ignored_modules")
+    assert 0 < left["share"] < 0.01
+    note = f"conv1: named in ignored_modules, left uncompressed ({100 * left['share']:.2f} % of all weights)"
+    assert note in examine(run / "trained_models" / "best.safetensors").notes
+    (unknown,) = examine(run / "trained_models" / "best.pth").notes
+    assert unknown.startswith("conv1: was not quantized when the file was made, left uncompressed")
     # the `.pth` beside compression.json is known to have them too
     assert len(open_model_file(run / "trained_models" / "best.pth").info.permutations or ()) == len(listed)
 

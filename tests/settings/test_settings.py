@@ -26,7 +26,7 @@ from src.settings import (
     value_of,
 )
 from src.settings.keys import leaves
-from src.settings.reach import JOBS, keys
+from src.settings.reach import keys
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "config").rglob("*.yaml"))
@@ -625,7 +625,10 @@ def test_every_key_is_read_by_some_command_and_a_section_passes_its_marks_on() -
     assert set(marks) == set(leaves())
     assert all(key.jobs and key.tasks for key in marks.values())
     assert marks["lr_scheduler.factor"].jobs == ("train",)  # marked is lr_scheduler
-    assert (marks["evaluation.backend"].jobs, marks["evaluation.backend"].tasks) == (JOBS, ("detection",))
+    assert (marks["evaluation.backend"].jobs, marks["evaluation.backend"].tasks) == (
+        ("train", "evaluate"),
+        ("detection",),
+    )
     assert marks["evaluation.per_category"].jobs == ("evaluate",)
     assert marks["dataloader.crop_padding"].is_read_by("train", "classification")
     assert not marks["dataloader.crop_padding"].is_read_by("train", "detection")

@@ -12,7 +12,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from src.common.randomness import stream
 from src.compression.permute.groups import Group, resolve
 from src.compression.quantize.compress import compress
-from src.compression.quantize.layers import QuantizedLayer, quantize_weight
+from src.compression.quantize.layers import QuantizedLayer
+from src.compression.quantize.placing import quantize_weight
 from src.compression.quantize.plan import LayerSpec, QuantizationSpec, make_plan
 from src.compression.quantize.subvector_size import BlockRule
 from src.compression.quantize.weights import WeightPlace

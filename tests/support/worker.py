@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from src.common.errors import RunError
 from src.compression.finetune.loop import FinetuneSpec, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
+from src.compression.permute.channels import ChannelGroup
 from src.compression.permute.groups import Group
-from src.compression.permute.permute import GroupResult, permute
+from src.compression.permute.permute import GroupResult, group_row, permute
 from src.compression.quantize.compress import compress
 from src.compression.quantize.plan import make_plan
 from src.engines import choosing
@@ -34,6 +36,7 @@ from src.tasks.coco.loading import CocoDataset, collate_detection
 from src.tasks.detection import Detection
 from src.tasks.images import read_folder
 from src.tasks.loading import LoaderSpec
+from tests.support.channel_networks import DenseBlock, below, correlated
 from tests.support.coco import small_coco
 from tests.support.helpers import lively, quantized, spec
 from tests.tasks.test_detection import network as detector
@@ -138,6 +141,20 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
         "layers": rows,
     }
     return {**figures, "quantized": quantized, "state": state, "tied": model[13].codebook is model[11].codebook}
+
+
+def side_by_side(engine: Engine) -> list:
+    """Permute a network in which channels of several groups stand side by side in one weight."""
+    torch.manual_seed(0)
+    model = correlated(nn.Sequential(DenseBlock(), DenseBlock()).eval())
+    plan = make_plan(model, spec(8))
+
+    def search(part: nn.Module, groups: list[ChannelGroup], numbers: list[int]) -> list[GroupResult]:  # noqa: ARG001
+        return permute(part, groups, plan.sizes, seed=3, show_progress=False)
+
+    groups = [below(group, prefix) for prefix in "01" for group in model[int(prefix)].groups()]
+    results = permute_together(engine, model, groups[::2] + groups[1::2], {}, search)
+    return json.loads(json.dumps([digest(model.state_dict().values()), *map(group_row, results)]))
 
 
 def _list(permutation: Tensor | None) -> list[int] | None:
@@ -311,6 +328,7 @@ def laws(folder: Path, images: Path) -> None:
     found["plain"] = {
         name: value for name, value in whole_run(engine, images, 4, "plain").items() if name in ("digests", "metrics")
     }
+    found["side by side"] = engine.gather([side_by_side(engine)])
     found["one image"] = engine.gather([classification(engine, images, 4, most=1).validate(network(), "one image")])
     found["gradients"] = engine.gather([gradients(engine)])
     found["optimizer"] = engine.gather([optimizer_state(engine)])

@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 from .group_objective import GroupObjective
 from .objective import ChildObjective, Floats, Ints
+from .placed_child import PlacedChild
 
 LARGEST = 1024
 """Positions at a time: an assignment takes time in their third power."""
@@ -63,10 +64,12 @@ def assign_channels(objective: GroupObjective, order: Ints, rounds: int, toleran
 
 
 def positions(objective: GroupObjective) -> int:
-    """B, the common multiple of the children's channels per subvector; 0 where subvectors do not hold whole
-    channels."""
+    """B, the common multiple of the children's channels per subvector; 0 where subvectors do not hold whole channels,
+    or hold other values too."""
     stride = 1
     for child in objective.children:
+        if isinstance(child, PlacedChild):
+            return 0
         if child.d % child.area:
             return 0
         stride = math.lcm(stride, child.d // child.area)

@@ -9,12 +9,12 @@ in NumPy, with the same result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from ...common.compiling import CompiledLoop
-from .objective import ChildObjective, Floats, Ints
+from .objective import Floats, Ints
 
 
 def _run_swaps() -> Any:
@@ -32,23 +32,52 @@ add up."""
 NOTHING = np.empty(0)
 
 
+class Child(Protocol):
+    """The score of one child as a function of the permutation, see `ChildObjective`."""
+
+    permutation: Ints
+    value: float
+    d: int
+    n_channels: int
+    n_subvectors: int
+
+    @property
+    def swap_work(self) -> int:
+        """About the multiplications that a swap costs."""
+
+    def reset(self, permutation: Ints) -> None:
+        """Take a permutation (C,)."""
+
+    def evaluate(self, permutation: Ints) -> float:
+        """The score of another one."""
+
+    def propose(self, i: int, j: int) -> tuple[float, Any]:
+        """The score after a swap, and what makes it."""
+
+    def commit(self, proposal: Any) -> None:
+        """Make a swap that was proposed."""
+
+
 class GroupObjective:
     """Weighted sum of the children's scores as a function of the permutation they share.
 
     Attributes:
-        children: the objectives of the single children, at the same permutation.
+        children: the objectives of the single children (`ChildObjective`), at the same permutation.
         weights: (number of children,).
         compiled: whether the kernel is used.
+        loop: the kernel.
     """
 
-    def __init__(self, children: Sequence[ChildObjective], weights: Sequence[float], compiled: bool = True) -> None:
+    loop: ClassVar[CompiledLoop] = RUN_SWAPS
+
+    def __init__(self, children: Sequence[Child], weights: Sequence[float], compiled: bool = True) -> None:
         """Put `children` (of equal n_channels) together; raises ValueError if there are none."""
         if not children:
             raise ValueError("a group objective needs at least one child")
-        self.children = list(children)
+        self.children: list[Any] = list(children)
         self.weights = np.asarray(weights, dtype=np.float64)
         self.n_channels = children[0].n_channels
-        self.compiled = compiled and RUN_SWAPS.function() is not None
+        self.compiled = compiled and self.loop.function() is not None
         if self.compiled:
             self._flatten()
 
@@ -96,8 +125,14 @@ class GroupObjective:
     def _run_part(self, first: Ints, second: Ints, temperatures: Floats, draws: Floats) -> tuple[float, Ints, int]:
         """Try some swaps; returns the lowest change of the score, the permutation that reached it, and the swaps
         made."""
-        if not self.compiled:
+        found = self._run_compiled((first, second, temperatures, draws)) if self.compiled else None
+        if found is None:
+            self.compiled = False
             return self._run_numpy(first, second, temperatures, draws)
+        return found
+
+    def _run_compiled(self, swaps: tuple[Ints, Ints, Floats, Floats]) -> tuple[float, Ints, int] | None:
+        """The same by the kernel; None where it does not compile."""
         permutation = self.permutation.copy()
         best = permutation.copy()
         present = {
@@ -107,13 +142,12 @@ class GroupObjective:
         logdet = np.array([child.value for child in self.children])
         shared = (self._shape, self.weights, self._ridge, self._gram, self._gram_at, self._column_sum, self._column_at)
         arrays = (
-            first, second, temperatures, draws, permutation, *shared, present["columns"], self._columns_at,
+            *swaps, permutation, *shared, present["columns"], self._columns_at,
             present["moment"], self._moment_at, present["mean"], self._mean_at, logdet, best,
         )  # fmt: skip
-        run_swaps = RUN_SWAPS.ready(*arrays)
+        run_swaps = self.loop.ready(*arrays)
         if run_swaps is None:
-            self.compiled = False
-            return self._run_numpy(first, second, temperatures, draws)
+            return None
         _, lowest, made = run_swaps(*arrays)
         if made:
             self.reset(permutation)

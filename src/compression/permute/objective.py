@@ -113,6 +113,11 @@ class ChildObjective:
         np.matmul(last.T, first, out=self.cross)
         self.gram = np.empty((0, self.width, self.width))
 
+    @property
+    def swap_work(self) -> int:
+        """About the multiplications that a swap costs."""
+        return self.d**2
+
     def reset(self, permutation: Ints) -> None:
         """Take `permutation` (C,); everything is computed anew."""
         self.permutation = permutation.copy()

@@ -19,6 +19,7 @@ from .assignment import assign_channels, positions
 from .group_objective import GroupObjective
 from .groups import random_permutation
 from .objective import Floats, Ints
+from .placed_child import PlacedChild
 from .registry import STEPS
 
 Step = Callable[[GroupObjective, int, int, torch.Generator], None]
@@ -48,6 +49,11 @@ def greedy(objective: GroupObjective, n_blocks: int, _n_tries: int, _generator: 
     no such positions, and the permutation stays as it is.
     """
     child = objective.children[0]
+    if isinstance(child, PlacedChild):
+        falling = child.falling_variances()
+        if falling is not None:
+            objective.reset(falling)
+        return
     if child.d % child.area:
         return
     per_subvector = child.d // child.area
@@ -58,8 +64,8 @@ def greedy(objective: GroupObjective, n_blocks: int, _n_tries: int, _generator: 
     parts: list[Ints] = []
     for block in range(n_blocks):
         channels = np.arange(block * size, (block + 1) * size)
-        falling = channels[np.argsort(-scores[channels], kind="stable")]
-        parts.append(falling.reshape(per_subvector, -1).T.reshape(-1))  # the rows are the runs
+        sorted_channels = channels[np.argsort(-scores[channels], kind="stable")]
+        parts.append(sorted_channels.reshape(per_subvector, -1).T.reshape(-1))  # the rows are the runs
     objective.reset(np.concatenate(parts))
 
 
@@ -244,7 +250,7 @@ def _descend(objective: GroupObjective, n_blocks: int, generator: torch.Generato
 
 
 def _most_tries(objective: GroupObjective) -> int:
-    return min(MOST_TRIES, MOST_WORK // sum(child.d**2 for child in objective.children))
+    return min(MOST_TRIES, MOST_WORK // sum(child.swap_work for child in objective.children))
 
 
 def _anneal(objective: GroupObjective, n_blocks: int, generator: torch.Generator, deadline: float | None) -> None:

@@ -21,9 +21,10 @@ from ...engines.machine import own_processors
 from .assign import one_thread
 from .clustering import Clustering
 from .kmeans import cluster
-from .layers import CODES_DTYPE, QuantizedLayer, quantize_weight, share_codes
+from .layers import CODES_DTYPE, QuantizedLayer, share_codes
+from .placing import quantize_weight
 from .plan import LayerPlan, Plan
-from .sixteen_bits import energies, rounding_loss, weight_problem
+from .sixteen_bits import energies, rounding_loss, scale_of, weight_problem
 from .subvectors import to_subvectors
 from .weights import WeightPlace, find_weight
 
@@ -95,13 +96,15 @@ def compress(
             any is, and with all layers of which that is so.
     """
     check_weights(model, plan)
+    plan = with_scales(model, plan)
     found = _cluster_layers(model, plan, seed, device, show_progress, finished)
     results = []
 
     def code(plan: LayerPlan, place: WeightPlace) -> QuantizedLayer:
         weight = place.parameter.detach()
-        layer = quantize_weight(place, plan.d, plan.k)
+        layer = quantize_weight(place, plan.d, plan.k, plan.scale)
         clustering = found.pop(plan.name)
+        clustering = replace(clustering, codebook=clustering.codebook * plan.scale)
         layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
         lost, power = energies(weight.cpu(), clustering.codebook.cpu(), clustering.codes.cpu())
         results.append(
@@ -113,7 +116,7 @@ def compress(
                 distortion=lost,
                 power=power,
                 iterations=clustering.iterations,
-                rounding=rounding_loss(weight.cpu()),
+                rounding=rounding_loss(weight.cpu(), plan.scale),
             )
         )
         return layer
@@ -134,6 +137,12 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
     ]
     if problems:
         raise PlanError("\n  ".join(problems))
+
+
+def with_scales(model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the scale of every codebook, which its weight decides."""
+    scales = {name: scale_of(place.parameter.detach()) for name, place in places_of(model, plan).items()}
+    return replace(plan, layers={name: replace(layer, scale=scales[name]) for name, layer in plan.layers.items()})
 
 
 MANY_VECTORS = 1024
@@ -196,7 +205,8 @@ def _cluster_layers(
 
     def run(job: LayerPlan) -> tuple[str, Clustering]:
         weight = weights[job.name]
-        vectors = to_subvectors(weight, job.d).float().to(device or weight.device)
+        vectors = to_subvectors(weight, job.d)
+        vectors = (vectors if job.scale == 1 else vectors / job.scale).float().to(device or weight.device)
         generator = stream(seed, "codebook", job.name)
         try:
             found = cluster(
@@ -235,7 +245,7 @@ def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
 
     The values come from a file. Works on the meta device.
     """
-    return _replace(model, plan, lambda layer, place: quantize_weight(place, layer.d, layer.k))
+    return _replace(model, plan, lambda layer, place: quantize_weight(place, layer.d, layer.k, layer.scale))
 
 
 def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, WeightPlace], QuantizedLayer]) -> nn.Module:
@@ -247,7 +257,7 @@ def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, WeightPlac
         if twin is None:
             made[id(parameters[name])] = make(layer, places[name])
         else:
-            share_codes(quantize_weight(places[name], layer.d, layer.k), twin)
+            share_codes(quantize_weight(places[name], layer.d, layer.k, layer.scale), twin)
     return model
 
 

@@ -3,20 +3,18 @@
 The module itself stays: its class (a quantized one is a subclass, made on the fly), forward, hooks and attributes. Only
 the parameter gives way to a property that dequantizes. The codebook is the only parameter of a quantized weight; the
 codes are a buffer and never change. In training the weight is dequantized in every forward pass, and the gradient of a
-centroid is the sum of the gradients of the subvectors that use it (paper section 3.4). Where no gradient is needed the
-dequantized weight is kept, so that inference runs at the speed of the dense layer.
+centroid is the sum of the gradients of the subvectors that use it (paper section 3.4); a centroid of zeros stands for
+blocks that were pruned, and stays. Where no gradient is needed the dequantized weight is kept, so that inference runs
+at the speed of the dense layer.
 
-A parameter that is not its module's `weight`, such as attention's `in_proj_weight`, is held by a module of its own
-below it, of the parameter's name and `SUFFIX`.
+`placing` puts them into a network, the parameters that are not their module's `weight` too.
 
 Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,6 @@ from .members import Dequantize, Members
 from .read_only import ADVICE, DequantizedWeight, watch
 from .subvectors import bits_per_code, from_subvectors
 from .watch import KeptWeight, SeenCodes, is_ordinary, must_be_plain
-from .weights import SUFFIX, WeightPlace
 
 CODES_DTYPE = torch.int32
 
@@ -37,6 +34,7 @@ class QuantizedLayer(nn.Module):
     Attributes:
         codebook: parameter (k, d).
         codes_matrix: buffer (R, m) int32, values below k.
+        codebook_scale: buffer () float32, a power of two: what files divide the codebook by; only where they do.
         weight_shape: shape of the dequantized weight.
         quantized_kind: the type of the dense module, with the parameter's name where that is not `weight`.
     """
@@ -45,9 +43,11 @@ class QuantizedLayer(nn.Module):
         quantized_kind: str
         codebook: Tensor
         codes_matrix: Tensor
+        codebook_scale: Tensor
         weight_shape: tuple[int, ...]
+        _rebuild: ClassVar[Any]
 
-    def _set_up(self, weight: Tensor, d: int, k: int, kind: str) -> None:
+    def _set_up(self, weight: Tensor, d: int, k: int, kind: str, scale: float) -> None:
         """Make room for codes and codebook of a weight; the values come from `set_codes` or a file."""
         bits_per_code(k)
         row = weight.shape[1:].numel()
@@ -65,10 +65,14 @@ class QuantizedLayer(nn.Module):
         self.register_buffer(
             "codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device)
         )
+        self.has_scale = scale != 1
+        if self.has_scale:
+            self.register_buffer("codebook_scale", torch.tensor(scale, dtype=torch.float32, device=weight.device))
         self.channels_last = False
         self._kept: KeptWeight | None = None
         self._seen: SeenCodes | None = None
         self._members: Members | None = None
+        self._has_zeros = False
 
     @property
     def k(self) -> int:
@@ -102,7 +106,10 @@ class QuantizedLayer(nn.Module):
         """Take codebook and codes as they are now: what was derived from them is made anew when it is needed."""
         self._kept = self._members = None
         self._seen = SeenCodes.of(self.codes_matrix) if is_ordinary(self.codes_matrix) else None
-        watch(self._parameters["codebook"])
+        codebook = self._parameters["codebook"]
+        watch(codebook)
+        if is_ordinary(codebook) and not self.codebook.is_meta:
+            self._has_zeros = _some_are_zero(self.codebook)
 
     def dequantize(self) -> Tensor:
         """The weight with the codebook as it is trained; differentiable with respect to the codebook.
@@ -114,9 +121,18 @@ class QuantizedLayer(nn.Module):
 
     def dequantize_stored(self) -> Tensor:
         """The weight with the codebook rounded to 16-bit floats; the gradient passes the rounding unchanged."""
-        return self._dequantize(_rounded(self.codebook))
+        return self._dequantize(_rounded(self.codebook, self._buffers.get("codebook_scale")))
+
+    def stored_codebook(self) -> Tensor:
+        """The codebook as a file stores it, (k, d) 16-bit floats; `codebook_scale`, where there is one, times that is
+        the codebook."""
+        scale = self._buffers.get("codebook_scale")
+        codebook = self.codebook.detach()
+        return (codebook if scale is None else codebook / scale).to(torch.float16)
 
     def _dequantize(self, codebook: Tensor) -> Tensor:
+        if self._has_zeros:  # blocks that were pruned stay pruned
+            codebook = torch.where((codebook == 0).all(1, keepdim=True), codebook.detach(), codebook)
         if must_be_plain() or not is_ordinary(codebook):
             # plain operators, which everything that follows operators understands
             subvectors = F.embedding(self.codes_matrix, codebook)
@@ -158,7 +174,8 @@ class QuantizedLayer(nn.Module):
         that what is measured is what is saved, and kept while codebook and codes do not change.
         """
         if torch.jit.is_scripting():
-            return _scripted(self.codebook, self.codes_matrix, self.training).view(self.weight_shape)
+            as_trained = self.training or self.has_scale
+            return _scripted(self.codebook, self.codes_matrix, as_trained).view(self.weight_shape)
         else:
             return self.computed()
 
@@ -206,14 +223,14 @@ class QuantizedLayer(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**_state(super()), "_kept": None, "_seen": None, "_members": None}  # which `forget` makes anew
+        return {**plain_state(super()), "_kept": None, "_seen": None, "_members": None}  # which `forget` makes anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (dense_type(self), ("weight",), False), self.__getstate__()
+        return type(self)._rebuild, (dense_type(self), ("weight",), False), self.__getstate__()
 
     def extra_repr(self) -> str:
         """What the module says of itself, and how its weight is quantized."""
@@ -221,50 +238,31 @@ class QuantizedLayer(nn.Module):
         return f"{own}{', ' if own else ''}k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}"
 
 
-class QuantizedParameter(QuantizedLayer):
-    """A quantized parameter that is not its module's `weight`: a module below it, which has the parameter's name."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Module.__reduce_ex__(self, protocol)
-
-    def forward(self) -> Tensor:
-        """The parameter to compute with."""
-        return self.weight
-
-
-class QuantizedHost(nn.Module):
-    """Mixed into the class of a module that has `QuantizedParameter`s."""
-
-    _quantized: tuple[str, ...]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in type(self)._quantized:
-            raise AttributeError(f"{name}: {ADVICE}".replace("layer.", f"module.{name}{SUFFIX}."))
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _state(super())
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (dense_type(self), type(self)._quantized, True), self.__getstate__()
-
-
-def _state(parent: Any) -> dict[str, Any]:
+def plain_state(parent: Any) -> dict[str, Any]:
     """The state of a module as its own class gives it (before Python 3.11 objects have no method for it)."""
     return dict(parent.__getstate__() if hasattr(parent, "__getstate__") else parent.__self__.__dict__)
 
 
-def _rounded(codebook: Tensor) -> Tensor:
-    """The codebook as a file stores it; the gradient passes unchanged."""
-    rounded = codebook.to(torch.float16).type_as(codebook)
+def _some_are_zero(codebook: Tensor) -> bool:
+    """Whether centroids are zero, but not all of them: a weight that is zero everywhere is one that begins so."""
+    with torch.no_grad():
+        zero = (codebook == 0).all(1)
+        return bool(zero.any() and not zero.all())
+
+
+def _rounded(codebook: Tensor, scale: Tensor | None) -> Tensor:
+    """The codebook as it comes back from a file; the gradient passes unchanged."""
+    rounded = (codebook if scale is None else codebook / scale).to(torch.float16).type_as(codebook)
+    if scale is not None:
+        rounded = rounded * scale
     if torch.is_grad_enabled() or must_be_plain():  # what is traced with gradients is the same as without
         return codebook + (rounded - codebook).detach()
     return rounded
 
 
-def _scripted(codebook: Tensor, codes: Tensor, training: bool) -> Tensor:
-    """What TorchScript compiles of `weight`."""
-    chosen = codebook if training else codebook.to(torch.float16).type_as(codebook)
+def _scripted(codebook: Tensor, codes: Tensor, as_trained: bool) -> Tensor:
+    """What TorchScript compiles of `weight`; `as_trained`: without the rounding of a file."""
+    chosen = codebook if as_trained else codebook.to(torch.float16).type_as(codebook)
     return chosen.index_select(0, codes.reshape(-1))
 
 
@@ -273,84 +271,11 @@ def dense_type(module: nn.Module) -> Any:
     return getattr(type(module), "_dense_type", type(module))
 
 
-@cache
-def _quantized_class(dense: Any, attributes: tuple[str, ...], below: bool) -> type[nn.Module]:
-    """The subclass of `dense` whose parameters of these names are quantized, in the module itself or below it."""
-    body: dict[str, Any] = {"_dense_type": dense, "_quantized": attributes, "__module__": dense.__module__}
-    if not below:
-        mixin: type[nn.Module] = QuantizedLayer
-    else:
-        mixin = QuantizedHost
-        body |= {name: property(_reader(name)) for name in attributes}
-        if issubclass(dense, nn.RNNBase):  # it keeps a list of its weights, and asks cuDNN to lay them out in one piece
-            body |= {"_flat_weights": property(_flat_weights, _ignored), "flatten_parameters": _ignored}
-    return type(f"Quantized{dense.__name__}", (mixin, dense), body)
-
-
-def _reader(name: str) -> Any:
-    def read(self: nn.Module) -> Tensor:
-        return self._modules[name + SUFFIX].weight  # type: ignore[union-attr, return-value]
-
-    read.__doc__ = f"The dequantized {name}; it cannot be written into."
-    return read
-
-
-def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
-    return [getattr(self, name, None) for name in self._flat_weights_names]
-
-
-def _ignored(*_: object) -> None:
-    """There is nothing to do: the weights are computed where they are read."""
-
-
-def _empty(dense: Any, attributes: tuple[str, ...], below: bool) -> nn.Module:
-    """A module without contents, for copies and pickles."""
-    kind = _quantized_class(dense, attributes, below)
-    return kind.__new__(kind)
-
-
-def quantize_weight(place: WeightPlace, d: int, k: int) -> QuantizedLayer:
-    """Put an empty codebook and codes in a parameter's place; returns what holds them.
-
-    The values come from `set_codes` or a file. Works on the meta device.
-
-    Raises:
-        ValueError: d does not divide the rows, or k is not a power of two.
-    """
-    host, attribute, weight, kind = place.host, place.attribute, place.parameter, place.kind
-    if not place.below:
-        host.__class__ = _quantized_class(dense_type(host), ("weight",), False)
-        host._set_up(weight, d, k, kind)
-        return host
-    holder = QuantizedParameter()
-    holder._set_up(weight, d, k, kind)
-    holder.training = host.training
-    earlier = type(host)._quantized if isinstance(host, QuantizedHost) else ()
-    host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute), True)
-    del host._parameters[attribute]
-    host._modules[attribute + SUFFIX] = holder
-    return holder
-
-
-def dense_name(prefix: str, layer: QuantizedLayer) -> str:
-    """The name of the dense parameter that `layer`, the module called `prefix`, stands for."""
-    if isinstance(layer, QuantizedParameter):
-        return prefix.removesuffix(SUFFIX)
-    return f"{prefix}.weight" if prefix else "weight"
-
-
-def quantized_layers(model: nn.Module, names: Iterable[str]) -> dict[str, QuantizedLayer]:
-    """What holds codebook and codes of the weights that a plan calls `names`."""
-    modules = dict(model.named_modules())
-    found = {name: modules.get(name, modules.get(name + SUFFIX)) for name in names}
-    return {name: layer for name, layer in found.items() if isinstance(layer, QuantizedLayer)}
-
-
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What a module has in a state dict besides codebook and codes, without the modules below it, by name."""
     skipped = set(module._non_persistent_buffers_set)
     if isinstance(module, QuantizedLayer):
-        skipped |= {"codebook", "codes_matrix"}
+        skipped |= {"codebook", "codes_matrix", "codebook_scale"}
     tensors = [*module._parameters.items(), *module._buffers.items()]
     return {name: tensor for name, tensor in tensors if tensor is not None and name not in skipped}
 
@@ -359,6 +284,8 @@ def share_codes(quantized: QuantizedLayer, twin: QuantizedLayer) -> None:
     """Tie two quantized weights that were one parameter."""
     quantized._parameters["codebook"] = twin._parameters["codebook"]
     quantized._buffers["codes_matrix"] = twin.codes_matrix
+    if twin.has_scale:
+        quantized._buffers["codebook_scale"] = twin.codebook_scale
     quantized.forget()
 
 

@@ -43,7 +43,8 @@ class QuantizationSpec:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is quantized: subvector length d, centroids k, and the clustering."""
+    """How one layer is quantized: subvector length d, centroids k, the clustering, and what its codebook is multiplied
+    by as it comes from a file (`sixteen_bits`)."""
 
     name: str
     d: int
@@ -51,6 +52,7 @@ class LayerPlan:
     k_means_type: str
     k_means_n_iters: int
     k_means_tolerance: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
         if name in dense
     )
     notes += [f"{_some(names)}: {note}" for note, names in remarks.items()]
-    notes += _dense_notes(left, sum(place.parameter.numel() for place in places.values()))
+    notes += dense_notes(left, sum(place.parameter.numel() for place in places.values()))
     return Plan(layers=layers, notes=tuple(notes), dense=left)
 
 
@@ -157,8 +159,8 @@ def _ignored(modules: Mapping[str, nn.Module], names: Sequence[str]) -> set[obje
     return found
 
 
-def _dense_notes(dense: Sequence[DenseWeight], n_values: int) -> list[str]:
-    """A line for every reason, with the names and their share of all weights."""
+def dense_notes(dense: Sequence[DenseWeight], n_values: int) -> list[str]:
+    """A line for every reason, with the names of such weights and their share of the `n_values` of all weights."""
     by_reason: dict[str, list[DenseWeight]] = {}
     for weight in dense:
         by_reason.setdefault(weight.reason, []).append(weight)

@@ -84,7 +84,17 @@ SUFFIX = "_quantized"
 RESERVED = frozenset(
     (
         *("k", "d", "weight_shape", "quantized_kind", "channels_last", "codebook", "codes_matrix", "set_codes"),
-        *("forget", "dequantize", "dequantize_stored", "check_codes", "members", "computed"),
+        *(
+            "forget",
+            "codebook_scale",
+            "has_scale",
+            "stored_codebook",
+            "dequantize",
+            "dequantize_stored",
+            "check_codes",
+            "members",
+            "computed",
+        ),
     )
 )
 """What a quantized layer adds to its module."""

@@ -1,0 +1,288 @@
+"""The Python interface: compress a network of one's own, save and load it, and see what it holds.
+
+Settings are keyword arguments with the names that they have in settings files: those of `model.compression_parameters`
+(`k`, `large_subvectors`, `ignored_modules`, `layer_specs`, ...) and of the search for permutations (`search`,
+`permutations`, `use_permutations`, ...).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .common.errors import CheckpointError, SettingsError
+from .compression.permute.auto import groups_by_following
+from .compression.permute.binding import AnyGroup, bind
+from .compression.permute.channels import ChannelGroup
+from .compression.permute.groups import Group, check_function
+from .compression.permute.permute import GroupResult, permute
+from .compression.quantize.compress import LayerResult, candidate_distortion, check_weights
+from .compression.quantize.compress import compress as quantize
+from .compression.quantize.dequantize import dense_again
+from .compression.quantize.layers import QuantizedLayer
+from .compression.quantize.plan import DenseWeight, Plan, make_plan
+from .compression.quantize.replaced import mark_replaced
+from .model_files.building import fill
+from .model_files.compression_report import applied
+from .model_files.inspected import Inspection
+from .model_files.inspection import examine, examine_model
+from .model_files.metadata import ModelInfo
+from .model_files.norm_estimation import retake_norms
+from .model_files.open_model_file import plan_of, read_model_file
+from .model_files.packed import check_layers_of, save_packed
+from .model_files.pth import save_compressed
+from .model_files.size import ModelSize, model_size
+from .run.compression_specs import quantization_of, search_of
+from .settings.keywords import model_settings
+
+Path_ = str | PathLike[str]
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""What a network is called with: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compressing did.
+
+    Attributes:
+        layers: how well each weight was quantized.
+        dense: the weights that stay as they were, with reasons.
+        groups: what became of each group of channels.
+        size: of the network, before and after.
+        notes: what else to know.
+    """
+
+    layers: tuple[LayerResult, ...]
+    dense: tuple[DenseWeight, ...]
+    groups: tuple[GroupResult, ...]
+    size: ModelSize
+    notes: tuple[str, ...]
+
+    @property
+    def lost(self) -> float:
+        """Share of the energy of all quantized weights that is lost, 0 to 1."""
+        power = sum(layer.power for layer in self.layers)
+        return sum(layer.distortion for layer in self.layers) / power if power else 0.0
+
+    def __str__(self) -> str:
+        moved = sum(bool(group.children) and group.after < group.before for group in self.groups)
+        return "\n".join(
+            [
+                f"{len(self.layers)} weights quantized, {100 * self.lost:.2f} % of their energy lost; "
+                f"{moved} of {len(self.groups)} groups of channels permuted",
+                f"size: {self.size.summary()}",
+                *(f"note: {text}" for text in self.notes),
+            ]
+        )
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    calibration: Tensor | Iterable[Any] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+    **settings: Any,
+) -> tuple[nn.Module, Report]:
+    """Permute and quantize a network, in place (paper sections 3.2 and 3.3).
+
+    Its modules keep their classes, forwards, hooks and attributes; a quantized weight is computed from a codebook,
+    which is trained like any other parameter, and codes, which stay. An optimizer that was made before refuses to step:
+    make a new one.
+
+    Args:
+        model: the dense network, on any device.
+        example_inputs: what it is called with, once, to find the channels that may be permuted. None: it is only
+            quantized, unless `permutations` lists groups.
+        calibration: inputs of the kind that the network will see, without labels: batch norms are retaken from them. A
+            tensor is one batch; of tuples and lists (inputs, labels) the first item is taken.
+        seed: of all random choices.
+        device: where to cluster; None: where the weights are.
+        show_progress: show progress bars where there is a terminal.
+        settings: as the module's docstring says.
+
+    Returns:
+        The same network, in the mode that it was in, and what was done.
+
+    Raises:
+        SettingsError: a setting is unknown or wrong.
+        PlanError: layers cannot be quantized as asked; names all of them.
+        GroupError: groups do not fit the network.
+    """
+    given = model_settings(settings)
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise SettingsError("the network is compressed already; pqf.dequantize(model) gives a dense one")
+    plan = make_plan(model, quantization_of(given))
+    check_weights(model, plan)
+    search = search_of(given)
+    found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
+    bind(model, found, search.reshapes)
+    by_layers = [group for group in found if isinstance(group, Group)]
+    if by_layers and example_inputs is not None:
+        check_function(
+            model, by_layers, torch.empty(0), search.reshapes, seed, lambda net, _: call(net, example_inputs)
+        )
+    measure = candidate_distortion(plan, seed)
+    permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
+    replaced = {id(p): (name, p) for name, p in model.named_parameters()}
+    model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress)
+    mark_replaced(replaced, model)
+    known = {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed}
+    _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
+    if calibration is not None:
+        notes.append(_retaken(model, calibration))
+    report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes))
+    return model, report
+
+
+def groups(model: nn.Module, example_inputs: Inputs, *, seed: int = 0) -> list[ChannelGroup]:
+    """The groups of channels of a network that may be exchanged: found by following them through one forward pass, and
+    tried (paper section 3.2.1). The network comes back as it was.
+
+    Raises:
+        GroupError: nothing can be compared, see `compression.permute.verification`.
+    """
+    return groups_by_following(model, lambda net: call(net, example_inputs), seed)[0]
+
+
+def save(model: nn.Module, file: Path_, *, arch: str | None = None, metric: Mapping[str, float] | None = None) -> None:
+    """Write a compressed network: `.safetensors` packed, of the size that is reported; `.pth` as published.
+
+    Args:
+        model: from `compress` or `load`.
+        file: where to.
+        arch: the name by which the commands build the network (`timm:NAME`, `package.module:callable`).
+        metric: what was measured on it, by name, for the packed file.
+
+    Raises:
+        SettingsError: the file has another ending.
+        RunError: it cannot be written; an existing one is unchanged.
+        CheckpointError: a tensor cannot be stored.
+    """
+    path = Path(file).expanduser()
+    if path.suffix == ".pth":
+        save_compressed(model, path)
+    elif path.suffix == ".safetensors":
+        info = _info_of(model)
+        producer = f"pqf {__version__}"
+        info = replace(info, arch=arch or info.arch, metric=metric or info.metric, producer=producer)
+        save_packed(model, path, info)
+    else:
+        raise SettingsError(f"{path} ends in {path.suffix!r}; expected .safetensors (packed) or .pth (as published)")
+
+
+def load(file: Path_, into: nn.Module) -> nn.Module:
+    """Put a compressed or dense file into a network, in place.
+
+    Args:
+        file: packed, published or dense.
+        into: the dense network that it was made of, of any values.
+
+    Returns:
+        The network in evaluation mode, its weights quantized where those of the file are.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit; the network is as it was.
+    """
+    found = read_model_file(Path(file).expanduser())
+    source = str(found.path)
+    if any(isinstance(module, QuantizedLayer) for module in into.modules()):
+        raise CheckpointError(f"{source}: the network to load into is compressed already; give the dense one")
+    if found.packed is not None:
+        check_layers_of(into, found.packed)
+        plan, state = found.packed.plan, found.packed.state()
+    else:
+        state = dict(found.tensors)
+        plan = plan_of(into, state, source) if found.quantized else Plan(layers={}, notes=())
+    replaced = {id(p): (name, p) for name, p in into.named_parameters()}
+    model = fill(into, plan, state, source)
+    mark_replaced(replaced, model)
+    if found.packed is not None:
+        _keep_info(model, found.packed.info)
+    return model
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """A dense copy of a compressed network, which computes what it computes in evaluation; the network stays."""
+    return dense_again(copy.deepcopy(model))
+
+
+def inspect(model_or_file: nn.Module | Path_, *, against: Path_ | None = None, arch: str | None = None) -> Inspection:
+    """What a network or a model file holds; `print` shows it as a table.
+
+    Args:
+        model_or_file: a network, or a file of any form.
+        against: the dense network (a file) that the file came from.
+        arch: name of the architecture, where a file does not tell.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if isinstance(model_or_file, nn.Module):
+        return examine_model(model_or_file, _info_of(model_or_file))
+    dense = None if against is None else Path(against).expanduser()
+    return examine(Path(model_or_file).expanduser(), dense, arch)
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """The output of a network for `inputs`."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def _groups(
+    model: nn.Module, example: Inputs | None, wanted: bool, given: Any, seed: int
+) -> tuple[Sequence[AnyGroup], list[str]]:
+    if not wanted:
+        return [], []
+    if isinstance(given, tuple):
+        return [Group(tuple(group.parents), tuple(group.children)) for group in given], []
+    if example is None:
+        return [], ["channels were not permuted: without example_inputs it is not known which may be"]
+    return groups_by_following(model, lambda net: call(net, example), seed)
+
+
+def _keep_info(model: nn.Module, info: ModelInfo) -> None:
+    """Remember beside a network what files say about it."""
+    vars(model)["_pqf_info"] = info
+
+
+def _info_of(model: nn.Module) -> ModelInfo:
+    found = vars(model).get("_pqf_info")
+    return found if isinstance(found, ModelInfo) else ModelInfo()
+
+
+def _retaken(model: nn.Module, calibration: Tensor | Iterable[Any]) -> str:
+    """Retake the batch norms; says how many."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = [calibration] if isinstance(calibration, Tensor) else calibration
+    n = 0
+
+    def inputs() -> Iterable[Tensor]:
+        nonlocal n
+        for batch in batches:
+            images = batch[0] if isinstance(batch, list | tuple) else batch
+            n += len(images)
+            yield images
+
+    training = model.training
+    names = retake_norms(model, inputs(), device)
+    model.to(device).train(training)
+    return f"running statistics of {len(names)} batch norms taken from {n:,} inputs"
+
+
+__all__ = [
+    "CheckpointError", "ChannelGroup", "Inspection", "Report", "call", "compress", "dequantize", "groups", "inspect",
+    "load", "save",
+]  # fmt: skip
