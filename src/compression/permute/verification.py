@@ -123,7 +123,13 @@ class Trial:
         self.model = copy.deepcopy(model).double()
         make_channels_differ(self.model, stream(seed, "check vectors"))
         self._before = self._outputs()
-        kept = [parameter.detach().clone() for parameter in self.model.parameters()]
+        given = dict(model.named_parameters())
+        # a second float64 copy of a large network would cost too much memory
+        kept = {
+            name: parameter.detach().clone()
+            for name, parameter in self.model.named_parameters()
+            if not torch.equal(parameter, given[name].to(parameter.dtype))
+        }
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 generator = stream(seed, "check noise", name, device=parameter.device)
@@ -131,8 +137,8 @@ class Trial:
                 parameter.mul_(drawn)
         noise = self.change()
         with torch.no_grad():
-            for parameter, value in zip(self.model.parameters(), kept, strict=True):
-                parameter.copy_(value)
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(kept.get(name, given[name]))
         if not MARGIN * noise <= LARGEST:
             raise GroupError(
                 "groups of channels cannot be checked: the network's outputs are "

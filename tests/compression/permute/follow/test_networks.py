@@ -21,10 +21,10 @@ CLASSIFIERS = MODELS.list_models(MODELS)
 DETECTORS = MODELS.list_models(MODELS.detection)
 SEGMENTATION = MODELS.list_models(MODELS.segmentation)
 SAMPLE = (
-    *("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121", "resnext50_32x4d", "vit_b_16", "swin_t"),
+    *("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "densenet121", "resnext50_32x4d", "swin_t"),
     *("googlenet", "squeezenet1_1", "ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"),
 )
-LEAST_GROUPS = {"vit_b_16": 49, "swin_t": 48, "resnext50_32x4d": 53, "densenet121": 120, "shufflenet_v2_x0_5": 80}
+LEAST_GROUPS = {"swin_t": 48, "resnext50_32x4d": 53, "densenet121": 120, "shufflenet_v2_x0_5": 80}
 """Known for some, so that a rule that freezes too much is noticed."""
 TIMM = (
     *("efficientnet_lite0", "tf_efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_100"),
@@ -94,6 +94,15 @@ def test_groups_of_a_sample_of_networks_hold(name: str) -> None:
     found = verified(*torchvision_network(name))
     assert len(found.groups) >= LEAST_GROUPS.get(name, 1)
     assert found.left_alone == (("aux1", "aux2") if name == "googlenet" else ())
+
+
+def test_groups_of_three_layers_of_a_vision_transformer_hold() -> None:
+    """The residual stream; and per layer the perceptron, queries with keys, values, whole heads."""
+    torch.manual_seed(0)
+    sizes = {"num_heads": 12, "hidden_dim": 192, "mlp_dim": 384}
+    model = MODELS.VisionTransformer(image_size=32, patch_size=16, num_layers=3, **sizes)
+    x = torch.rand(1, 3, 32, 32)
+    assert len(verified(model, lambda net: net(x)).groups) == 1 + 3 * 4
 
 
 @pytest.mark.slow
