@@ -220,3 +220,32 @@ def test_importing_pqf_costs_nothing_and_using_it_needs_no_logs_or_annotations()
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_network_computed_from_its_weights_in_evaluation_is_computed_anew() -> None:
+    class Cached(nn.Module):
+        """A linear layer that keeps what it computed from its weights until it trains, as some attention does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+            self.kept: torch.Tensor | None = None
+
+        def train(self, mode: bool = True) -> Cached:
+            if mode:
+                self.kept = None
+            return super().train(mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training or self.kept is None:
+                self.kept = self.first.bias * 1
+            return self.second((x @ self.first.weight.t() + self.kept).relu())
+
+    torch.manual_seed(0)
+    model, x = Cached().eval(), torch.randn(4, 16)
+    with torch.no_grad():
+        wanted = model(x)
+        model, report = pqf.compress(model, x, **{**FAST, "k": 256})
+        assert any(group.permutation is not None for group in report.groups)
+        assert float((model(x) - wanted).norm() / wanted.norm()) < 0.3
+    assert not model.training

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from torch import Tensor, nn
 
 from ..compression.permute.binding import AnyGroup, bind, chains
-from ..compression.permute.permute import GroupResult, group_result, group_row
+from ..compression.permute.permute import GroupResult, forget_computed, group_result, group_row
 from ..compression.quantize.compress import LayerResult, build_quantized, places_of, with_scales
 from ..compression.quantize.placing import quantized_layers
 from ..compression.quantize.plan import LayerPlan, Plan
@@ -53,6 +53,7 @@ def permute_together(
         if result.permutation is not None:
             group.apply(result.permutation)
         results.append(result)
+    forget_computed(model)
     return results
 
 

@@ -79,7 +79,17 @@ def permute(
     for group, result in zip(bound, results, strict=True):
         if result.permutation is not None:
             group.apply(result.permutation)
+    forget_computed(model)
     return results
+
+
+def forget_computed(model: nn.Module) -> None:
+    """Let modules that keep what they computed from their weights in evaluation (tables of attention's biases) compute
+    it anew: they forget it when they change to training."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module, mode in modes.items():
+        module.training = mode
 
 
 class _Chain:
@@ -163,5 +173,6 @@ def _each_result(
 
 
 __all__ = [
-    "GroupResult", "LayerMeasure", "PermutationSpec", "SearchSpec", "Searches", "group_result", "group_row", "permute",
+    "GroupResult", "LayerMeasure", "PermutationSpec", "SearchSpec", "Searches", "forget_computed", "group_result",
+    "group_row", "permute",
 ]  # fmt: skip
