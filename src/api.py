@@ -36,8 +36,9 @@ from .model_files.inspected import Inspection
 from .model_files.inspection import examine, examine_model
 from .model_files.metadata import ModelInfo
 from .model_files.norm_estimation import retake_norms
-from .model_files.open_model_file import plan_of, read_model_file
+from .model_files.open_model_file import read_model_file
 from .model_files.packed import check_layers_of, save_packed
+from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
 from .model_files.size import ModelSize, model_size
 from .run.compression_specs import quantization_of, search_of

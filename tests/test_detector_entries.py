@@ -206,8 +206,9 @@ def test_the_commands_for_any_network_are_those_with_a_networks_name(capsys: pyt
     texts = {}
     for entry in (evaluate_detector, evaluate_maskrcnn, train_classifier):
         assert entry.main(["--help"]) == 0
-        texts[entry.__name__] = capsys.readouterr().out
-    assert "src.evaluate_detector" in texts["src.evaluate_detector"]
+        # started as `python -m pytest` the name has hyphens
+        texts[entry.__name__] = capsys.readouterr().out.replace("evaluate-", "evaluate_")
+    assert "evaluate_detector" in texts["src.evaluate_detector"].splitlines()[0]
     assert "config/evaluate_detector.yaml" in texts["src.evaluate_detector"]
     same = texts["src.evaluate_maskrcnn"].replace("evaluate_maskrcnn", "evaluate_detector")
     assert same == texts["src.evaluate_detector"]

@@ -19,11 +19,11 @@ from ..architectures.architecture import Architecture
 from ..architectures.named import canonical, find, is_code
 from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, SettingsError
-from ..compression.quantize.plan import LayerPlan, Plan
-from ..compression.quantize.weights import find_weight
+from ..compression.quantize.plan import Plan
 from .building import build_and_load
 from .compression_report import permutations_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
+from .plan_of_file import plan_of
 from .pth import is_compressed, read_tensors, scaled
 from .skeleton import skeleton_of_packed, skeleton_of_state
 from .wrapping import fitted, is_wrapped
@@ -235,40 +235,6 @@ def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
     # layers first: their shapes bound what the codes unpack to
     check_layers_of(without_weights(lambda: architecture.build(n_classes)), packed)
     return build_and_load(lambda: architecture.build(n_classes), lambda _: packed.plan, packed.state(), packed.source)
-
-
-def plan_of(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Plan:
-    """Which layers of `model` a published file has quantized, and how: every codebook says its k and d.
-
-    Raises:
-        CheckpointError: the file quantizes something that the network cannot quantize so.
-    """
-    modules = dict(model.named_modules())
-    layers = {}
-    for key in state:
-        name, _, leaf = key.rpartition(".")
-        host, _, _ = name.rpartition(".")
-        if leaf != "codes_matrix" or (name not in modules and host not in modules):
-            continue  # a layer that the network does not have is reported with all keys that do not fit
-        if name in modules and _has(modules[name], leaf):
-            continue  # a layer that the network does not have is reported with all keys that do not fit
-        codebook = state.get(f"{name}.codebook")
-        place = find_weight(modules, name)
-        fits = codebook is not None and codebook.dim() == 2 and min(codebook.shape) >= 1
-        k, d = codebook.shape if fits and codebook is not None else (0, 1)
-        if place is None or k < 2 or k & (k - 1) or place.parameter[0].numel() % d:
-            kind = type(modules.get(name, modules.get(host))).__name__ if place is None else place.kind
-            raise CheckpointError(
-                f"{source} does not fit the network: layer {name!r} cannot be a quantized {kind} with the codebook "
-                "that the file holds"
-            )
-        layers[name] = LayerPlan(name=name, d=d, k=k, k_means_type="kmeans", k_means_n_iters=0)
-    return scaled(Plan(layers=layers, notes=()), state, source)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of the module itself bears the name."""
-    return name in module._parameters or name in module._buffers
 
 
 def _identify(state: Mapping[str, Tensor], source: str, arch: str | None) -> Architecture:

@@ -22,7 +22,7 @@ from ..model_files.compression_report import FILE_NAME, report_text
 from ..model_files.size import model_size
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
-from ..settings import Settings
+from ..settings import Settings, given_on_command_line
 from .compress_distributed import permute_together, quantize_together
 from .specs import quantization_spec, search_spec
 
@@ -83,11 +83,26 @@ def _groups(
     given = settings.model
     if not given.use_permutations:
         return [], []
+    foreign = False
     if isinstance(given.permutations, tuple):
-        return [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations], []
+        groups = [Group(tuple(group.parents), tuple(group.children)) for group in given.permutations]
+        foreign = _of_another_network(settings, groups, model)
+        if not foreign:
+            return groups, []
+    notes = [f"the groups in {settings.file} are those of another network: not used here"] if foreign else []
     if architecture.groups is not None and given.permutations != "auto":
-        return architecture.groups(model), []
-    return groups_by_following(model, lambda network: architecture.outputs(network, example), settings.seed)
+        return architecture.groups(model), notes
+    found, more = groups_by_following(model, lambda net: architecture.outputs(net, example), settings.seed)
+    return found, [*notes, *more]
+
+
+def _of_another_network(settings: Settings, groups: Sequence[Group], model: nn.Module) -> bool:
+    """Whether a settings file lists the groups of the architecture that it was written for, and the command line names
+    another: not one of their layers is here."""
+    if not given_on_command_line(settings, "model.arch") or given_on_command_line(settings, "model.permutations"):
+        return False
+    here = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return not any(name in here for group in groups for name in (*group.parents, *group.children))
 
 
 def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import log, note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
+from ..compression.quantize.weights import SUFFIX
 from ..model_files.compression_report import permutations_of_run
 from ..model_files.norms import TRAINING_VECTORS
 from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
@@ -245,11 +246,12 @@ def _difference(packed: PackedFile, architecture: Architecture, plan: Callable[[
         wanted = plan(dense).layers
     except PlanError as error:
         return str(error)
-    for name in {**packed.layers, **wanted}:
-        mine, theirs = wanted.get(name), packed.layers.get(name)
+    in_file = {name.removesuffix(SUFFIX): layer for name, layer in packed.layers.items()}
+    for name in {**in_file, **wanted}:
+        mine, theirs = wanted.get(name), in_file.get(name)
         if mine is None or theirs is None:
-            in_file, in_settings = ("quantized" if one else "dense" for one in (theirs, mine))
-            return f"layer {name} is {in_file} in the file, {in_settings} with the settings"
+            there, here = ("quantized" if one else "dense" for one in (theirs, mine))
+            return f"layer {name} is {there} in the file, {here} with the settings"
         for what, own, other in (("k", mine.k, theirs.k), ("d", mine.d, theirs.d)):
             if own != other:
                 return f"layer {name} has {what} = {other} in the file, {own} with the settings"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from src.common.errors import CheckpointError
 from src.compression.finetune.checkpoint import MODEL, _is_of_bytes
 from src.compression.quantize.compress import build_quantized
-from src.model_files.open_model_file import plan_of
 from src.model_files.packed import AppliedPermutation, ModelInfo, load_packed, save_packed
+from src.model_files.plan_of_file import plan_of
 from src.model_files.pth import (
     is_compressed,
     read_tensors,

@@ -25,7 +25,7 @@ NOISE = 4e-15
 """Relative noise in every weight whose effect is the tolerance; rounding in float64 is 1e-16 per operation."""
 MARGIN = 8.0
 """A permutation may change as much as that noise does, times this."""
-SMALLEST, LARGEST = 1e-11, 1e-3
+SMALLEST, LARGEST = 1e-13, 1e-3
 """Bounds of the tolerance: a wrong group changes outputs by far more than the one; a network that turns noise into more
 than the other cannot be used to try anything."""
 
@@ -120,7 +120,7 @@ class Trial:
             GroupError: the outputs are empty, not finite, or answer noise with so much that nothing can be compared.
         """
         self._run = run
-        self.model = copy.deepcopy(model).double().eval()
+        self.model = copy.deepcopy(model).double()
         make_channels_differ(self.model, stream(seed, "check vectors"))
         self._before = self._outputs()
         kept = [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -154,6 +154,8 @@ class Trial:
         return max((change if math.isfinite(change) else math.inf for change in changes), default=math.inf)
 
     def _outputs(self) -> list[Tensor]:
+        self.model.train()  # some networks keep what they computed from weights in evaluation, until they train again
+        self.model.eval()
         with torch.no_grad(), Float64Functions(), Float64Operators():
             return [tensor.detach().clone() for tensor in tensors_of(self._run(self.model))]
 

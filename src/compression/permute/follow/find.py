@@ -78,12 +78,14 @@ def _evaluation(model: nn.Module, follower: Follower) -> Iterator[None]:
     end = watch_modules(model, follower)
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # a fused operator that shows nothing of its inside
+        model.train()  # some networks keep what they computed from weights in evaluation, until they train again
         model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad(), follower:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         end()
+        model.train()
         for module, was in training.items():
             module.training = was
         for store, before in held:

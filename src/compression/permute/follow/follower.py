@@ -38,10 +38,13 @@ class Follower(TorchDispatchMode):
         self.module = ""
         self._records = WeakTensorKeyDictionary()
         self._names = {id(tensor): name for name, tensor in tensors_by_name(model).items()}
-        self._blocks: dict[int, tuple[int, bool]] = {}
+        self._blocks: dict[int, int] = {}
         for module in model.modules():
-            if isinstance(module, _ConvNd) and module.groups > 1 and isinstance(module.weight, Tensor):
-                self._blocks[id(module.weight)] = module.groups, module.transposed
+            if isinstance(module, _ConvNd) and module.groups > 1:
+                with torch.no_grad():
+                    shape = module.weight.shape
+                # also what the weight is computed from
+                self._blocks.update({id(p): module.groups for p in module.parameters() if p.shape == shape})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and let its rule speak."""
@@ -122,7 +125,7 @@ class Follower(TorchDispatchMode):
     def _blockwise(self, weight: Tensor) -> Labels:
         """Nodes of a grouped convolution's weight: its rows, and for each block of rows its channels on axis 1. A
         depthwise one has rows only."""
-        groups, _ = self._blocks[id(weight)]
+        groups = self._blocks[id(weight)]
         rows, width, *rest = weight.shape
         ones = [1] * len(rest)
         labels = [self.graph.fresh(rows).reshape(rows, 1, *ones)]

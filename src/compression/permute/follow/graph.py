@@ -84,12 +84,13 @@ class Graph:
         self.colour(label, torch.tensor(1_000_003 + tag))
 
     def fix(self, label: Tensor, axes: Sequence[int] | None = None) -> None:
-        """Positions along `axes` (None: all) are told apart."""
-        for axis in varying(label) if axes is None else axes:
-            size = label.shape[axis]
-            if size > 1:
-                at = torch.arange(size).reshape([-1 if other == axis else 1 for other in range(label.dim())])
-                self.colour(label, at + (axis + 1) * 10_000_000)
+        """Positions along `axes` (None: all) are told apart, each pair of positions along two axes on its own: a node
+        that stands at several of them is known by their set."""
+        axes = [axis for axis in (varying(label) if axes is None else axes) if label.shape[axis] > 1]
+        if axes:
+            shape = [size if axis in axes else 1 for axis, size in enumerate(label.shape)]
+            at = torch.arange(int(np.prod(shape))).reshape(shape)
+            self.colour(label, at + 1_000_000_007 * (1 + sum(2**axis for axis in axes)))
 
     def own(self, label: Tensor, owner: Tensor) -> None:
         """Each node belongs to the owner at the same position (broadcast)."""

@@ -57,6 +57,18 @@ def biased_attention(net: Net, x: Tensor) -> Tensor:
     return net.out((scores @ v).transpose(1, 2).reshape(b, n, 12))
 
 
+GRID = torch.tensor([[abs(a // 2 - b // 2) * 2 + abs(a % 2 - b % 2) for b in range(4)] for a in range(4)])
+"""Number of the offset (rows, columns) between any two positions of a 2 x 2 map."""
+
+
+def attention_on_a_grid(net: Net, x: Tensor) -> Tensor:
+    """Heads with a bias for every offset. Offsets by a row and by a column stand at as many places, yet differ."""
+    b = x.shape[0]
+    q, k, v = net.qkv(x[:, :4]).reshape(b, 4, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q @ k.transpose(-2, -1) + net.table[:, GRID]).softmax(-1)
+    return net.out((scores @ v).transpose(1, 2).reshape(b, 4, 12))
+
+
 def squeezed(net: Net, x: Tensor) -> Tensor:
     x = net.a(x)
     gate = net.up(F.relu(net.down(x.mean((2, 3), keepdim=True)))).sigmoid()
@@ -180,6 +192,22 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Expected]] = {
         ),
         TOKENS,
         {(12, 3, "qkv", ""), (12, 3, "qkv", "out"), (3, 1, "qkv table", "out")},
+    ),
+    "heads with a bias for each offset on a grid": (
+        lambda: Net(
+            attention_on_a_grid, qkv=nn.Linear(6, 36), out=nn.Linear(12, 6), table=nn.Parameter(torch.randn(3, 4))
+        ),
+        TOKENS,
+        {(12, 3, "qkv", ""), (12, 3, "qkv", "out"), (3, 1, "qkv table", "out")},
+    ),
+    "grouped, the weight computed from another": (
+        lambda: nn.Sequential(conv(3, 12), nn.utils.parametrizations.weight_norm(conv(12, 6, groups=3)), conv(6, 4)),
+        MAP,
+        {
+            (12, 3, "0", "1.parametrizations.weight"),
+            (6, 3, "1 1.parametrizations.weight", "2"),
+            (3, 1, "0 1 1.parametrizations.weight", "2"),
+        },
     ),
     "a transformer's layer": (
         lambda: nn.Sequential(

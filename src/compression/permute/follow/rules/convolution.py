@@ -123,6 +123,8 @@ def _grouped(call: Call, incoming: Tensor | None, weight: Tensor, groups: int, t
     for side in (inputs, out):
         if side is not None:
             graph.own(side, blocks.repeat_interleave(side.numel() // groups))
+    if incoming is None or inputs is None or out is None:
+        graph.fix(blocks)  # one side stays where it is, and so must the blocks of the other
     meet(graph, incoming, inputs)
     return out
 

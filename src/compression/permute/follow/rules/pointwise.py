@@ -33,23 +33,32 @@ def combine(graph: Graph, operands: Sequence[Operand]) -> Labels:
                 own[axes] = label
                 held.setdefault(axes, []).append((number, label))
     followed: dict[tuple[int, ...], Tensor] = {}
+    together: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     for axes in sorted(held, key=len, reverse=True):
         first = held[axes][0][1]
         for _, other in held[axes][1:]:
             graph.edge(first, other)
         graph.touch(first)
         holders = {number for number, _ in held[axes]}
+        # a weight of a grouped convolution has rows, and within them inputs: both go on
+        beside = {varying(label) for number in holders for label in operands[number][1]}
+        together |= {(axes, other) for other in beside}
         unnamed: set[int] = set()
         for number, operand in enumerate(operands):
             if number not in holders:
-                unnamed |= _meet(graph, first, operand)
+                unnamed |= _meet(graph, first, operand, beside)
         if unnamed != set(axes):  # else every position is told apart: there is nothing to follow any further
             followed[axes] = first
-    return [label for axes, label in followed.items() if not nested(axes, followed)]
+    return [
+        label
+        for axes, label in followed.items()
+        if not nested(axes, (other for other in followed if (other, axes) not in together))
+    ]
 
 
-def _meet(graph: Graph, label: Tensor, operand: Operand) -> set[int]:
-    """A label meets an operand that has none for just these axes; returns the axes whose positions it tells apart."""
+def _meet(graph: Graph, label: Tensor, operand: Operand, beside: set[tuple[int, ...]]) -> set[int]:
+    """A label meets an operand that has none for just these axes, but perhaps for some of them; returns the axes whose
+    positions it tells apart. What stands `beside` the label meets the operand on its own."""
     shape, labels = operand
     axes = set(varying(label))
     if any(axes < set(varying(other)) for other in labels):
@@ -58,7 +67,8 @@ def _meet(graph: Graph, label: Tensor, operand: Operand) -> set[int]:
     for other in labels:
         inner = set(varying(other))
         if inner and inner < axes:
-            join_part(graph, label, other)
+            if varying(other) not in beside:
+                join_part(graph, label, other)
             unnamed -= inner
     graph.fix(label, sorted(unnamed))
     return unnamed
