@@ -38,7 +38,7 @@ def check(name: str, task: str | None) -> None:
         return
     known = sorted(ARCHITECTURES if task is None else ARCHITECTURES.names(task=task))
     others = "torchvision's models, timm:NAME, package.module:callable"
-    near = did_you_mean(name, [*known, *_torchvisions()])
+    near = "" if name in ARCHITECTURES else did_you_mean(name, [*known, *_torchvisions()])
     raise SettingsError(
         f"model.arch: {name!r} is not known{f' for {task}' if task else ''}; known: {', '.join(known)}, {others}{near}"
     )
