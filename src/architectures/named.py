@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
+import torch
 from torch import Tensor, nn
 
 from ..common.errors import SettingsError
@@ -93,6 +97,7 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         options["weights_backbone"] = None
     if own_name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # it takes most of a minute, and a warning asks for a choice
+        options["transform_input"] = True  # as the published ones, which take other means and deviations inside
     weights = models.get_model_weights(own_name)
     best = next(iter(weights), None) and weights.DEFAULT
     build = partial(_built_by_torchvision, builder, options)
@@ -107,8 +112,22 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         groups=None,
         build_frozen=frozen(build, 0.0 if own_name in _FROZEN_WITHOUT_EPS else None) if task == "detection" else None,
         image_size=_side_of_torchvision(best),
+        download=None if best is None or task == "detection" else partial(_torchvision_weights, builder, best),
     )
     return with_heads(architecture)
+
+
+def _torchvision_weights(builder: Callable[..., nn.Module], best: Any, progress: bool) -> dict[str, Tensor]:
+    """The published weights under the names of today's layers: the builder renames those of older files."""
+    try:
+        return dict(builder(weights=best, progress=progress).state_dict())
+    except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        why = getattr(error, "reason", None) or first_line(error)
+        raise SettingsError(
+            f"model.weights: pretrained: cannot load {best.url} ({why})."
+            f"\n  Put the file into {Path(torch.hub.get_dir()) / 'checkpoints'} by hand, or name a state dict of your "
+            "own with --model.weights PATH, or start from random weights with --model.weights none."
+        ) from error
 
 
 def _built_by_torchvision(builder: Callable[..., nn.Module], options: dict[str, Any], n_classes: int) -> nn.Module:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -66,12 +69,42 @@ def test_timm_models_are_found() -> None:
         find("timm:mobilnetv3_small_050")
 
 
-def test_pretrained_weights_of_timm_that_cannot_be_had_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("timm")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", "/nowhere")
-    with pytest.raises(SettingsError, match=r"timm cannot load the weights of timm:resnet10t.*model\.weights"):
-        find("timm:resnet10t").published_weights(False)
+def test_pretrained_weights_of_timm_that_cannot_be_had_are_one_message() -> None:
+    timm = pytest.importorskip("timm")
+    published = {name.partition(".")[0] for name in timm.list_pretrained()}
+    name = next(name for name in timm.list_models() if name not in published)
+    with pytest.raises(SettingsError, match=rf"timm cannot load the weights of timm:{name}.*model\.weights"):
+        find(f"timm:{name}").published_weights(False)
+
+
+def test_published_weights_of_torchvision_have_todays_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DenseNet's file has names of 2017; its builder knows."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = models.DenseNet121_Weights.DEFAULT
+    torch.manual_seed(0)
+    state = models.densenet121(weights=None).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", name): tensor for name, tensor in state.items()}
+    old = {name: tensor for name, tensor in old.items() if not name.endswith("num_batches_tracked")}
+    assert old.keys() != state.keys()
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(old, folder / weights.url.rpartition("/")[2])
+    found = find("densenet121").published_weights(False)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+
+
+def test_published_weights_that_cannot_be_had_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]).write_bytes(b"half a file")
+    with pytest.raises(SettingsError, match=r"cannot load https://.*squeezenet1_1.*\n.*by hand"):
+        find("squeezenet1_1").published_weights(False)
+
+
+def test_torchvisions_names_are_known_without_loading_it() -> None:
+    assert architectures._torchvisions() == sorted(models.list_models())
 
 
 @pytest.mark.parametrize(
