@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import clustering, coco_memory, compress, cost, maskrcnn_cost, packed, processes, resume, search
+from . import clustering, coco_memory, compress, cost, maskrcnn_cost, networks, packed, processes, resume, search
 
 MEASUREMENTS = {
     "cost": (
@@ -23,6 +23,7 @@ MEASUREMENTS = {
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
     "resume": (resume.main, ["--batch", "2", "--size", "64", "--repeats", "1", "--archs", "resnet18"]),
+    "networks": (networks.main, ["--only", "torchvision:squeezenet1_1"]),
     "maskrcnn_cost": (maskrcnn_cost.main, ["--batch", "1", "--size", "64", "--repeats", "1"]),
 }
 """Name -> (entry, arguments of a smoke run)."""

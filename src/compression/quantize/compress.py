@@ -205,8 +205,7 @@ def _cluster_layers(
 
     def run(job: LayerPlan) -> tuple[str, Clustering]:
         weight = weights[job.name]
-        vectors = to_subvectors(weight, job.d)
-        vectors = (vectors if job.scale == 1 else vectors / job.scale).float().to(device or weight.device)
+        vectors = _scaled_subvectors(weight, job).to(device or weight.device)
         generator = stream(seed, "codebook", job.name)
         try:
             found = cluster(
@@ -238,6 +237,12 @@ def _cluster_layers(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _scaled_subvectors(weight: Tensor, layer: LayerPlan) -> Tensor:
+    """The subvectors (n, d) in units of the codebook's scale."""
+    vectors = to_subvectors(weight, layer.d)
+    return (vectors if layer.scale == 1 else vectors / layer.scale).float()
 
 
 def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
