@@ -13,6 +13,7 @@ from torch import nn
 import src as pqf
 from src.common.errors import CheckpointError, GroupError, PlanError, SettingsError
 from src.compression.quantize.layers import QuantizedLayer
+from src.model_files.open_model_file import open_model_file
 from tests.conftest import ROOT
 from tests.support.own_network import Net
 
@@ -191,6 +192,17 @@ def test_calibration_retakes_norms(kind: str) -> None:
     plain, _ = pqf.compress(net(), X, **FAST)
     assert not torch.allclose(model.body[1].running_mean, plain.body[1].running_mean)
     assert not model.training
+
+
+def test_a_saved_network_that_says_who_builds_it_is_opened_by_the_commands(
+    compressed: nn.Module, tmp_path: Path
+) -> None:
+    own = "tests.support.own_network:Net"
+    pqf.save(compressed, tmp_path / "model.safetensors", arch=own)
+    opened = open_model_file(tmp_path / "model.safetensors", own)
+    assert opened.info.num_classes is None
+    with torch.no_grad():
+        assert torch.allclose(opened.model(X), compressed(X), atol=1e-6)
 
 
 def test_inspecting_networks_and_files(compressed: nn.Module, tmp_path: Path) -> None:

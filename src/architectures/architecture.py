@@ -102,10 +102,10 @@ class Architecture:
         for entry in ("bias", "weight", "codes_matrix"):
             tensor = state.get(f"{self.head}.{entry}")
             if tensor is not None and tensor.dim() > 0:
-                return self._classes(int(tensor.shape[0]))
+                return self.classes(int(tensor.shape[0]))
         return None
 
-    def _classes(self, rows: int) -> int | None:
+    def classes(self, rows: int) -> int | None:
         """Classes of a head with so many rows; None: it is none of this architecture's."""
         classes, left = divmod(rows - self.more_rows, self.rows_per_class)
         return classes if classes > 0 and not left else None
@@ -147,4 +147,4 @@ def n_outputs(architecture: Architecture, model: nn.Module) -> int:
     """Number of classes that `model` tells apart."""
     head: Any = model.get_submodule(architecture.head)
     rows = next(int(getattr(head, name)) for name in ("out_features", "out_channels") if hasattr(head, name))
-    return architecture._classes(rows) or rows
+    return architecture.classes(rows) or rows

@@ -223,10 +223,11 @@ def architecture_of(packed: PackedFile, task: str | None = None, said: str | Non
 
 
 def _build_packed(packed: PackedFile, architecture: Architecture) -> nn.Module:
-    n_classes = packed.info.num_classes
+    quantized = packed.layers.get(architecture.head)
+    held = architecture.classes_of(packed.tensors) if quantized is None else architecture.classes(quantized.shape[0])
+    n_classes = packed.info.num_classes or held  # files from the Python interface do not say it
     if n_classes is None or n_classes > MOST_CLASSES:
         raise CheckpointError(f"{packed.source}: {n_classes} classes; expected a number up to {MOST_CLASSES:,}")
-    held = architecture.classes_of(packed.tensors)
     if held is not None and n_classes > held:  # not every network can be built without memory for its weights
         raise CheckpointError(
             f"{packed.source} does not fit the network: it says that there are {n_classes:,} classes, and "
