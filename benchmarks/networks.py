@@ -5,7 +5,7 @@ Claims: groups are found in every torchvision network for classification, detect
 timm models, in under 10 s each; none of them changes what the network computes (verified in float64); every network is
 compressed, saved, and loaded again to the same outputs.
 
-    python -m benchmarks.networks [--only mobilenet_v2,timm:resnet10t] [--markdown docs/networks.md]
+    python -m benchmarks.networks [--only torchvision:mobilenet_v2,timm:resnet10t [--merge]] [--markdown docs/networks.md]
 
 Weights are random (their seed is in the table's head), channels are permuted at random instead of searched, and
 clustering is cut short: neither changes what is measured. The outputs after loading are compared with those before
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import tempfile
 import time
@@ -32,6 +33,7 @@ import src as pqf
 from src.architectures.architecture import Architecture
 from src.architectures.named import find
 from src.common.randomness import stream
+from src.compression.permute.auto import stored_groups
 from src.compression.permute.channels import ChannelGroup
 from src.compression.permute.follow.find import find_groups
 from src.compression.permute.layout import changes_subvectors, row_classes
@@ -114,7 +116,7 @@ def measure(name: str) -> Row:
     found = find_groups(model, run)
     row.seconds_to_find = time.perf_counter() - begun
     begun = time.perf_counter()
-    groups, dropped = check_groups(model, found.groups, run, SEED)
+    groups, dropped = check_groups(model, stored_groups(model, found.groups)[0], run, SEED)
     row.seconds_to_try = time.perf_counter() - begun
     row.groups, row.dropped = len(groups), len(dropped)
     plan = make_plan(model, QuantizationSpec(k_means_type="kmeans", k_means_n_iters=0))
@@ -241,11 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all, print the table, and write JSON and a page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=__doc__)
     parser.add_argument("--only", help="names, with commas between them")
+    parser.add_argument("--merge", action="store_true", help="keep the rows of other networks that the JSON file holds")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/networks.json"))
     parser.add_argument("--markdown", type=Path, help="write the table as a page")
     options = parser.parse_args(arguments)
     here = machine()
     print_machine(here)
+    earlier = json.loads(options.json.read_text(encoding="utf-8"))["rows"] if options.merge else []
     rows: list[Row] = []
     for name in options.only.split(",") if options.only else names():
         try:
@@ -254,6 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(Row(name=name, task="", parameters=0, problem=f"{type(error).__name__}: {str(error)[:120]}"))
         print(rows[-1], flush=True)
         gc.collect()
+    if earlier:
+        new = {row.name: row for row in rows}
+        rows = [new.pop(old["name"], Row(**old)) for old in earlier] + list(new.values())
     print_table("networks", *table(rows))
     failed = [row.name for row in rows if row.problem]
     slowest = max((row.seconds_to_find for row in rows if not row.problem), default=math.nan)

@@ -99,6 +99,8 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         options["init_weights"] = False  # it takes most of a minute, and a warning asks for a choice
         options["transform_input"] = True  # as the published ones, which take other means and deviations inside
     weights = models.get_model_weights(own_name)
+    if own_name.startswith("vit_"):  # as large as its table of positions
+        options["image_size"] = _side_of_torchvision(next(iter(weights), None) and weights.DEFAULT)
     best = next(iter(weights), None) and weights.DEFAULT
     build = partial(_built_by_torchvision, builder, options)
     task = _TASKS.get(part, "classification")

@@ -65,6 +65,11 @@ class ChannelGroup:
         """Names of the modules that consume them."""
         return _modules(self.places, reads=True)
 
+    def backwards(self) -> Tensor:
+        """The permutation (C,) that reverses the channels of each block: none of several keeps its place."""
+        size = self.width // self.n_blocks
+        return torch.cat([torch.arange(size - 1, -1, -1) + block * size for block in range(self.n_blocks)])
+
     def random(self, generator: torch.Generator) -> Tensor:
         """A random permutation (C,) that stays within the blocks."""
         size = self.width // self.n_blocks
