@@ -51,6 +51,7 @@ def test_what_was_not_followed_is_said() -> None:
             return self.second(x) if not self.training else self.aside(x)
 
     torch.manual_seed(0)
-    groups, notes = groups_by_following(Aside(), lambda net: net(torch.randn(2, 8)))
+    x = torch.randn(2, 8)
+    groups, notes = groups_by_following(Aside(), lambda net: net(x))
     assert len(groups) == 1
     assert any("aside" in note and "no part of the pass" in note for note in notes)
