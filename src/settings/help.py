@@ -8,13 +8,13 @@ from pydantic.fields import FieldInfo
 
 from .checks import is_placeholder
 from .keys import Path
-from .reach import keys
+from .reach import COMPRESS, keys
 from .values import choices, is_listed, meaning_of, short_kind
 
 WIDTH = 100
 _EXAMPLES = (
     ("use another settings file", "--config {config}"),
-    ("override values of the file", "--dataloader.batch_size=64 --seed 1"),
+    ("override values of the file", "--{key}=64 --seed 1"),
     (
         "a layer's own value (its name may contain dots)",
         "--model.compression_parameters.layer_specs.layer1.0.conv1.k 128",
@@ -31,6 +31,7 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
         purpose: what the command does, in a sentence.
         job, task: only the keys that this job on this task reads are listed; None: those of all.
     """
+    key = "calibration.count" if job == COMPRESS else "dataloader.batch_size"
     lines = [f"usage: {prog} [--config FILE] [--KEY VALUE | --KEY=VALUE]...", "", *textwrap.wrap(purpose, WIDTH), ""]
     lines += [
         f"  --config FILE   settings file (YAML); default: {default_config}",
@@ -39,17 +40,16 @@ def help_text(prog: str, default_config: str, purpose: str, job: str | None = No
     ]
     lines += ["examples:"]
     for meaning, flags in _EXAMPLES:
-        lines += [f"  # {meaning}", f"  {prog} {flags.format(config=default_config)}"]
+        lines += [f"  # {meaning}", f"  {prog} {flags.format(config=default_config, key=key)}"]
     lines += [
         "",
-        "Every key below can stand in the settings file, or on the command line with its dotted name "
-        "(--dataloader.batch_size 64).",
+        f"Every key below can stand in the settings file, or on the command line with its dotted name (--{key} 64).",
         "Values are read as YAML: True, 1e-6, 1_000, [a, b], null. The default is in brackets.",
     ]
     sections: dict[Path, list[tuple[str, FieldInfo]]] = {}
-    for key in keys():
-        if key.is_read_by(job, task):
-            sections.setdefault(key.path[:-1], []).append((key.path[-1], key.field))
+    for one in keys():
+        if one.is_read_by(job, task):
+            sections.setdefault(one.path[:-1], []).append((one.path[-1], one.field))
     for section, fields in sections.items():
         lines += ["", f"--{'.'.join((*section, 'KEY'))}", *_table(fields, task)]
     return "\n".join(lines) + "\n"
