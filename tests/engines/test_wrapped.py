@@ -14,6 +14,8 @@ from tests.support.wrapped import inputs, network, trained
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_train_a_quantized_network_as_one_does(how: str, tmp_path: Path) -> None:
+    if how == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        pytest.skip("torch's own fully_shard does not run on CPUs before version 2.7")
     finished = launch("torchrun", ["-m", "tests.support.wrapped", how, str(tmp_path / "found.pth")])
     assert finished.status == 0, finished.text
     assert finished.left == 0

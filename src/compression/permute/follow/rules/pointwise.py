@@ -116,6 +116,9 @@ POINTWISE: dict[str, Rule] = {
         (
             *("copy_", "prelu", "_prelu_kernel", "log_sigmoid_forward", "masked_fill", "masked_fill_", "where"),
             *("dropout", "native_dropout", "hardswish", "hardswish_", "hardsigmoid", "add_", "sub_", "mul_", "div_"),
+            # which earlier versions of torch do not tag
+            *("hardtanh_", "hardsigmoid_", "leaky_relu", "leaky_relu_", "elu_", "celu_", "selu_", "gelu_", "mish_"),
+            "threshold_",
         ),
         pointwise,
     ),
