@@ -1,0 +1,254 @@
+"""Quantizing a network weight by weight, in the order in which it computes, with what each weight is given.
+
+Two copies of the network run: the dense one, and the one whose earlier weights are quantized already. For every weight
+both are run anew on all batches, up to that weight: the memory is that of one batch and of one weight's moments, the
+time grows with the square of the depth.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....common.errors import DataError
+from ....common.progress import bar
+from ....common.randomness import stream
+from ..clustering import Clustering
+from ..compress import check_weights, cluster_weight, one_of_each, places_of, with_scales
+from ..plan import LayerPlan, Plan
+from .layer import quantize_layer
+from .layout import layout_of
+from .moments import Moments, MomentSums, finite
+from .norms import Statistics, move_norm, norms_of, output_statistics, seen_by
+from .passes import Item, Run, inputs_of_norm, inputs_of_weight, inspectable, order_of
+from .uses import Use
+
+PLACES = 40_000
+"""Places of each weight's inputs that are drawn, over all batches."""
+MOST_VALUES = 1 << 28
+"""Values of one weight's moments, at most (1 GiB): a weight of more blocks is clustered plainly."""
+
+
+@dataclass
+class Calibration:
+    """What calibrating found. Given to `compress` as its finished clusterings.
+
+    Attributes:
+        clusterings: of every planned weight, by name, of tied ones the first.
+        lost: of every calibrated weight: after each step, which share of the energy of its outputs is lost.
+        norms: running mean and variance of the batch norms that see something else now, by name.
+        plain: the weights that it could not serve, which were clustered plainly, with the reason.
+    """
+
+    clusterings: dict[str, Clustering] = field(default_factory=dict)
+    lost: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    plain: dict[str, str] = field(default_factory=dict)
+
+    def recall(self, name: str, weight: Tensor) -> Clustering | None:
+        """The clustering of a weight."""
+        return self.clusterings.get(name)
+
+    def keep(self, name: str, weight: Tensor, clustering: Clustering) -> None:
+        """There is nothing to keep: all are known."""
+
+    def put_norms(self, model: nn.Module) -> None:
+        """Set the running statistics of a network, dense or quantized."""
+        norms = norms_of(model)
+        for name, (mean, variance) in self.norms.items():
+            norms[name].running_mean.copy_(mean)  # type: ignore[union-attr]
+            norms[name].running_var.copy_(variance)  # type: ignore[union-attr]
+
+    def lost_after(self) -> dict[str, float]:
+        """The share of the energy of outputs that is lost after each step, the mean over all calibrated weights."""
+        steps = list(zip(*self.lost.values(), strict=True))
+        return {step[0][0]: sum(share for _, share in step) / len(step) for step in steps}
+
+    def notes(self) -> list[str]:
+        """Which weights were clustered plainly, a line for every reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.plain.items():
+            reasons.setdefault(reason, []).append(name or "(the network itself)")
+        return [f"{', '.join(names)}: {reason}; quantized without it" for reason, names in reasons.items()]
+
+
+def calibrate(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    *,
+    run: Run | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> Calibration:
+    """Find codebooks and codes that keep what a network computes on some inputs.
+
+    Args:
+        model: the dense network; it is copied, not changed.
+        plan: from `make_plan`.
+        batches: of inputs, without labels; run through several times, so not a generator.
+        run: runs a network on a batch; None: calls it with the batch, moved to the device.
+        seed: the run's seed; each layer draws from streams of its own.
+        device: where to compute; None: where the network is.
+        show_progress: show a progress bar.
+
+    Raises:
+        DataError: there are no batches, or the inputs of a layer are not finite; names it.
+        PlanError: a weight that cannot be clustered.
+    """
+    if not len(batches):
+        raise DataError("calibration: there are no inputs")
+    check_weights(model, plan)
+    place = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
+    with inspectable():
+        walk = _Walk(model, with_scales(model, plan), batches, run or _call_on(place), seed, place)
+        for item in bar(walk.items, "calibrate", len(walk.items), show_progress, "layer"):
+            walk.pass_item(item)
+    return walk.found
+
+
+def _call_on(device: torch.device) -> Run:
+    def run(model: nn.Module, batch: Any) -> object:
+        return model(batch.to(device))
+
+    return run
+
+
+class _Walk:
+    """The way of `calibrate` through a network."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, batches: Sequence[Any], run: Run, seed: int, device: torch.device
+    ) -> None:
+        self.dense = copy.deepcopy(model).eval().to(device)
+        self.quantized = copy.deepcopy(model).eval().to(device)
+        self.jobs: dict[str, LayerPlan] = {job.name: job for job in one_of_each(model, plan)}
+        self.weights = {name: place.parameter.detach() for name, place in places_of(self.dense, plan).items()}
+        self.becoming = {name: place.parameter.detach() for name, place in places_of(self.quantized, plan).items()}
+        self.norms = norms_of(self.dense), norms_of(self.quantized)
+        self.batches, self.run, self.seed, self.device = batches, run, seed, device
+        self.found = Calibration()
+        self.items = order_of(self.dense, {name: self.weights[name] for name in self.jobs}, run, batches[0])
+        reached = {item.name: item for item in self.items if not item.calls}
+        self.followers = {
+            item.follows: item.name
+            for item in self.items
+            if item.follows is not None and item.calls == 1 and _is_whole(reached[item.follows], self.weights)
+        }
+        for name in self.jobs.keys() - reached.keys():
+            self._plainly(name, "calibration does not reach it")
+
+    def pass_item(self, item: Item) -> None:
+        """Quantize a weight, or put a norm right."""
+        if not item.calls:
+            self._weight(item)
+        elif self.found.clusterings and item.name not in self.found.norms:
+            self._norm(item)
+
+    def _weight(self, item: Item) -> None:
+        name, job = item.name, self.jobs[item.name]
+        weight = self.weights[name]
+        blocks, reason = _blocks(item.uses, weight.shape[0])
+        layout = layout_of(weight.shape, job.d, blocks, item.uses[0].transposed)
+        if layout is None:
+            reason = reason or "its subvectors reach over several outputs, which calibration cannot serve"
+        if layout is None or reason is not None:
+            self._plainly(name, reason or "")
+            return
+        layout = layout.to(self.device)
+        moments = self._moments(item, weight.reshape(-1, job.d)[layout].flatten(2).float())
+        if not finite([moments.hessian, moments.cross, moments.mean]):
+            raise DataError(
+                f"calibration: the inputs of layer {name!r} are not finite (NaN or infinity): check the images, and "
+                "the dense network on them"
+            )
+        found = quantize_layer(weight, layout, moments, job, stream(self.seed, "codebook", name))
+        self.found.lost[name] = found.lost
+        subvectors = self._put(name, found.clustering)
+        if name in self.followers:
+            before = Statistics(moments.output_mean.flatten(), moments.output_variance.flatten())
+            made = subvectors[layout].flatten(2).float()
+            self._move(self.followers[name], before, output_statistics(made, moments.hessian, moments.mean))
+
+    def _plainly(self, name: str, reason: str) -> None:
+        self.found.plain[name] = reason
+        job, draw = self.jobs[name], stream(self.seed, "codebook", name)
+        self._put(name, cluster_weight(self.weights[name], job, draw))
+
+    def _put(self, name: str, clustering: Clustering) -> Tensor:
+        """Put a weight into the quantized network; returns its subvectors (n, d)."""
+        self.found.clusterings[name] = clustering
+        weight = self.becoming[name]
+        codebook = clustering.codebook.to(self.device, weight.dtype) * self.jobs[name].scale
+        subvectors = codebook[clustering.codes.to(self.device).long()]
+        weight.copy_(subvectors.view(weight.shape))
+        return subvectors
+
+    def _moments(self, item: Item, weight: Tensor) -> Moments:
+        """Of the inputs of a weight (B, R, C), from all batches."""
+        sums = MomentSums(weight)
+        n_places = max(1, PLACES // (len(self.batches) * len(item.uses)))
+        rows = weight.shape[1]
+        for number, batch in enumerate(self.batches):
+
+            def take(use_number: int, use: Use, number: int = number) -> Tensor:
+                draw = stream(self.seed, "calibrated places", item.name, number, use_number)
+                return use.at(_some(use.n_places, n_places, draw)).float()
+
+            now = inputs_of_weight(self.quantized, item, self.becoming[item.name], self.run, batch, take)
+            then: Sequence[tuple[Use, Tensor] | None] = [None] * len(now)
+            if self.found.clusterings:  # before the first one both networks are the same
+                then = inputs_of_weight(self.dense, item, self.weights[item.name], self.run, batch, take)
+            for (use, inputs), dense in zip(now, then, strict=False):
+                whole = weight.shape[0] if use.convolution is not None else 0
+                part = slice(0, whole) if whole else slice(use.start // rows, use.stop // rows)
+                paired = dense is not None and dense[0].paired and use.paired and dense[1].shape == inputs.shape
+                sums.add(part, inputs, dense[1] if dense is not None and paired else None)
+        return sums.moments()
+
+    def _norm(self, item: Item) -> None:
+        statistics = [
+            seen_by(
+                (lambda batch=batch, net=net, norms=norms: inputs_of_norm(norms[item.name], net, item, self.run, batch))
+                for batch in self.batches
+            )
+            for net, norms in zip((self.dense, self.quantized), self.norms, strict=True)
+        ]
+        if statistics[0] is not None and statistics[1] is not None:
+            self._move(item.name, statistics[0], statistics[1])
+
+    def _move(self, name: str, before: Statistics, after: Statistics) -> None:
+        dense, quantized = (norms[name] for norms in self.norms)
+        move_norm(quantized, dense, before, after)
+        self.found.norms[name] = quantized.running_mean.cpu().clone(), quantized.running_var.cpu().clone()
+
+
+def _blocks(uses: Sequence[Use], n_rows: int) -> tuple[int, str | None]:
+    """Into how many blocks the rows of a weight fall, as its uses tell their inputs apart; or why it cannot be said."""
+    first = uses[0]
+    if len({(use.groups, use.transposed, use.convolution is None) for use in uses}) > 1:
+        return 1, "it is used in different ways, which calibration cannot serve"
+    blocks = first.groups
+    if first.convolution is None:
+        blocks = n_rows // math.gcd(n_rows, *(edge for use in uses for edge in (use.start, use.stop)))
+    if blocks * first.n_columns**2 > MOST_VALUES:
+        return 1, "the moments of its inputs would take too much memory"
+    return blocks, None
+
+
+def _is_whole(item: Item, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a weight is used once in a pass, all its rows together."""
+    n_rows = weights[item.name].shape[0]
+    return len(item.uses) == 1 and (item.uses[0].start, item.uses[0].stop) == (0, n_rows)
+
+
+def _some(n: int, most: int, draw: torch.Generator) -> Tensor:
+    """Up to `most` of n places, in order."""
+    return torch.arange(n) if n <= most else torch.randperm(n, generator=draw)[:most].sort().values
