@@ -244,9 +244,7 @@ def cluster_weight(
     """
     vectors, iterations = _scaled_subvectors(weight, layer), layer.k_means_n_iters
     try:
-        found = cluster(
-            layer.k_means_type, vectors, layer.k, iterations, generator, layer.k_means_tolerance, stopped
-        )
+        found = cluster(layer.k_means_type, vectors, layer.k, iterations, generator, layer.k_means_tolerance, stopped)
     except ValueError as error:
         raise PlanError(f"layer {layer.name!r}: {error}") from None
     return replace(found, codes=found.codes.to(CODES_DTYPE))

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from ....common.randomness import stream
 from ..clustering import Clustering
 from ..compress import check_weights, cluster_weight, one_of_each, places_of, with_scales
 from ..plan import LayerPlan, Plan
+from .inputs import run_on
 from .layer import quantize_layer
 from .layout import layout_of
 from .moments import Moments, MomentSums, finite
-from .norms import Statistics, move_norm, norms_of, output_statistics, seen_by
+from .norms import Statistics, move_norm, norms_of, output_statistics, seen_by, statistics_of
 from .passes import Item, Run, inputs_of_norm, inputs_of_weight, inspectable, order_of
 from .uses import Use
 
@@ -52,8 +54,10 @@ class Calibration:
     plain: dict[str, str] = field(default_factory=dict)
 
     def recall(self, name: str, weight: Tensor) -> Clustering | None:
-        """The clustering of a weight."""
-        return self.clusterings.get(name)
+        """The clustering of a weight, where it has as many values."""
+        found = self.clusterings.get(name)
+        fits = found is not None and found.codes.numel() * found.codebook.shape[1] == weight.numel()
+        return found if fits else None
 
     def keep(self, name: str, weight: Tensor, clustering: Clustering) -> None:
         """There is nothing to keep: all are known."""
@@ -62,13 +66,22 @@ class Calibration:
         """Set the running statistics of a network, dense or quantized."""
         norms = norms_of(model)
         for name, (mean, variance) in self.norms.items():
-            norms[name].running_mean.copy_(mean)  # type: ignore[union-attr]
-            norms[name].running_var.copy_(variance)  # type: ignore[union-attr]
+            for own, found in zip(statistics_of(norms[name]), (mean, variance), strict=True):
+                own.copy_(found)
 
     def lost_after(self) -> dict[str, float]:
         """The share of the energy of outputs that is lost after each step, the mean over all calibrated weights."""
         steps = list(zip(*self.lost.values(), strict=True))
         return {step[0][0]: sum(share for _, share in step) / len(step) for step in steps}
+
+    def summary(self, n_inputs: int) -> str:
+        """What was done, in a line."""
+        after = list(self.lost_after().values()) or [0.0]
+        return (
+            f"calibrated {len(self.lost)} weights with {n_inputs:,} inputs: {100 * after[-1]:.2f} % of the energy of "
+            f"their outputs lost on average, {100 * after[0]:.2f} % by clustering alone; running statistics of "
+            f"{len(self.norms)} batch norms adjusted"
+        )
 
     def notes(self) -> list[str]:
         """Which weights were clustered plainly, a line for every reason."""
@@ -94,7 +107,7 @@ def calibrate(
         model: the dense network; it is copied, not changed.
         plan: from `make_plan`.
         batches: of inputs, without labels; run through several times, so not a generator.
-        run: runs a network on a batch; None: calls it with the batch, moved to the device.
+        run: runs a network on a batch; None: calls it with the batch (a dict: as keywords), moved to the device.
         seed: the run's seed; each layer draws from streams of its own.
         device: where to compute; None: where the network is.
         show_progress: show a progress bar.
@@ -108,17 +121,10 @@ def calibrate(
     check_weights(model, plan)
     place = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
     with inspectable():
-        walk = _Walk(model, with_scales(model, plan), batches, run or _call_on(place), seed, place)
+        walk = _Walk(model, with_scales(model, plan), batches, run or partial(run_on, place), seed, place)
         for item in bar(walk.items, "calibrate", len(walk.items), show_progress, "layer"):
             walk.pass_item(item)
     return walk.found
-
-
-def _call_on(device: torch.device) -> Run:
-    def run(model: nn.Module, batch: Any) -> object:
-        return model(batch.to(device))
-
-    return run
 
 
 class _Walk:
@@ -142,7 +148,7 @@ class _Walk:
             for item in self.items
             if item.follows is not None and item.calls == 1 and _is_whole(reached[item.follows], self.weights)
         }
-        for name in self.jobs.keys() - reached.keys():
+        for name in (name for name in self.jobs if name not in reached):
             self._plainly(name, "calibration does not reach it")
 
     def pass_item(self, item: Item) -> None:
@@ -214,20 +220,18 @@ class _Walk:
         return sums.moments()
 
     def _norm(self, item: Item) -> None:
-        statistics = [
-            seen_by(
-                (lambda batch=batch, net=net, norms=norms: inputs_of_norm(norms[item.name], net, item, self.run, batch))
-                for batch in self.batches
-            )
-            for net, norms in zip((self.dense, self.quantized), self.norms, strict=True)
-        ]
-        if statistics[0] is not None and statistics[1] is not None:
-            self._move(item.name, statistics[0], statistics[1])
+        seen = []
+        for net, norms in zip((self.dense, self.quantized), self.norms, strict=True):
+            show = partial(inputs_of_norm, norms[item.name], net, item, self.run)
+            seen.append(seen_by(map(show, self.batches)))
+        if seen[0] is not None and seen[1] is not None:
+            self._move(item.name, seen[0], seen[1])
 
     def _move(self, name: str, before: Statistics, after: Statistics) -> None:
         dense, quantized = (norms[name] for norms in self.norms)
         move_norm(quantized, dense, before, after)
-        self.found.norms[name] = quantized.running_mean.cpu().clone(), quantized.running_var.cpu().clone()
+        mean, variance = statistics_of(quantized)
+        self.found.norms[name] = mean.cpu().clone(), variance.cpu().clone()
 
 
 def _blocks(uses: Sequence[Use], n_rows: int) -> tuple[int, str | None]:

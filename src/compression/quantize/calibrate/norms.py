@@ -1,14 +1,16 @@
 """Running statistics of batch norms, put right by how quantizing changed what the norms see.
 
-Mean and variance of the same images are taken in both networks. What the dense network learned, from more images than
-these, moves by their difference and their ratio: where nothing changed, nothing is changed.
+Mean and variance over the same images are taken in both networks: m, s² in the dense one, m', s'² in the quantized one.
+With (x - m') s / s' + m the inputs have again the mean and variance that they had; before a norm with running mean μ
+and variance σ² that is the norm with m' + (μ - m) s'/s and σ² (s'/s)². So the dense network's own statistics, from more
+images than these, stay where nothing changed.
 
 Shapes: C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +44,20 @@ def move_norm(norm: _BatchNorm, dense: _BatchNorm, before: Statistics, after: St
         dense: the same norm of the dense network.
         before, after: what the dense and the quantized network show them.
     """
-    mean, variance = dense.running_mean, dense.running_var
+    mean, variance = statistics_of(dense)
     ratio = (after.variance.double() + norm.eps) / (before.variance.double() + norm.eps)
-    norm.running_mean.copy_(mean.double() + (after.mean.double() - before.mean.double()))  # type: ignore[union-attr]
-    norm.running_var.copy_(((variance.double() + norm.eps) * ratio - norm.eps).clamp_min(0))  # type: ignore[union-attr]
+    moved = after.mean.double() + (mean.double() - before.mean.double()) * ratio.sqrt()
+    new_mean, new_variance = statistics_of(norm)
+    new_mean.copy_(moved)
+    new_variance.copy_(((variance.double() + norm.eps) * ratio - norm.eps).clamp_min(0))
+
+
+def statistics_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of one of `norms_of`."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    return mean, variance
 
 
 def output_statistics(weight: Tensor, hessian: Tensor, mean: Tensor) -> Statistics:
@@ -55,11 +67,11 @@ def output_statistics(weight: Tensor, hessian: Tensor, mean: Tensor) -> Statisti
     return Statistics(mean=first, variance=(second - first.square()).clamp_min(0))
 
 
-def seen_by(inputs: Iterable[Callable[[], list[Tensor]]]) -> Statistics | None:
-    """Mean and variance over all (N, C, ...) that are given, some at a time; None: there were none."""
+def seen_by(inputs: Iterable[Sequence[Tensor]]) -> Statistics | None:
+    """Mean and variance over all (N, C, ...) that are given, those of one batch at a time; None: there were none."""
     sums: Tensor | None = None
-    for give in inputs:
-        for values in give():
+    for given in inputs:
+        for values in given:
             channels = values.float().transpose(0, 1).flatten(1)
             variance, mean = (one.double() for one in torch.var_mean(channels, dim=1, correction=0))
             n = channels.shape[1]

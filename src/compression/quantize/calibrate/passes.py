@@ -41,7 +41,7 @@ class Item:
 
 @contextmanager
 def inspectable() -> Iterator[None]:
-    """Attention by single operators meanwhile, instead of a fused one that shows nothing of its inside; no gradients."""
+    """Attention meanwhile by single operators, not by a fused one that shows nothing of its inside; no gradients."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -100,7 +100,8 @@ def _ready(inputs: Tensor, convolution: Convolution) -> Tensor:
     if convolution.transposed:
         sizes = [(s - 1) * step + 1 for s, step in zip(inputs.shape[2:], convolution.stride, strict=True)]
         spread = inputs.new_zeros(*inputs.shape[:2], *sizes)
-        spread[(..., *(slice(None, None, step) for step in convolution.stride))] = inputs
+        between = [slice(None, None, step) for step in convolution.stride]
+        spread[(slice(None), slice(None), *between)] = inputs
         inputs = spread
         pads = tuple(width - pad for width, pad in zip(widths, pads, strict=True))
         after = [pad + more for pad, more in zip(pads, convolution.output_padding, strict=True)]
@@ -142,7 +143,8 @@ def _windows(inputs: Tensor, convolution: Convolution, places: Tensor) -> Tensor
         slid = slid.unfold(2 + axis, dilation * (k - 1) + 1, step)[..., ::dilation]
     # (N, channels, positions ..., kernel ...), a view: only what is asked for is copied
     image = places // math.prod(sizes)
-    numbers, rest = [], places % math.prod(sizes)
+    numbers: list[Tensor] = []
+    rest = places % math.prod(sizes)
     for size in reversed(sizes):
         numbers.insert(0, rest % size)
         rest = rest // size
@@ -218,7 +220,7 @@ class Watcher(TorchDispatchMode):
     def _find(self, operand: Tensor, n_columns: int, n_rows: int) -> tuple[str, Tensor, int] | None:
         """The weight of which an operand shows whole rows: name, weight, first row."""
         for name, weight in self._weights.get(operand.untyped_storage().data_ptr(), ()):
-            offset = operand.storage_offset() - weight.storage_offset()
+            offset = int(operand.storage_offset()) - int(weight.storage_offset())
             own = weight.shape[1:].numel()
             if own == n_columns and 0 <= offset <= weight.numel() - own * n_rows and not offset % own:
                 return name, weight, offset // own
