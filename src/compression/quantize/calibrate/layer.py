@@ -61,7 +61,7 @@ def quantize_layer(
     device = moments.hessian.device
     vectors = weight.detach().to(device).reshape(-1, plan.d).float() / plan.scale
     blocks = vectors[layout.to(device)].flatten(2)
-    aim = asymmetric_aim(blocks, moments.hessian, moments.cross)
+    aim = asymmetric_aim(blocks, moments.hessian, moments.cross / plan.scale)
     if range_problem(aim):  # solved for, but not for a codebook of 16 bits
         aim = blocks
     zero = ~vectors.any(1)[layout.to(device)]

@@ -18,7 +18,7 @@ class Moments:
 
     Attributes:
         hessian: H (B, C, C), mean of x xᵀ.
-        cross: G (B, C, C), mean of (y - x) xᵀ; zeros where the places of the two networks are not the same.
+        cross: W G (B, R, C), mean of W (y - x) xᵀ; zeros where the places of the two networks are not the same.
         mean: (B, C) of x.
         output_mean, output_variance: (B, R) of what the dense weight makes of y, without bias.
         count: places.
@@ -43,7 +43,7 @@ class MomentSums:
         n_blocks, n_rows, n_columns = weight.shape
         self._weight = weight
         self._hessian = weight.new_zeros(n_blocks, n_columns, n_columns)
-        self._cross = torch.zeros_like(self._hessian)
+        self._cross = torch.zeros_like(weight)
         self._sum = weight.new_zeros(n_blocks, n_columns, dtype=torch.float64)
         self._outputs = weight.new_zeros(2, n_blocks, n_rows, dtype=torch.float64)
         self._counts = weight.new_zeros(n_blocks)
@@ -56,12 +56,12 @@ class MomentSums:
             inputs: x (g, P, C), g 1 or the number of these blocks.
             dense: y at the same places; None: they are those of x.
         """
-        turned = inputs.transpose(1, 2)
-        _accumulate(self._hessian[blocks], turned, inputs)
-        if dense is not None:
-            _accumulate(self._cross[blocks], (dense - inputs).transpose(1, 2), inputs)
+        _accumulate(self._hessian[blocks], inputs.transpose(1, 2), inputs)
+        weight = self._weight[blocks].transpose(1, 2)
+        if dense is not None:  # W G at once: G has as many values as H, W G as W
+            _accumulate(self._cross[blocks], ((dense - inputs) @ weight).transpose(1, 2), inputs)
         self._sum[blocks] += inputs.sum(1).double()
-        outputs = (inputs if dense is None else dense) @ self._weight[blocks].transpose(1, 2)  # (blocks, P, R)
+        outputs = (inputs if dense is None else dense) @ weight  # (blocks, P, R)
         self._outputs[0, blocks] += outputs.sum(1).double()
         self._outputs[1, blocks] += outputs.square().sum(1).double()
         self._counts[blocks] += inputs.shape[1]
@@ -81,8 +81,8 @@ class MomentSums:
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (B, C, C) += left (g, C, P) @ right (g, P, C), g 1 or B."""
-    if left.shape[0] == total.shape[0]:
+    """total (B, M, C) += left (g, M, P) @ right (g, P, C), each g 1 or B."""
+    if left.shape[0] == right.shape[0] == total.shape[0]:
         total.baddbmm_(left, right)
     else:
         total += left @ right

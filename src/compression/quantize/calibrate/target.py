@@ -118,16 +118,18 @@ def upper_factor(hessian: Tensor) -> Tensor:
 def asymmetric_aim(weight: Tensor, hessian: Tensor, cross: Tensor, damping: float = AIM_DAMPING) -> Tensor:
     """W* = W + W G (H + λ I)⁻¹: the weight that gives from x what the dense layer gives from y (beyond the paper).
 
+    G is the mean of (y - x) xᵀ.
+
     Args:
         weight: W (B, R, C).
         hessian: H (B, C, C), mean of x xᵀ over inputs x of the quantized network.
-        cross: G (B, C, C), mean of (y - x) xᵀ, y the inputs of the dense network at the same places.
+        cross: W G (B, R, C), y the inputs of the dense network at the same places.
         damping: λ in units of the mean of H's diagonal.
     """
     if not bool(cross.any()):
         return weight
     factor = lower_factor(damped(hessian, damping))
-    return weight + torch.cholesky_solve((weight @ cross).transpose(1, 2).contiguous(), factor).transpose(1, 2)
+    return weight + torch.cholesky_solve(cross.transpose(1, 2).contiguous(), factor).transpose(1, 2)
 
 
 def sums_by_code(vectors: Tensor, codes: Tensor, k: int) -> Tensor:

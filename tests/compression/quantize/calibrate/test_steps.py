@@ -35,12 +35,12 @@ def plan_of(d: int, k: int, scale: float = 1.0) -> LayerPlan:
     return LayerPlan(name="layer", d=d, k=k, k_means_type="src", k_means_n_iters=10, scale=scale)
 
 
-def moments_of(inputs: Tensor, dense: Tensor, n_rows: int) -> Moments:
-    """Of inputs (B, P, C) in the quantized and the dense network."""
-    n = inputs.shape[1]
+def moments_of(inputs: Tensor, dense: Tensor, weight: Tensor) -> Moments:
+    """Of inputs (B, P, C) in the quantized and the dense network, for a weight (B, R, C)."""
+    n, n_rows = inputs.shape[1], weight.shape[1]
     return Moments(
         hessian=inputs.transpose(1, 2) @ inputs / n,
-        cross=(dense - inputs).transpose(1, 2) @ inputs / n,
+        cross=weight @ (dense - inputs).transpose(1, 2) @ inputs / n,
         mean=inputs.mean(1),
         output_mean=torch.zeros(inputs.shape[0], n_rows),
         output_variance=torch.zeros(inputs.shape[0], n_rows),
@@ -66,7 +66,7 @@ def test_no_step_raises_the_loss(shape: tuple[int, int, int, int, int]) -> None:
     layout = layout_of((blocks * rows, m * d), d, blocks)
     assert layout is not None
     flat = weight.reshape(blocks * rows, m * d)
-    found = quantize_layer(flat, layout, moments_of(inputs, dense, rows), plan_of(d, 4), stream(seed))
+    found = quantize_layer(flat, layout, moments_of(inputs, dense, weight), plan_of(d, 4), stream(seed))
     shares = [share for _, share in found.lost]
     assert all(later <= earlier for earlier, later in pairwise(shares[:-1]))  # the last one rounds
     assert shares[-1] <= shares[0]
@@ -85,7 +85,7 @@ def test_with_white_inputs_it_is_never_worse_than_clustering(
     flat = scale * weight.reshape(blocks * rows, m * d)
     white = Moments(
         hessian=torch.eye(m * d).repeat(blocks, 1, 1),
-        cross=torch.zeros(blocks, m * d, m * d),
+        cross=torch.zeros(blocks, rows, m * d),
         mean=torch.zeros(blocks, m * d),
         output_mean=torch.zeros(blocks, rows),
         output_variance=torch.zeros(blocks, rows),
@@ -103,7 +103,7 @@ def test_correlated_inputs_lose_less_than_by_clustering() -> None:
     weight, inputs, dense = problem(shape, 500)
     layout = layout_of((64, 64), 4, 1)
     assert layout is not None
-    moments = moments_of(inputs, dense, 64)
+    moments = moments_of(inputs, dense, weight)
     found = quantize_layer(weight[0], layout, moments, plan_of(4, 16), stream(0)).clustering
     plain = cluster("src", weight[0].reshape(-1, 4), 16, 10, stream(0))
     wanted = dense[0] @ weight[0].T
@@ -111,6 +111,20 @@ def test_correlated_inputs_lose_less_than_by_clustering() -> None:
         float((inputs[0] @ one.codebook[one.codes].view(64, 64).T - wanted).square().mean()) for one in (found, plain)
     )
     assert ours < 0.7 * theirs
+
+
+def test_a_scale_of_the_codebook_changes_nothing_else() -> None:
+    weight, inputs, dense = problem((1, 16, 8, 4, 7), 100)
+    layout = layout_of((16, 32), 4, 1)
+    assert layout is not None
+    one, other = (
+        quantize_layer(
+            scale * weight[0], layout, moments_of(inputs, dense, scale * weight), plan_of(4, 16, scale), stream(0)
+        ).clustering
+        for scale in (1.0, 2.0**-30)
+    )
+    assert torch.equal(one.codebook, other.codebook)
+    assert torch.equal(one.codes, other.codes)
 
 
 @pytest.mark.parametrize("dead", [1, 10, 64])
@@ -122,7 +136,7 @@ def test_inputs_that_are_always_zero_do_no_harm(dead: int) -> None:
     inputs[1] = dense[1] = 0
     layout = layout_of((32, 64), 4, 2)
     assert layout is not None
-    moments = moments_of(inputs, dense, 16)
+    moments = moments_of(inputs, dense, weight)
     found = quantize_layer(weight.reshape(32, 64), layout, moments, plan_of(4, 32), stream(0)).clustering
     decoded = found.codebook[found.codes].view(2, 16, 64)
     assert bool(torch.isfinite(decoded).all())
@@ -136,7 +150,7 @@ def test_pruned_subvectors_stay_zero() -> None:
     flat[::2, ::3] = 0
     layout = layout_of((32, 32), 4, 1)
     assert layout is not None
-    moments = moments_of(inputs, dense, 32)
+    moments = moments_of(inputs, dense, weight)
     found = quantize_layer(flat.view(32, 32), layout, moments, plan_of(4, 16), stream(0)).clustering
     decoded = found.codebook[found.codes].view(32, 8, 4)
     assert not decoded[::2, ::3].any()
@@ -161,7 +175,7 @@ def test_the_aim_gives_from_one_input_what_the_weight_gives_from_the_other() -> 
     weight, inputs, _ = problem((1, 5, 3, 2, 4), 400)
     change = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) * 0.2 + torch.eye(6)
     dense = inputs @ change
-    moments = moments_of(inputs, dense, 5)
+    moments = moments_of(inputs, dense, weight)
     aim = asymmetric_aim(weight, moments.hessian, moments.cross, damping=1e-6)
     assert torch.allclose(inputs @ aim.transpose(1, 2), dense @ weight.transpose(1, 2), rtol=1e-2, atol=1e-2)
     assert asymmetric_aim(weight, moments.hessian, torch.zeros_like(moments.cross)) is weight
