@@ -1,15 +1,15 @@
 """Quantizing a network weight by weight, in the order in which it computes, with what each weight is given.
 
-Two copies of the network run: the dense one, and the one whose earlier weights are quantized already. For every weight
-both are run anew on all batches, up to that weight: the memory is that of one batch and of one weight's moments, the
+Two copies of the network run: the dense one, and the one whose earlier weights are quantized already. The second
+runs anew on all batches for every weight, up to it, and the first as seldom as memory allows (`sampling`): what is held
+is one batch's activations, one weight's moments, and outputs of the dense network at the places that are drawn. The
 time grows with the square of the depth.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,16 +25,11 @@ from ..compress import check_weights, cluster_weight, one_of_each, places_of, wi
 from ..plan import LayerPlan, Plan
 from .inputs import run_on
 from .layer import quantize_layer
-from .layout import layout_of
-from .moments import Moments, MomentSums, finite
+from .moments import finite
 from .norms import Statistics, move_norm, norms_of, output_statistics, seen_by, statistics_of
-from .passes import Item, Run, inputs_of_norm, inputs_of_weight, inspectable, order_of
-from .uses import Use
-
-PLACES = 40_000
-"""Places of each weight's inputs that are drawn, over all batches."""
-MOST_VALUES = 1 << 28
-"""Values of one weight's moments, at most (1 GiB): a weight of more blocks is clustered plainly."""
+from .passes import Item, Run, inputs_of_norm, inspectable, order_of
+from .reading import Reading, read
+from .sampling import MEMORY, Samples
 
 
 @dataclass
@@ -100,6 +95,7 @@ def calibrate(
     seed: int = 0,
     device: torch.device | str | None = None,
     show_progress: bool = True,
+    memory: int = MEMORY,
 ) -> Calibration:
     """Find codebooks and codes that keep what a network computes on some inputs.
 
@@ -111,6 +107,8 @@ def calibrate(
         seed: the run's seed; each layer draws from streams of its own.
         device: where to compute; None: where the network is.
         show_progress: show a progress bar.
+        memory: bytes that are held of the dense network's outputs, at most, unless those of one weight are more: with
+            fewer it runs more often, to the same result.
 
     Raises:
         DataError: there are no batches, or the inputs of a layer are not finite; names it.
@@ -122,6 +120,7 @@ def calibrate(
     place = torch.device(device or next((p.device for p in model.parameters()), "cpu"))
     with inspectable():
         walk = _Walk(model, with_scales(model, plan), batches, run or partial(run_on, place), seed, place)
+        walk.samples.memory = memory
         for item in bar(walk.items, "calibrate", len(walk.items), show_progress, "layer"):
             walk.pass_item(item)
     return walk.found
@@ -142,45 +141,45 @@ class _Walk:
         self.batches, self.run, self.seed, self.device = batches, run, seed, device
         self.found = Calibration()
         self.items = order_of(self.dense, {name: self.weights[name] for name in self.jobs}, run, batches[0])
-        reached = {item.name: item for item in self.items if not item.calls}
+        self.readings: dict[str, Reading] = {}
+        reasons = dict.fromkeys(self.jobs, "calibration does not reach it")
+        for item in self.items:
+            if not item.calls:
+                reading, reasons[item.name] = read(item, self.weights[item.name], self.jobs[item.name].d)
+                if reading is not None:
+                    self.readings[item.name] = reading
+        self.samples = Samples(self.dense, self.weights, self.readings, batches, run, seed)
         self.followers = {
             item.follows: item.name
             for item in self.items
-            if item.follows is not None and item.calls == 1 and _is_whole(reached[item.follows], self.weights)
+            if item.calls == 1 and item.follows in self.readings and self.readings[item.follows].is_whole
         }
-        for name in (name for name in self.jobs if name not in reached):
-            self._plainly(name, "calibration does not reach it")
+        for name, reason in reasons.items():
+            if name not in self.readings:
+                self._plainly(name, reason)
 
     def pass_item(self, item: Item) -> None:
         """Quantize a weight, or put a norm right."""
-        if not item.calls:
-            self._weight(item)
-        elif self.found.clusterings and item.name not in self.found.norms:
+        if item.name in self.readings and not item.calls:
+            self._weight(item.name)
+        elif item.calls and self.found.clusterings and item.name not in self.found.norms:
             self._norm(item)
 
-    def _weight(self, item: Item) -> None:
-        name, job = item.name, self.jobs[item.name]
-        weight = self.weights[name]
-        blocks, reason = _blocks(item.uses, weight.shape[0])
-        layout = layout_of(weight.shape, job.d, blocks, item.uses[0].transposed)
-        if layout is None:
-            reason = reason or "its subvectors reach over several outputs, which calibration cannot serve"
-        if layout is None or reason is not None:
-            self._plainly(name, reason or "")
-            return
-        layout = layout.to(self.device)
-        moments = self._moments(item, weight.reshape(-1, job.d)[layout].flatten(2).float())
+    def _weight(self, name: str) -> None:
+        job, reading = self.jobs[name], self.readings[name]
+        moments = self.samples.moments(name, self.quantized, self.becoming, bool(self.found.clusterings))
         if not finite([moments.hessian, moments.cross, moments.mean]):
             raise DataError(
                 f"calibration: the inputs of layer {name!r} are not finite (NaN or infinity): check the images, and "
                 "the dense network on them"
             )
-        found = quantize_layer(weight, layout, moments, job, stream(self.seed, "codebook", name))
+        draw = stream(self.seed, "codebook", name)
+        found = quantize_layer(self.weights[name], reading.layout, moments, job, draw)
         self.found.lost[name] = found.lost
         subvectors = self._put(name, found.clustering)
         if name in self.followers:
             before = Statistics(moments.output_mean.flatten(), moments.output_variance.flatten())
-            made = subvectors[layout].flatten(2).float()
+            made = subvectors[reading.layout].flatten(2).float()
             self._move(self.followers[name], before, output_statistics(made, moments.hessian, moments.mean))
 
     def _plainly(self, name: str, reason: str) -> None:
@@ -197,28 +196,6 @@ class _Walk:
         weight.copy_(subvectors.view(weight.shape))
         return subvectors
 
-    def _moments(self, item: Item, weight: Tensor) -> Moments:
-        """Of the inputs of a weight (B, R, C), from all batches."""
-        sums = MomentSums(weight)
-        n_places = max(1, PLACES // (len(self.batches) * len(item.uses)))
-        rows = weight.shape[1]
-        for number, batch in enumerate(self.batches):
-
-            def take(use_number: int, use: Use, number: int = number) -> Tensor:
-                draw = stream(self.seed, "calibrated places", item.name, number, use_number)
-                return use.at(_some(use.n_places, n_places, draw)).float()
-
-            now = inputs_of_weight(self.quantized, item, self.becoming[item.name], self.run, batch, take)
-            then: Sequence[tuple[Use, Tensor] | None] = [None] * len(now)
-            if self.found.clusterings:  # before the first one both networks are the same
-                then = inputs_of_weight(self.dense, item, self.weights[item.name], self.run, batch, take)
-            for (use, inputs), dense in zip(now, then, strict=False):
-                whole = weight.shape[0] if use.convolution is not None else 0
-                part = slice(0, whole) if whole else slice(use.start // rows, use.stop // rows)
-                paired = dense is not None and dense[0].paired and use.paired and dense[1].shape == inputs.shape
-                sums.add(part, inputs, dense[1] if dense is not None and paired else None)
-        return sums.moments()
-
     def _norm(self, item: Item) -> None:
         seen = []
         for net, norms in zip((self.dense, self.quantized), self.norms, strict=True):
@@ -232,27 +209,3 @@ class _Walk:
         move_norm(quantized, dense, before, after)
         mean, variance = statistics_of(quantized)
         self.found.norms[name] = mean.cpu().clone(), variance.cpu().clone()
-
-
-def _blocks(uses: Sequence[Use], n_rows: int) -> tuple[int, str | None]:
-    """Into how many blocks the rows of a weight fall, as its uses tell their inputs apart; or why it cannot be said."""
-    first = uses[0]
-    if len({(use.groups, use.transposed, use.convolution is None) for use in uses}) > 1:
-        return 1, "it is used in different ways, which calibration cannot serve"
-    blocks = first.groups
-    if first.convolution is None:
-        blocks = n_rows // math.gcd(n_rows, *(edge for use in uses for edge in (use.start, use.stop)))
-    if blocks * first.n_columns**2 > MOST_VALUES:
-        return 1, "the moments of its inputs would take too much memory"
-    return blocks, None
-
-
-def _is_whole(item: Item, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a weight is used once in a pass, all its rows together."""
-    n_rows = weights[item.name].shape[0]
-    return len(item.uses) == 1 and (item.uses[0].start, item.uses[0].stop) == (0, n_rows)
-
-
-def _some(n: int, most: int, draw: torch.Generator) -> Tensor:
-    """Up to `most` of n places, in order."""
-    return torch.arange(n) if n <= most else torch.randperm(n, generator=draw)[:most].sort().values

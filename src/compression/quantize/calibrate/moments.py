@@ -48,20 +48,24 @@ class MomentSums:
         self._outputs = weight.new_zeros(2, n_blocks, n_rows, dtype=torch.float64)
         self._counts = weight.new_zeros(n_blocks)
 
+    def outputs(self, blocks: slice, inputs: Tensor) -> Tensor:
+        """What some blocks of the weight, without bias, make of inputs (g, P, C): (blocks, P, R)."""
+        return inputs @ self._weight[blocks].transpose(1, 2)
+
     def add(self, blocks: slice, inputs: Tensor, dense: Tensor | None) -> None:
         """Add inputs of some of the blocks.
 
         Args:
             blocks: which; all of them have these inputs, or each its own.
             inputs: x (g, P, C), g 1 or the number of these blocks.
-            dense: y at the same places; None: they are those of x.
+            dense: W y (blocks, P, R) at the same places; None: y is x.
         """
         _accumulate(self._hessian[blocks], inputs.transpose(1, 2), inputs)
-        weight = self._weight[blocks].transpose(1, 2)
-        if dense is not None:  # W G at once: G has as many values as H, W G as W
-            _accumulate(self._cross[blocks], ((dense - inputs) @ weight).transpose(1, 2), inputs)
+        outputs = self.outputs(blocks, inputs)
+        if dense is not None:
+            _accumulate(self._cross[blocks], (dense - outputs).transpose(1, 2), inputs)
+            outputs = dense
         self._sum[blocks] += inputs.sum(1).double()
-        outputs = (inputs if dense is None else dense) @ weight  # (blocks, P, R)
         self._outputs[0, blocks] += outputs.sum(1).double()
         self._outputs[1, blocks] += outputs.square().sum(1).double()
         self._counts[blocks] += inputs.shape[1]

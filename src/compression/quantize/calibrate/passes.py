@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,14 @@ class Item:
     uses: list[Use] = field(default_factory=list)
     calls: int = 0
     follows: str | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken of a use, and whether it has a pair (`Use.paired`)."""
+
+    paired: bool
+    values: Tensor
 
 
 @contextmanager
@@ -96,19 +104,36 @@ def _is_still(out: Tensor, version: int, seen: Tensor) -> bool:
     return same_place and out.shape == seen.shape and out.stride() == seen.stride()
 
 
-def inputs_of_weight(
-    model: nn.Module, item: Item, weight: Tensor, run: Run, batch: Any, take: Callable[[int, Use], Tensor]
-) -> list[tuple[Use, Tensor]]:
-    """The uses of a weight on a batch, each with what `take`, told of its number, makes of it."""
-    found: list[tuple[Use, Tensor]] = []
+def inputs_of_weights(
+    model: nn.Module,
+    items: Sequence[Item],
+    weights: Mapping[str, Tensor],
+    run: Run,
+    batch: Any,
+    take: Callable[[int, Use], Tensor],
+) -> dict[str, list[Taken]]:
+    """What `take` makes of the uses of some weights on a batch, told of the number of each among the weight's own.
+
+    Args:
+        model: a network.
+        items: the weights, as `order_of` found them.
+        weights: their parameters in this network, by name.
+        run: runs the network.
+        batch: what on; the pass ends where all uses were seen.
+        take: is given each use.
+    """
+    found: dict[str, list[Taken]] = {item.name: [] for item in items}
+    left = sum(len(item.uses) for item in items)
 
     def used(use: Use) -> None:
-        found.append((use, take(len(found), use)))
-        if len(found) == len(item.uses):
+        nonlocal left
+        found[use.name].append(Taken(use.paired, take(len(found[use.name]), use)))
+        left -= 1
+        if not left:
             raise _SeenAll
 
     try:
-        with Watcher([(item.name, weight)], used):
+        with Watcher([(item.name, weights[item.name]) for item in items], used):
             run(model, batch)
     except _SeenAll:
         pass

@@ -110,6 +110,13 @@ def test_the_same_seed_gives_the_same_and_the_network_stays_as_it_is() -> None:
     assert all(torch.equal(one.norms[name][0], other.norms[name][0]) for name in one.norms)
 
 
+def test_less_memory_gives_the_same() -> None:
+    net, (images, _) = trained(), digits()
+    plan, batches = plan_of(net), images[:64].split(32)
+    one, other = (calibrate(net, plan, batches, show_progress=False, memory=size) for size in (1, 1 << 30))
+    assert one.lost == other.lost
+
+
 def test_norms_see_again_what_they_saw() -> None:
     """What comes out of each norm has the mean and variance that it has in the dense network, on the same images."""
     net, (images, _) = trained(), digits()
