@@ -6,7 +6,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import clustering, coco_memory, compress, cost, maskrcnn_cost, networks, packed, processes, resume, search
+from . import (
+    calibrate,
+    clustering,
+    coco_memory,
+    compress,
+    cost,
+    maskrcnn_cost,
+    networks,
+    packed,
+    processes,
+    resume,
+    search,
+)
 
 MEASUREMENTS = {
     "cost": (
@@ -21,6 +33,7 @@ MEASUREMENTS = {
         ["--batch", "2", "--size", "32", "--steps", "1", "--rounds", "1", "--archs", "resnet18"],
     ),
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
+    "calibrate": (calibrate.main, ["--count", "64", "--iterations", "1"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
     "resume": (resume.main, ["--batch", "2", "--size", "64", "--repeats", "1", "--archs", "resnet18"]),
     "networks": (networks.main, ["--only", "torchvision:squeezenet1_1"]),

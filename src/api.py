@@ -24,6 +24,8 @@ from .compression.permute.binding import AnyGroup, bind
 from .compression.permute.channels import ChannelGroup
 from .compression.permute.groups import Group, check_function
 from .compression.permute.permute import GroupResult, permute
+from .compression.quantize.calibrate.calibrate import Calibration, calibrate
+from .compression.quantize.calibrate.inputs import batches_of, count, few_inputs
 from .compression.quantize.compress import LayerResult, candidate_distortion, check_weights
 from .compression.quantize.compress import compress as quantize
 from .compression.quantize.dequantize import dense_again
@@ -35,7 +37,6 @@ from .model_files.compression_report import applied
 from .model_files.inspected import Inspection
 from .model_files.inspection import examine, examine_model
 from .model_files.metadata import ModelInfo
-from .model_files.norm_estimation import retake_norms
 from .model_files.open_model_file import read_model_file
 from .model_files.packed import check_layers_of, save_packed
 from .model_files.plan_of_file import plan_of
@@ -105,8 +106,9 @@ def compress(
         model: the dense network, on any device.
         example_inputs: what it is called with, once, to find the channels that may be permuted. None: it is only
             quantized, unless `permutations` lists groups.
-        calibration: inputs of the kind that the network will see, without labels: batch norms are retaken from them. A
-            tensor is one batch; of tuples and lists (inputs, labels) the first item is taken.
+        calibration: inputs of the kind that the network will see, without labels, a thousand if possible: weights are
+            quantized so that what they make of these is kept, and batch norms adjusted. A tensor, a loader or any
+            iterable of batches; of tuples and lists (inputs, labels) the first item is taken. All are held in memory.
         seed: of all random choices.
         device: where to cluster; None: where the weights are.
         show_progress: show progress bars where there is a terminal.
@@ -119,6 +121,7 @@ def compress(
         SettingsError: a setting is unknown or wrong.
         PlanError: layers cannot be quantized as asked; names all of them.
         GroupError: groups do not fit the network.
+        DataError: calibration holds no inputs, or a layer's are not finite.
     """
     given = model_settings(settings)
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
@@ -136,12 +139,15 @@ def compress(
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
-    model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress)
+    finished = None
+    if calibration is not None:
+        finished, more = _calibrated(model, plan, calibration, seed, device, show_progress)
+        finished.put_norms(model)
+        notes += more
+    model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
     known = {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed}
     _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
-    if calibration is not None:
-        notes.append(_retaken(model, calibration))
     report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes))
     return model, report
 
@@ -264,23 +270,14 @@ def _info_of(model: nn.Module) -> ModelInfo:
     return found if isinstance(found, ModelInfo) else ModelInfo()
 
 
-def _retaken(model: nn.Module, calibration: Tensor | Iterable[Any]) -> str:
-    """Retake the batch norms; says how many."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = [calibration] if isinstance(calibration, Tensor) else calibration
-    n = 0
-
-    def inputs() -> Iterable[Tensor]:
-        nonlocal n
-        for batch in batches:
-            images = batch[0] if isinstance(batch, list | tuple) else batch
-            n += len(images)
-            yield images
-
-    training = model.training
-    names = retake_norms(model, inputs(), device)
-    model.to(device).train(training)
-    return f"running statistics of {len(names)} batch norms taken from {n:,} inputs"
+def _calibrated(
+    model: nn.Module, plan: Plan, given: Tensor | Iterable[Any], seed: int, device: Any, show_progress: bool
+) -> tuple[Calibration, list[str]]:
+    """Codebooks and codes of the plan's weights, and what to say of them."""
+    batches = batches_of(given)
+    found = calibrate(model, plan, batches, seed=seed, device=device, show_progress=show_progress)
+    n = count(batches)
+    return found, [found.summary(n), *filter(None, [few_inputs(n)]), *found.notes()]
 
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import src as pqf
-from src.common.errors import CheckpointError, GroupError, PlanError, SettingsError
+from src.common.errors import CheckpointError, DataError, GroupError, PlanError, SettingsError
 from src.compression.quantize.layers import QuantizedLayer
 from src.model_files.open_model_file import open_model_file
 from tests.conftest import ROOT
@@ -184,14 +184,26 @@ def test_an_optimizer_that_was_made_before_is_noticed(make: type) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensor", "list", "pairs"])
-def test_calibration_retakes_norms(kind: str) -> None:
-    images = torch.randn(16, 3, 16, 16) + 3
+def test_calibration_keeps_what_the_network_computes(kind: str) -> None:
+    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 3
     given = {"tensor": images, "list": list(images.split(8)), "pairs": [(part, None) for part in images.split(8)]}[kind]
     model, report = pqf.compress(net(), X, calibration=given, **FAST)
-    assert any("2 batch norms taken from 16 inputs" in note for note in report.notes)
-    plain, _ = pqf.compress(net(), X, **FAST)
+    assert any("calibrated 5 weights with 16 inputs" in note and "2 batch norms" in note for note in report.notes)
+    assert any("16 inputs are few" in note for note in report.notes)
+    plain, same_size = pqf.compress(net(), X, **FAST)
     assert not torch.allclose(model.body[1].running_mean, plain.body[1].running_mean)
     assert not model.training
+    assert report.size == same_size.size
+    with torch.no_grad():
+        wanted, ours, theirs = (one(images) for one in (net(), model, plain))
+    assert float((ours - wanted).norm()) < 0.5 * float((theirs - wanted).norm())
+
+
+def test_calibration_without_inputs_or_with_values_that_are_not_finite_is_one_message() -> None:
+    with pytest.raises(DataError, match="calibration: there are no inputs"):
+        pqf.compress(net(), X, calibration=[], **FAST)
+    with pytest.raises(DataError, match=r"inputs of layer 'body\.0' are not finite"):
+        pqf.compress(net(), X, calibration=torch.full((4, 3, 16, 16), torch.nan), **FAST)
 
 
 def test_a_saved_network_that_says_who_builds_it_is_opened_by_the_commands(

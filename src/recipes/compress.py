@@ -23,6 +23,7 @@ from ..model_files.size import model_size
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings, given_on_command_line
+from .calibrate import calibrated
 from .compress_distributed import permute_together, quantize_together
 from .specs import quantization_spec, search_spec
 
@@ -105,21 +106,30 @@ def _of_another_network(settings: Settings, groups: Sequence[Group], model: nn.M
     return not any(name in here for group in groups for name in (*group.parents, *group.children))
 
 
-def compress_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
+def compress_network(
+    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Tensor] | None = None
+) -> nn.Module:
     """Permute and quantize `model` and report the distortion; returns the quantized network.
 
-    Groups and layers that an earlier process of the run finished are not done again.
+    Groups that an earlier process of the run finished are not done again, nor layers that are quantized without images.
+
+    Args:
+        run: the run.
+        plan: for the network.
+        model: the dense network.
+        images: batches that the network is calibrated with, the same on every process; None: it is not.
     """
     for text in plan.notes:
         note(text)
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))
+    calibration = None if images is None else calibrated(run, model, plan.quantization, plan.seed, images)
     quantize = partial(
         compress,
         seed=plan.seed,
         device=run.engine.device,
         show_progress=run.engine.is_main,
-        finished=run.checkpoints.clusterings,
+        finished=calibration or run.checkpoints.clusterings,
     )
     model, layers = quantize_together(run.engine, model, plan.quantization, quantize)
     log.info("%s", _quantization_summary(layers))

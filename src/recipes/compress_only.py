@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..architectures.architecture import Architecture
 from ..architectures.named import find
-from ..common.errors import SettingsError
-from ..common.log import log
+from ..common.errors import DataError, SettingsError
 from ..common.progress import bar
-from ..model_files.norm_estimation import retake_norms
 from ..run.agreement import digest_of, first_here
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import calibration_folder, weights_source
@@ -33,7 +31,7 @@ EXAMPLES = 2
 def compress_only(settings: Settings) -> int:
     """Permute and quantize a network and write it, with a report of what was lost; returns the exit status.
 
-    With `calibration.images` its batch norms are retaken from these images.
+    With `calibration.images` it is calibrated with these images.
     """
     architecture = find(settings.model.arch)
     settings = with_current_names(settings, architecture)
@@ -49,9 +47,7 @@ def compress_only(settings: Settings) -> int:
         plan = plan_compression(settings, architecture, model, example(settings, architecture))
         save = ModelWriter(settings, architecture, run.output)
         run.begin({}, save, "bits")
-        model = compress_network(run, plan, model)
-        if images is not None:
-            _retake(run, model, images)
+        model = compress_network(run, plan, model, None if images is None else _read(run, images))
         results: Mapping[str, Any] = report_size(model, run.recorder)
         path = run.output.path / "model.pth"
         if run.engine.is_main:
@@ -86,7 +82,10 @@ def _images(run: Run, architecture: Architecture) -> CalibrationImages | None:
     return CalibrationImages(folder, spec, run.engine.is_main)
 
 
-def _retake(run: Run, model: nn.Module, images: CalibrationImages) -> None:
+def _read(run: Run, images: CalibrationImages) -> list[Tensor]:
+    """All batches, in memory: they are shown to the network many times."""
     total = -(-len(images) // run.settings.calibration.batch_size)
-    names = retake_norms(model, bar(images, "norms", total, run.engine.is_main, "batch"), run.engine.device)
-    log.info("norms: running statistics of %d batch norms taken from %s images", len(names), f"{len(images):,}")
+    batches = list(bar(images, "read images", total, run.engine.is_main, "batch"))
+    if not batches:
+        raise DataError("calibration.images: none of the images could be read")
+    return batches

@@ -22,6 +22,7 @@ from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import load_packed
 from src.model_files.pth import read_tensors
 from src.model_files.state_dict import load_state
+from src.tasks.calibration import CalibrationImages, CalibrationSpec
 from tests.support.own_network import Net
 
 OWN = "tests.support.own_network:Net"
@@ -93,32 +94,28 @@ def test_the_same_seed_gives_the_same_file(made: Path, start: Path, tmp_path: Pa
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
-def test_images_retake_the_norms(
+def test_images_calibrate(
     made: Path, start: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--calibration.images", str(photos), "--calibration.num_workers", "0", "--calibration.batch_size", "5"]
-    output = tmp_path / "out"
-    assert command.main([*SMALL, *flags, "--model.weights", str(start), "--output_path", str(output)]) == 0
+    for output in (tmp_path / "out", tmp_path / "again"):
+        assert command.main([*SMALL, *flags, "--model.weights", str(start), "--output_path", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "running statistics of 2 batch norms taken from 12 images" in printed
+    assert "calibrated 5 weights with 12 inputs" in printed
+    assert "statistics of 2 batch norms adjusted" in printed
+    assert "12 inputs are few" in printed
     assert "left out 1 unreadable images" in printed
     assert "broken.jpg" in printed
-    plain, retaken = own_from(made / "model.safetensors"), own_from(output / "model.safetensors")
-    assert torch.equal(plain.head.codes_matrix, retaken.head.codes_matrix)
-    assert not torch.allclose(plain.body[1].running_mean, retaken.body[1].running_mean)
-    # what the first norm sees are the images behind the first convolution
-    seen: list[torch.Tensor] = []
-    hook = retaken.body[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    from src.tasks.calibration import CalibrationImages, CalibrationSpec
-
+    files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    plain, calibrated, dense = own_from(made / "model.safetensors"), own_from(files[0]), Net().eval()
+    dense.load_state_dict(torch.load(start))
     spec = CalibrationSpec(batch_size=12, image_size=16, resize=18)
+    (images,) = CalibrationImages(photos, spec, False)
     with torch.no_grad():
-        for images in CalibrationImages(photos, spec, False):
-            retaken(images)
-    hook.remove()
-    means = torch.cat(seen).mean((0, 2, 3))
-    # a batch of 5, 5 and 2: means of batches are weighed alike; files hold 8 bits and more of each norm
-    assert torch.allclose(retaken.body[1].running_mean, means, atol=0.15)
+        wanted, ours, theirs = dense(images), calibrated(images), plain(images)
+    assert float((ours - wanted).norm()) < 0.5 * float((theirs - wanted).norm())
+    assert (made / "model.safetensors").stat().st_size == pytest.approx(files[0].stat().st_size, rel=0.02)
 
 
 @pytest.mark.parametrize(

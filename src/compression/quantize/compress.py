@@ -20,7 +20,7 @@ from ...common.randomness import stream
 from ...engines.machine import own_processors
 from .assign import one_thread
 from .clustering import Clustering
-from .kmeans import cluster
+from .kmeans import cluster, never
 from .layers import CODES_DTYPE, QuantizedLayer, share_codes
 from .placing import quantize_weight
 from .plan import LayerPlan, Plan
@@ -205,15 +205,9 @@ def _cluster_layers(
 
     def run(job: LayerPlan) -> tuple[str, Clustering]:
         weight = weights[job.name]
-        vectors = _scaled_subvectors(weight, job).to(device or weight.device)
-        generator = stream(seed, "codebook", job.name)
-        try:
-            found = cluster(
-                job.k_means_type, vectors, job.k, job.k_means_n_iters, generator, job.k_means_tolerance, stop.is_set
-            )
-        except ValueError as error:
-            raise PlanError(f"layer {job.name!r}: {error}") from None
-        return job.name, replace(found, codes=found.codes.to(CODES_DTYPE))
+        return job.name, cluster_weight(
+            weight.to(device or weight.device), job, stream(seed, "codebook", job.name), stop.is_set
+        )
 
     def done(result: tuple[str, Clustering]) -> None:
         name, clusterings[result[0]] = result
@@ -237,6 +231,23 @@ def _cluster_layers(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def cluster_weight(
+    weight: Tensor, layer: LayerPlan, generator: torch.Generator, stopped: Callable[[], bool] = never
+) -> Clustering:
+    """The clustering of a weight (R, ...) as planned, in units of its scale; arguments as for `kmeans`.
+
+    Raises:
+        PlanError: it cannot be clustered.
+        InterruptedError: `stopped` said so.
+    """
+    vectors, iterations = _scaled_subvectors(weight, layer), layer.k_means_n_iters
+    try:
+        found = cluster(layer.k_means_type, vectors, layer.k, iterations, generator, layer.k_means_tolerance, stopped)
+    except ValueError as error:
+        raise PlanError(f"layer {layer.name!r}: {error}") from None
+    return replace(found, codes=found.codes.to(CODES_DTYPE))
 
 
 def _scaled_subvectors(weight: Tensor, layer: LayerPlan) -> Tensor:

@@ -1,0 +1,1 @@
+"""Quantizing with the inputs that a network sees: what its layers compute from them is kept, not the weights alone."""

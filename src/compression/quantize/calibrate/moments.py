@@ -1,0 +1,97 @@
+"""Second moments of the inputs of a weight, summed over batches of images.
+
+Shapes: B blocks of R rows, C columns, P places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the inputs x in the quantized network and y in the dense one, at the same places.
+
+    Attributes:
+        hessian: H (B, C, C), mean of x xᵀ.
+        cross: W G (B, R, C), mean of W (y - x) xᵀ; zeros where the places of the two networks are not the same.
+        mean: (B, C) of x.
+        output_mean, output_variance: (B, R) of what the dense weight makes of y, without bias.
+        count: places.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    mean: Tensor
+    output_mean: Tensor
+    output_variance: Tensor
+    count: int
+
+
+class MomentSums:
+    """Sums of one weight's inputs.
+
+    Args:
+        weight: the dense one as (B, R, C), on the device where sums are kept.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        n_blocks, n_rows, n_columns = weight.shape
+        self._weight = weight
+        self._hessian = weight.new_zeros(n_blocks, n_columns, n_columns)
+        self._cross = torch.zeros_like(weight)
+        self._sum = weight.new_zeros(n_blocks, n_columns, dtype=torch.float64)
+        self._outputs = weight.new_zeros(2, n_blocks, n_rows, dtype=torch.float64)
+        self._counts = weight.new_zeros(n_blocks)
+
+    def outputs(self, blocks: slice, inputs: Tensor) -> Tensor:
+        """What some blocks of the weight, without bias, make of inputs (g, P, C): (blocks, P, R)."""
+        return inputs @ self._weight[blocks].transpose(1, 2)
+
+    def add(self, blocks: slice, inputs: Tensor, dense: Tensor | None) -> None:
+        """Add inputs of some of the blocks.
+
+        Args:
+            blocks: which; all of them have these inputs, or each its own.
+            inputs: x (g, P, C), g 1 or the number of these blocks.
+            dense: W y (blocks, P, R) at the same places; None: y is x.
+        """
+        _accumulate(self._hessian[blocks], inputs.transpose(1, 2), inputs)
+        outputs = self.outputs(blocks, inputs)
+        if dense is not None:
+            _accumulate(self._cross[blocks], (dense - outputs).transpose(1, 2), inputs)
+            outputs = dense
+        self._sum[blocks] += inputs.sum(1).double()
+        self._outputs[0, blocks] += outputs.sum(1).double()
+        self._outputs[1, blocks] += outputs.square().sum(1).double()
+        self._counts[blocks] += inputs.shape[1]
+
+    def moments(self) -> Moments:
+        """The means of what was added."""
+        n = self._counts.clamp_min(1)
+        mean, square = (sums / n[:, None] for sums in self._outputs)
+        return Moments(
+            hessian=self._hessian / n[:, None, None],
+            cross=self._cross / n[:, None, None],
+            mean=(self._sum / n[:, None]).to(self._hessian.dtype),
+            output_mean=mean,
+            output_variance=(square - mean.square()).clamp_min(0),
+            count=int(self._counts.max()),
+        )
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (B, M, C) += left (g, M, P) @ right (g, P, C), each g 1 or B."""
+    if left.shape[0] == right.shape[0] == total.shape[0]:
+        total.baddbmm_(left, right)
+    else:
+        total += left @ right
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all values are."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
