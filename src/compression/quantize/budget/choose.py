@@ -2,8 +2,8 @@
 
 The options of an item that are worth having for some price of a bit lie on the lower convex hull of its points (bits,
 loss). Walking down all hulls together, the steepest step first, gives for every price the best choice there is: the
-path. Between two points of the path a budget is left over; it is spent by more steps of the items that still fit, and
-then by the best change of one or two items.
+path. Between two points of the path a budget is left over; it is spent by more steps of the items that still fit. From
+there, and from some points before and behind, the best change of one or two items is looked for.
 
 A larger budget never has a larger loss. Every choice for a budget on the path's piece from one point to the next loses
 at least what the straight line between them says, so at least what the second point loses. On one piece, the same
@@ -20,6 +20,9 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
+AROUND = 4
+"""Points of the path before and behind a budget, from which changes are tried."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -131,13 +134,18 @@ class Chooser:
             raise ValueError(f"{budget} bits are fewer than the smallest choice has, {self.smallest}")
         last = int(np.searchsorted(self._bits, budget, side="right")) - 1
         chain = self._chain(last, budget)
-        best = self._changed(chain[-1], budget)
-        lowest = self._choice(self._options_at(last)).loss
+        near = range(max(0, last - AROUND), min(len(self._steps), last + AROUND) + 1)
+        starts = [chain[-1], *(self._choice(self._options_at(steps)) for steps in near)]
+        found = [choice for start in starts if (choice := self._changed(start, budget)) is not None]
+        best = min(found, key=_rank)
+        lowest = chain[0].loss
         for earlier, later in zip(chain[-2::-1], chain[:0:-1], strict=True):
             room = later.bits - 1  # what a smaller budget, for which `earlier` is where the changes start, may spend
             if self._bound(last, lowest, room) >= best.loss:
                 break
-            best = min(best, self._changed(earlier, room), key=lambda choice: (choice.loss, choice.bits))
+            changed = self._changed(earlier, room)
+            assert changed is not None, "it fits as it is"
+            best = min(best, changed, key=_rank)
         return best
 
     def _choice(self, options: Sequence[int]) -> Choice:
@@ -175,8 +183,11 @@ class Chooser:
         step = self._steps[taken]
         return loss - step.gain * (budget - int(self._bits[taken])) / step.bits
 
-    def _changed(self, choice: Choice, budget: int) -> Choice:
-        """The best that changing at most two items of `choice` leads to, within `budget`."""
+    def _changed(self, choice: Choice, budget: int) -> Choice | None:
+        """The best that changing at most two items of `choice` leads to, within `budget`; None: they are not enough."""
+        room = budget - choice.bits
+        if not self.items:
+            return choice
         more, gains, options, owners = [], [], [], []
         for number, (one, chosen) in enumerate(zip(self.items, choice.options, strict=True)):
             known = np.union1d(one.best, [chosen])
@@ -185,16 +196,16 @@ class Chooser:
             gains.append(one.loss[chosen] - one.loss[known])
             options.append(known)
             owners.append(np.full(known.size, number))
-        room = budget - choice.bits
         all_more, all_gains, all_owners = (np.concatenate(part) for part in (more, gains, owners))
-        best_gain, best_bits, best = 0.0, 0, None
+        best_gain, best_bits, best = 0.0 if room >= 0 else -np.inf, 0, None
         for number in range(len(self.items)):
             # the best option of this item for every change of another one, no change among them
             place = np.searchsorted(more[number], room - all_more, side="right") - 1
             top, where = _running_best(gains[number])
             possible = (place >= 0) & (all_owners != number)
             total = np.where(possible, all_gains + top[np.maximum(place, 0)], -np.inf)
-            if not total.size or (winner := int(np.argmax(total))) < 0 or total[winner] < best_gain:
+            winner = int(np.argmax(total))
+            if total[winner] < best_gain or total[winner] == -np.inf:
                 continue
             own = int(where[place[winner]])
             bits = int(all_more[winner] + more[number][own])
@@ -202,11 +213,15 @@ class Chooser:
                 best_gain, best_bits = float(total[winner]), bits
                 best = (number, int(options[number][own]), int(all_owners[winner]), winner)
         if best is None:
-            return choice
+            return choice if room >= 0 else None
         changed = list(choice.options)
         changed[best[0]] = best[1]
         changed[best[2]] = int(np.concatenate(options)[best[3]])
         return self._choice(changed)
+
+
+def _rank(choice: Choice) -> tuple[float, int]:
+    return choice.loss, choice.bits
 
 
 def _running_best(gains: Floats) -> tuple[Floats, Ints]:

@@ -1,11 +1,11 @@
 """What quantizing a weight would lose, for many d and k, without clustering it for each.
 
-A codebook is grown on a sample of the subvectors: from one centroid each is split in two, and a few mean updates follow,
-so that one growth gives the distortion of k = 2, 4, 8, ... A sample of s subvectors is fitted more closely than all n of
-them would be, and other ones less closely, by the same share: if the sample loses A and another one B per subvector, a
-codebook of very many would lose (A + B) / 2, and one of n (A + B) / 2 * (1 - (B - A) / (B + A) * s/n). Beyond the k for
-which the sample is large enough the distortion falls along the slope of rate and distortion, 2^(-2 log2(k) / d), and that
-share rises in proportion to k.
+A codebook is grown on a sample of the subvectors: from one centroid each is split in two, and a few mean updates
+follow, so that one growth gives the distortion of k = 2, 4, 8, ... A sample of s subvectors is fitted more closely than
+all n of them would be, and other ones less closely, by the same share: if the sample loses A and another one B per
+subvector, a codebook of very many would lose (A + B) / 2, and one of n (A + B) / 2 * (1 - (B - A) / (B + A) * s/n).
+Beyond the k for which the sample is large enough the distortion falls along the slope of rate and distortion,
+2^(-2 log2(k) / d), and that share rises in proportion to k.
 
 Shapes: n subvectors of length d, k centroids.
 """

@@ -1,8 +1,8 @@
 """What d and k a weight may have, how many bits each choice costs, and what it would lose.
 
 d divides a row and is at most 32; in a convolution with a larger kernel than one, subvectors hold whole kernels or
-equal parts of one, so that permuting channels goes on moving whole subvectors or parts of them. k is a power of two from
-2 to 4,096, with four subvectors per centroid. What the settings themselves would do is always among the options.
+equal parts of one, so that a permutation of channels moves whole parts. k is a power of two from 2 to 4,096, with four
+subvectors per centroid. What the settings themselves would do is always among the options.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def pairs_for(place: WeightPlace, planned: LayerPlan, own: LayerSpec | None) -> 
         most = clamp_centroids(LARGEST_K, n_values // d)
         if own is not None and own.k is not None:
             k = clamp_centroids(own.k, n_values // d)
-            pairs |= {(d, k)} if k else set()
+            pairs |= {(d, k)} if k >= planned.k else set()  # a size that leaves fewer centroids is no way to get them
         else:
             pairs |= {(d, 1 << bits) for bits in range(1, most.bit_length())}
     return sorted(pairs)
@@ -129,8 +129,8 @@ def measured(
 def with_option(planned: LayerPlan, name: str, d: int, k: int, own: LayerSpec | None) -> LayerPlan:
     """The plan of a weight with another d and k.
 
-    A clustering takes time in proportion to k, so a k above that of the settings gets fewer iterations, unless the layer
-    has its own number of them: all clusterings together then take about the time that the settings ask for.
+    A clustering takes time in proportion to k, so a k above that of the settings gets fewer iterations, unless the
+    layer has its own number of them: all clusterings together then take about the time that the settings ask for.
     """
     iterations = planned.k_means_n_iters
     if k > planned.k and (own is None or own.k_means_n_iters is None):

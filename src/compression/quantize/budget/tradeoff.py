@@ -1,7 +1,7 @@
 """From a wanted size to the plan of a network.
 
-Distortions of weights add up, and the bits of every d and k are known exactly, so the best plan of a size takes of every
-weight the option where one more bit saves as much as it does in any other weight: one common slope of loss and bits.
+Distortions of weights add up, and the bits of every d and k are known exactly, so the best plan of a size takes of
+every weight the option where one more bit saves as much as in any other weight: one common slope of loss and bits.
 """
 
 from __future__ import annotations
@@ -142,9 +142,11 @@ class Tradeoff:
             PlanError: no plan is so small, or none so large; says what is possible.
         """
         bits = budget.bits(self.dense_bits)
-        if not self.smallest <= bits <= self.largest:
+        if bits < self.smallest:
             raise PlanError(self._impossible(budget, bits))
         best = self._chooser.within(bits - self.other_bits)
+        if bits > self.largest and best.loss > 0:  # where nothing is lost, nothing would be gained by more
+            raise PlanError(self._impossible(budget, bits))
         settings = self._of_settings
         if self.other_bits + settings.bits <= bits and settings.loss < best.loss:
             best = settings
@@ -220,7 +222,8 @@ class Tradeoff:
         text = (
             f"{budget}{of_ratio} is {verdict} than this network can be made: from {megabytes(self.smallest)} "
             f"({-(-self.smallest // 8):,} bytes, {self.dense_bits / self.smallest:.2f} times smaller) to "
-            f"{megabytes(self.largest)} ({self.largest // 8:,} bytes, {self.dense_bits / self.largest:.2f} times smaller)"
+            f"{megabytes(self.largest)} ({self.largest // 8:,} bytes, {self.dense_bits / self.largest:.2f} times "
+            "smaller)"
         )
         if bits < self.smallest and self.plan.dense:
             share = 100 * self.other_bits / self.smallest
@@ -246,8 +249,8 @@ def measure(
 
     Args:
         model: the dense network.
-        spec: what is to be quantized, and how. Overrides of single layers stand; what its general keys say of d and k is
-            one option among others.
+        spec: what is to be quantized, and how. Overrides of single layers stand; what its general keys say of d and k
+            is one option among others.
         dense_bits: of the network, as `model_files.size` counts them.
         seed: of the run.
         sensitivities: what a unit of distortion of a weight costs the network, by name; where there is none, 1.
