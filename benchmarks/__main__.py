@@ -6,7 +6,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import clustering, coco_memory, compress, cost, maskrcnn_cost, networks, packed, processes, resume, search
+from . import (
+    budget,
+    clustering,
+    coco_memory,
+    compress,
+    cost,
+    maskrcnn_cost,
+    networks,
+    packed,
+    processes,
+    resume,
+    search,
+)
 
 MEASUREMENTS = {
     "cost": (
@@ -22,6 +34,7 @@ MEASUREMENTS = {
     ),
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
+    "budget": (budget.main, ["--iterations", "1"]),
     "resume": (resume.main, ["--batch", "2", "--size", "64", "--repeats", "1", "--archs", "resnet18"]),
     "networks": (networks.main, ["--only", "torchvision:squeezenet1_1"]),
     "maskrcnn_cost": (maskrcnn_cost.main, ["--batch", "1", "--size", "64", "--repeats", "1"]),
