@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from . import (
+    budget,
     calibrate,
     clustering,
     coco_memory,
@@ -35,6 +36,7 @@ MEASUREMENTS = {
     "packed": (packed.main, ["--repeats", "1", "--networks", "ResNet-18 small"]),
     "calibrate": (calibrate.main, ["--count", "64", "--iterations", "1"]),
     "compress": (compress.main, ["--iterations", "1", "--archs", "resnet18"]),
+    "budget": (budget.main, ["--iterations", "1"]),
     "resume": (resume.main, ["--batch", "2", "--size", "64", "--repeats", "1", "--archs", "resnet18"]),
     "networks": (networks.main, ["--only", "torchvision:squeezenet1_1"]),
     "maskrcnn_cost": (maskrcnn_cost.main, ["--batch", "1", "--size", "64", "--repeats", "1"]),

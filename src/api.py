@@ -1,8 +1,8 @@
 """The Python interface: compress a network of one's own, save and load it, and see what it holds.
 
 Settings are keyword arguments with the names that they have in settings files: those of `model.compression_parameters`
-(`k`, `large_subvectors`, `ignored_modules`, `layer_specs`, ...) and of the search for permutations (`search`,
-`permutations`, `use_permutations`, ...).
+(`k`, `large_subvectors`, `ignored_modules`, `layer_specs`, ...), of the search for permutations (`search`,
+`permutations`, `use_permutations`, ...) and the wanted size (`size="1.2MB"` or `ratio=25`), which chooses k and d.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .compression.quantize.compress import LayerResult, candidate_distortion, ch
 from .compression.quantize.compress import compress as quantize
 from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
-from .compression.quantize.plan import DenseWeight, Plan, make_plan
+from .compression.quantize.plan import DenseWeight, Plan
 from .compression.quantize.replaced import mark_replaced
 from .model_files.building import fill
 from .model_files.compression_report import applied
@@ -42,8 +42,8 @@ from .model_files.packed import check_layers_of, save_packed
 from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
 from .model_files.size import ModelSize, model_size
-from .run.compression_specs import quantization_of, search_of
-from .settings.keywords import model_settings
+from .run.compression_specs import budget_of, plan_for, quantization_of, search_of
+from .settings.keywords import budget_settings, model_settings
 
 Path_ = str | PathLike[str]
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -119,14 +119,14 @@ def compress(
 
     Raises:
         SettingsError: a setting is unknown or wrong.
-        PlanError: layers cannot be quantized as asked; names all of them.
+        PlanError: layers cannot be quantized as asked (names all of them), or the network cannot have such a size.
         GroupError: groups do not fit the network.
         DataError: calibration holds no inputs, or a layer's are not finite.
     """
-    given = model_settings(settings)
+    given, wanted = model_settings(settings), budget_settings(settings)
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise SettingsError("the network is compressed already; pqf.dequantize(model) gives a dense one")
-    plan = make_plan(model, quantization_of(given))
+    plan = plan_for(model, quantization_of(given), budget_of(wanted), seed, show_progress=show_progress)
     check_weights(model, plan)
     search = search_of(given)
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
@@ -147,6 +147,7 @@ def compress(
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
     known = {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed}
+    known |= {name: value for name, value in (("size", wanted.size), ("ratio", wanted.ratio)) if value is not None}
     _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
     report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes))
     return model, report

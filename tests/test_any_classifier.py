@@ -87,3 +87,21 @@ def test_groups_of_an_architecture_that_has_them_can_be_found_too(small_images: 
     assert train_resnet.main(flags) == 0
     report = json.loads((tmp_path / "run" / "compression.json").read_text())
     assert len(report["groups"]) == 12
+
+
+def test_a_classifier_of_a_wanted_size_is_trained_and_its_files_are_evaluated(
+    small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [*SIZES, "--dataloader.imagenet_path", str(small_images), "--model.arch", OWN, "--compression.size", "3KB"]
+    plain = ["--model.compression_parameters.layer_specs", "{}", "--model.compression_parameters.ignored_modules", "[]"]
+    flags = [*training(4, 0, 20, 2), *data, *plain, "--model.weights", "none", "--epochs", "1", "--save_format", "both"]
+    assert train_resnet.main([*flags, "--output_path", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert 0.98 * 3072 * 8 <= results["bits"] <= 3072 * 8
+    for suffix in (".pth", ".safetensors"):
+        file = str(tmp_path / "run" / "trained_models" / f"best{suffix}")
+        own = [*data, "--dataloader.batch_size", "4", "--expected.accuracy", "null"]
+        capsys.readouterr()
+        assert evaluate_resnet.main([*own, "--model.state_dict_compressed", file]) == 0
+        accuracy = float(re.search(r"top-1 accuracy: ([\d.]+) %", capsys.readouterr().out)[1])  # type: ignore[index]
+        assert accuracy == pytest.approx(results["best"], abs=0.006)

@@ -274,3 +274,27 @@ def test_what_a_network_computed_from_its_weights_in_evaluation_is_computed_anew
         model(x)
     assert torch.equal(model.kept, model.first.bias)
     assert not model.training
+
+
+def test_a_wanted_size_chooses_the_settings() -> None:
+    dense = net()
+    _, report = pqf.compress(net(), X, size="3KB", k_means_n_iters=2, show_progress=False)
+    assert 0.98 * 3072 * 8 <= report.size.bits <= 3072 * 8
+    assert any("are chosen for size" in text for text in report.notes)
+    _, same = pqf.compress(net(), X, ratio=report.size.original / 8 / 3072, k_means_n_iters=2, show_progress=False)
+    assert [(layer.name, layer.d, layer.k) for layer in same.layers] == [
+        (layer.name, layer.d, layer.k) for layer in report.layers
+    ]
+    for wrong, words in (
+        ({"size": "tiny"}, "size = 'tiny': expected a size such as 1.2MB"),
+        ({"ratio": 0.5}, "ratio = 0.5: expected a number, above 1"),
+        ({"size": 3000, "ratio": 8}, "size or ratio, not both"),
+        ({"sise": 3000}, "did you mean size"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            pqf.compress(dense, X, show_progress=False, **wrong)
+        assert words in str(error.value)
+    with pytest.raises(PlanError, match=r"^size .* is smaller than this network can be made: from"):
+        pqf.compress(dense, X, show_progress=False, size="500B")
+    with pytest.raises(PlanError, match=r"is larger than this network can be made: from"):
+        pqf.compress(dense, X, show_progress=False, size="1MB")

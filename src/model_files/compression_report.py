@@ -86,6 +86,15 @@ def applied(
     )
 
 
+def read_settings(report: Path) -> dict[str, tuple[int, int]]:
+    """d and k of every weight that a report lists, by name; nothing where it is missing."""
+    try:
+        layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
+        return {str(layer["name"]): (int(layer["d"]), int(layer["k"])) for layer in layers}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def read_permutations(report: Path) -> tuple[AppliedPermutation, ...] | None:
     """The permutations that a report lists; None where it is missing or does not name all layers."""
     try:

@@ -16,7 +16,7 @@ from ..compression.permute.groups import Group, resolve
 from ..compression.quantize.layers import QuantizedLayer, dense_type, own_tensors
 from ..compression.quantize.placing import dense_name
 from ..compression.quantize.plan import DenseWeight, dense_notes
-from ..compression.quantize.subvectors import Layer, bits_per_code
+from ..compression.quantize.subvectors import CODEBOOK_BITS, SCALE_BITS, Layer, bits_per_code
 from ..compression.quantize.weights import matrices, why_dense
 from .building import build_and_load
 from .inspected import Inspection, Row
@@ -24,7 +24,7 @@ from .metadata import AppliedPermutation, ModelInfo
 from .norms import is_folded_norm
 from .open_model_file import OpenModelFile, open_model_file, state_for
 from .pth import is_compressed, read_tensors
-from .size import CODEBOOK_BITS, model_size, tensor_bits
+from .size import model_size, tensor_bits
 from .stored_places import apply_stored
 
 
@@ -107,7 +107,7 @@ def _row(name: str, module: Layer) -> Row | None:
             kind=module.quantized_kind,
             shape=tuple(module.weight_shape),
             codes_bits=n_codes * bits_per_code(module.k),
-            codebook_bits=module.codebook.numel() * CODEBOOK_BITS + 32 * module.has_scale,
+            codebook_bits=module.codebook.numel() * CODEBOOK_BITS + SCALE_BITS * module.has_scale,
             other_bits=sum(map(tensor_bits, own_tensors(module).values())),
             d=module.d,
             k=module.k,

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..compression.quantize.layers import QuantizedLayer, own_tensors
-from ..compression.quantize.subvectors import Layer, bits_per_code
+from ..compression.quantize.subvectors import CODEBOOK_BITS, SCALE_BITS, Layer, bits_per_code
 from .norms import is_folded_norm
-
-CODEBOOK_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             if first_time(module.codebook):
-                codebooks += module.codebook.numel() * CODEBOOK_BITS + 32 * module.has_scale
+                codebooks += module.codebook.numel() * CODEBOOK_BITS + SCALE_BITS * module.has_scale
                 codes += module.codes_matrix.numel() * bits_per_code(module.k)
                 original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
         elif is_folded_norm(module):

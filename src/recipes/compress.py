@@ -15,16 +15,17 @@ from ..compression.permute.auto import groups_by_following
 from ..compression.permute.binding import AnyGroup, bind
 from ..compression.permute.groups import Group, check_function
 from ..compression.permute.permute import GroupResult, SearchSpec, permute
-from ..compression.quantize.compress import LayerResult, candidate_distortion, check_weights, compress
-from ..compression.quantize.plan import Plan, make_plan
+from ..compression.quantize.compress import LayerResult, build_quantized, candidate_distortion, check_weights, compress
+from ..compression.quantize.plan import Plan
 from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
-from ..model_files.compression_report import FILE_NAME, report_text
+from ..model_files.compression_report import FILE_NAME, read_settings, report_text
 from ..model_files.size import model_size
+from ..run.compression_specs import budget_of, plan_for
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings, given_on_command_line
 from .calibrate import calibrated
-from .compress_distributed import permute_together, quantize_together
+from .compress_distributed import agreed, permute_together, quantize_together
 from .specs import quantization_spec, search_spec
 
 
@@ -59,10 +60,11 @@ def plan_compression(
         example: a batch of inputs (B, 3, H, W) to try the groups on.
 
     Raises:
-        PlanError: a layer cannot be quantized as asked.
+        PlanError: a layer cannot be quantized as asked, or the network cannot have the wanted size.
         GroupError: a group does not fit, or would change the network's function.
     """
-    quantization = make_plan(model, quantization_spec(settings))
+    wanted = budget_of(settings.compression, "compression.")
+    quantization = plan_for(model, quantization_spec(settings), wanted, settings.seed)
     check_weights(model, quantization)
     plan = CompressionPlan(
         quantization=quantization,
@@ -119,6 +121,7 @@ def compress_network(
         model: the dense network.
         images: batches that the network is calibrated with, the same on every process; None: it is not.
     """
+    plan = replace(plan, quantization=agreed(run.engine, plan.quantization))
     for text in plan.notes:
         note(text)
     permuted = _permute(run, plan, model)
@@ -144,6 +147,18 @@ def compress_network(
         FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense)
     )
     return model
+
+
+def rebuild_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
+    """The quantized network without its values, which a checkpoint holds; d and k are those of the run's report, so
+    that what was chosen for a size stays what it was, on another machine too."""
+    settings, quantization = read_settings(run.output.path / FILE_NAME), plan.quantization
+    layers = {
+        name: replace(layer, d=d, k=k)
+        for name, layer in quantization.layers.items()
+        for d, k in [settings.get(name, (layer.d, layer.k))]
+    }
+    return build_quantized(model, replace(quantization, layers=layers))
 
 
 def _permute(run: Run, plan: CompressionPlan, model: nn.Module) -> list[GroupResult]:

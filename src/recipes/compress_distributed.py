@@ -91,6 +91,18 @@ def quantize_together(
     return model, sorted(gathered, key=lambda result: place[result.name])
 
 
+def agreed(engine: Engine, plan: Plan) -> Plan:
+    """The plan of the first process: d and k that were chosen for a size might differ between kinds of processors."""
+    if engine.world_size == 1:
+        return plan
+    rows = engine.gather([[name, one.d, one.k, one.k_means_n_iters] for name, one in plan.layers.items()])
+    layers = {
+        name: replace(plan.layers[name], d=d, k=k, k_means_n_iters=iterations)
+        for name, d, k, iterations in rows[: len(plan.layers)]
+    }
+    return replace(plan, layers=layers)
+
+
 def _owners(model: nn.Module, plan: Plan, world_size: int) -> dict[str, int]:
     """Which process codes each layer: the costliest first, always to the one with least to do; layers with one weight
     stay together."""

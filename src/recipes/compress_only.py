@@ -22,6 +22,7 @@ from ..tasks.calibration import CalibrationImages, CalibrationSpec
 from .compress import compress_network, plan_compression, report_size
 from .data import workers
 from .initial_model import starting_model
+from .show_plan import show_plan
 from .specs import with_current_names
 
 EXAMPLES = 2
@@ -31,11 +32,14 @@ EXAMPLES = 2
 def compress_only(settings: Settings) -> int:
     """Permute and quantize a network and write it, with a report of what was lost; returns the exit status.
 
-    With `calibration.images` it is calibrated with these images.
+    With `calibration.images` it is calibrated with these images. With `compression.plan` it is only said what would be
+    done.
     """
     architecture = find(settings.model.arch)
     settings = with_current_names(settings, architecture)
     weights = weights_source(settings)
+    if settings.compression.plan:
+        return show_plan(settings, architecture, weights)
     with open_run(settings) as run:
         torch.manual_seed(settings.seed)  # random starting weights; everything else draws from streams of its own
         with first_here(run.engine):

@@ -200,8 +200,9 @@ def _compressed_to_evaluate(settings: Settings, task: str) -> EvaluatedModel:
     architecture = _architecture_to_evaluate(settings, file, task)
     spec = quantization_spec(with_current_names(settings, architecture))
     plan: Callable[[nn.Module], Plan] = lambda dense: make_plan(dense, spec)  # noqa: E731
-    model = build_network(file, architecture, plan)
-    if file.packed is not None:
+    of_a_size = settings.compression.size is not None or settings.compression.ratio is not None
+    model = build_network(file, architecture, None if of_a_size else plan)  # then only the file knows d and k
+    if file.packed is not None and not of_a_size:
         _compare(settings, file.packed, architecture, plan)
     return EvaluatedModel(model, architecture, n_outputs(architecture, model), f"{architecture.name}, {file.path}")
 

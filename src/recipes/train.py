@@ -16,7 +16,6 @@ from ..common.log import log
 from ..compression.finetune.hooks import Resumed
 from ..compression.finetune.loop import FinetuneSpec, Outcome, finetune
 from ..compression.finetune.task import Task
-from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.layers import set_memory_format
 from ..engines.batch_norm import join_batch_norms
 from ..model_files.packed import ModelInfo
@@ -26,7 +25,7 @@ from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
 from ..run.starting_norms import rebuild_folded_norms, warn_of_folded_norms
 from ..settings import Settings
-from .compress import CompressionPlan, compress_network, plan_compression, report_size
+from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network, report_size
 from .specs import finetune_spec, with_current_names
 
 
@@ -100,7 +99,7 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
 
 def _compressed(run: Run, plan: CompressionPlan, model: nn.Module, resumed: Resumed | None) -> nn.Module:
     """The quantized network; one whose training resumes is only built, as its checkpoint holds all values."""
-    return compress_network(run, plan, model) if resumed is None else build_quantized(model, plan.quantization)
+    return compress_network(run, plan, model) if resumed is None else rebuild_network(run, plan, model)
 
 
 def _finetuned(run: Run, model: nn.Module, task: Task, resumed: Resumed | None) -> Outcome:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
 
 from ..compression.permute.results import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
-from ..compression.quantize.plan import QuantizationSpec
+from ..compression.quantize.budget.tradeoff import Budget, Prediction, Tradeoff, measure, megabytes
+from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.subvector_size import BlockRule
-from ..settings import ModelSettings
+from ..model_files.size import model_size
+from ..settings import BudgetSettings, ModelSettings
 
 
 def quantization_of(model: ModelSettings) -> QuantizationSpec:
@@ -27,6 +32,70 @@ def quantization_of(model: ModelSettings) -> QuantizationSpec:
         layer_specs={name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
         k_means_tolerance=given.k_means_tolerance,
     )
+
+
+def budget_of(wanted: BudgetSettings, prefix: str = "") -> Budget | None:
+    """The size that is asked for; None: the settings decide.
+
+    Args:
+        wanted: size or ratio.
+        prefix: what stands before these names where the user gives them.
+    """
+    if wanted.size is None and wanted.ratio is None:
+        return None
+    return Budget(size=wanted.size, ratio=wanted.ratio, prefix=prefix)
+
+
+def tradeoff_of(
+    model: nn.Module,
+    spec: QuantizationSpec,
+    seed: int,
+    *,
+    sensitivities: Mapping[str, float] | None = None,
+    show_progress: bool = True,
+) -> Tradeoff:
+    """What each plan of a dense network would cost, counted as everywhere else, and about what it would lose.
+
+    Raises:
+        PlanError: layers cannot be quantized as asked, or at all.
+    """
+    dense_bits = model_size(model).bits
+    return measure(model, spec, dense_bits, seed=seed, sensitivities=sensitivities, show_progress=show_progress)
+
+
+def plan_for(
+    model: nn.Module,
+    spec: QuantizationSpec,
+    budget: Budget | None,
+    seed: int,
+    *,
+    sensitivities: Mapping[str, float] | None = None,
+    show_progress: bool = True,
+) -> Plan:
+    """How every weight of a dense network is quantized: as the settings say, or so that it has the wanted size.
+
+    Args:
+        model: the dense network.
+        spec: what the settings say.
+        budget: the wanted size.
+        seed: of all random choices.
+        sensitivities: what a unit of distortion of a weight costs the network, by name; where there is none, 1.
+        show_progress: show a progress bar.
+
+    Raises:
+        PlanError: layers cannot be quantized as asked, or the network cannot have such a size.
+    """
+    if budget is None:
+        return make_plan(model, spec)
+    tradeoff = tradeoff_of(model, spec, seed, sensitivities=sensitivities, show_progress=show_progress)
+    found = tradeoff.plan_for(budget)
+    text = f"block length and centroids of {len(found.layers)} weights are chosen for {budget}: {outlook(found)}"
+    return replace(found.plan, notes=(*found.plan.notes, f"{text} (as set: {outlook(tradeoff.of_settings())})"))
+
+
+def outlook(found: Prediction) -> str:
+    """Size and predicted loss of a plan, in a few words."""
+    return f"{megabytes(found.bits)}, {found.ratio:.2f}x smaller, about {100 * found.share:.2f} % lost"
 
 
 def search_of(model: ModelSettings, reshapes: Mapping[str, tuple[int, ...]] | None = None) -> SearchSpec:

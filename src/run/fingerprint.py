@@ -25,7 +25,7 @@ WITHOUT_INFLUENCE = (
 """Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
 hold that counts."""
 PROCESSES, WEIGHTS, IMAGES = "(processes)", "(starting weights)", "(training and validation images)"
-OF_THE_NETWORK = ("model.", "seed", "optimizer", WEIGHTS)
+OF_THE_NETWORK = ("model.", "compression.", "seed", "optimizer", WEIGHTS)
 """Keys that cannot change in a run: its network, or the kind of its checkpoints, was made with them."""
 OF_THE_SCHEDULE = (
     "epochs", "learning_rate", "lr_scheduler.", "scale_learning_rate", "dataloader.batch_size", PROCESSES,

@@ -30,7 +30,8 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
     if job == COMPRESS:
         architectures.check(settings.model.arch, None)
         weights_source(settings)
-        require(settings, "output_path")
+        if not settings.compression.plan:  # which writes no run
+            require(settings, "output_path")
         calibration_folder(settings)
         return
     compressed = settings.model.use_compression

@@ -63,5 +63,7 @@ def compression_settings(settings: Settings) -> dict[str, Any]:
         layer: {key: value for key, value in spec.items() if value is not None}
         for layer, spec in parameters["layer_specs"].items()
     }
+    wanted = settings.compression
+    budget = {key: value for key in ("size", "ratio") if (value := getattr(wanted, key)) is not None}
     search = {key: model[key] for key in ("use_permutations", "search", "sls_iterations")}
-    return {"compression_parameters": parameters, **search, "seed": settings.seed}
+    return {"compression_parameters": parameters, **search, **budget, "seed": settings.seed}

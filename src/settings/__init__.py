@@ -4,10 +4,11 @@ from .checks import explicit_keys, given_on_command_line, ineffective, is_placeh
 from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .help import help_text
 from .load import load
-from .model_schema import CompressionSettings, GroupSettings, LayerSpec, ModelSettings, PermutationSpec
+from .model_schema import BudgetSettings, CompressionSettings, GroupSettings, LayerSpec, ModelSettings, PermutationSpec
 from .schema import Settings
 
 __all__ = [
+    "BudgetSettings",
     "CompressionSettings",
     "DataSettings",
     "EvaluationSettings",

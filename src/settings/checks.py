@@ -85,6 +85,7 @@ def _given_in_vain(settings: Settings, job: str | None, task: str | None) -> Ite
 
 
 _DEFAULTS = Settings()
+CHOSEN_BY_SIZE = ("k", "fc_subvector_size", "pw_subvector_size", "large_subvectors")
 
 
 def _without_effect(settings: Settings, job: str | None, task: str | None) -> Iterator[tuple[str, list[str]]]:
@@ -108,11 +109,16 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     ]
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
-        yield "model.use_compression is False", [*compression, *search]
+        budget = ["compression.size", "compression.ratio"]
+        yield "model.use_compression is False", [*compression, *search, *budget]
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
     else:
         yield f"model.search is {model.search}", [f"model.{key}" for key in SEARCHES.unread(model.search)]
+    wanted = settings.compression
+    if model.use_compression and (wanted.size is not None or wanted.ratio is not None):
+        by = "size" if wanted.size is not None else "ratio"
+        yield f"compression.{by} chooses it", [f"model.compression_parameters.{key}" for key in CHOSEN_BY_SIZE]
     yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it

@@ -2,21 +2,23 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from annotated_types import MinLen
+from annotated_types import Gt, MinLen
 from pydantic import (
     BeforeValidator,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapSerializer,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
 from .names import ArchitectureName, QuantizerName, SearchName, StepName
-from .read_by import COCO, COMPRESSING, EVALUATION, TRAINING, WITH_DATA
+from .read_by import COCO, COMPRESSING, COMPRESSION, EVALUATION, TRAINING, WITH_DATA
 from .section import Section, empty_map
-from .values import Centroids, Flag, Natural, Positive, RealAboveZero, RealFromZero, Text
+from .values import Centroids, Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Size, Text
 
 Names = Annotated[tuple[Text, ...], MinLen(1)]
 
@@ -53,6 +55,43 @@ class CompressionSettings(Section):
     layer_specs: Annotated[dict[str, LayerSpec], BeforeValidator(empty_map)] = Field(
         default_factory=dict, description="Settings of single layers."
     )
+
+
+def _flag_or_file(value: object) -> object:
+    """True, False, or a file's name with an ending that is known."""
+    if isinstance(value, bool) or (isinstance(value, str) and value.lower().endswith((".csv", ".png"))):
+        return value
+    raise ValueError("True, or a file that ends in .csv or .png")
+
+
+class BudgetSettings(Section):
+    """A size instead of settings: block length and centroids of every layer are chosen for it."""
+
+    size: Size | None = Field(
+        None,
+        description=(
+            "Largest size of the compressed network, such as 1.2MB, 900KB or 1_200_000 (bytes; MB are 2^20 bytes): "
+            "block length and centroids of every layer are chosen for it; layer_specs and ignored_modules stand. null: "
+            "the settings decide."
+        ),
+    )
+    ratio: Annotated[Real, Gt(1)] | None = Field(
+        None, description="The same as how many times smaller than the dense network; only one of the two."
+    )
+    plan: Annotated[bool | str, BeforeValidator(_flag_or_file), COMPRESSION] = Field(
+        False,
+        description=(
+            "True: show the plan of every layer, what it is predicted to lose and the size, and do nothing; a file "
+            "that ends in .csv or .png: write what every size is predicted to lose to it, too."
+        ),
+    )
+
+    @field_validator("ratio")
+    @classmethod
+    def _one_of_the_two(cls, ratio: float | None, info: ValidationInfo) -> float | None:
+        if ratio is not None and info.data.get("size") is not None:
+            raise ValueError("compression.size or compression.ratio, not both; set one of them to null")
+        return ratio
 
 
 class GroupSettings(Section):

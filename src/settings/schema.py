@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from .data_schema import CalibrationSettings, DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
-from .model_schema import ModelSettings
+from .model_schema import BudgetSettings, ModelSettings
 from .names import EngineName, OptimizerName
 from .read_by import COCO, COMPRESSING, COMPRESSION, EVALUATION, TRAINING, WITH_DATA, WRITES_A_FOLDER
 from .section import Section
@@ -26,6 +26,7 @@ class Settings(Section):
     calibration: Annotated[CalibrationSettings, COMPRESSION] = Field(
         default_factory=CalibrationSettings, description="Images without labels."
     )
+    compression: BudgetSettings = Field(default_factory=BudgetSettings, description="A size instead of settings.")
     epochs: Annotated[Natural, TRAINING] = Field(9, description="Passes over the training images.")
     optimizer: Annotated[OptimizerName, TRAINING] = Field("adam", description="Optimizer.")
     learning_rate: Annotated[RealAboveZero, TRAINING] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -56,6 +57,29 @@ def read_real(value: object) -> float:
         return float(read_number(value))
     except OverflowError as error:
         raise ValueError from error
+
+
+_UNITS = {"": 1, "B": 1, "BYTES": 1, "KB": 2**10, "KIB": 2**10, "MB": 2**20, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
+SIZE_WORDS = "a size such as 1.2MB, 900KB or 1_200_000 (bytes); MB are 2^20 bytes"
+
+
+def read_size(value: object) -> int:
+    """Bytes from a whole number of them, or from a number with a unit, such as `1.2MB` and `900 KB`.
+
+    Raises:
+        ValueError: it is no size; says what is one.
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
+    unit = _UNITS.get(found[2].upper()) if found else 1
+    try:
+        number = read_number(found[1] if found else value)
+    except ValueError:
+        raise ValueError(SIZE_WORDS) from None
+    size = 0 if unit is None else number * unit
+    if not 1 <= size < _WHOLE_LIMIT or (unit == 1 and size != int(size)):
+        raise ValueError(SIZE_WORDS)
+    return int(size)
 
 
 def check_centroids(k: int) -> int:
@@ -149,6 +173,7 @@ Positive = Annotated[int, BeforeValidator(read_whole), Ge(1)]
 Real = Annotated[float, BeforeValidator(read_real)]
 RealFromZero = Annotated[float, BeforeValidator(read_real), Ge(0)]
 RealAboveZero = Annotated[float, BeforeValidator(read_real), Gt(0)]
+Size = Annotated[int, BeforeValidator(read_size)]
 Centroids = Annotated[int, BeforeValidator(read_whole), AfterValidator(check_centroids)]
 
 _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -179,6 +204,8 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     if origin in (Union, UnionType):
         words = " or ".join(_describe(option) for option in arguments if option is not NoneType)
         return f"{words}, or null" if NoneType in arguments else words
+    if _is_size(limits):
+        return SIZE_WORDS
     named = _one_of(limits)
     if named is not None:
         return f"one of {', '.join(named.names)}"
@@ -196,6 +223,10 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
             else "a mapping of keys to values"
         )
     return (_WORDS.get(kind) or "a value") + _bounds(limits)
+
+
+def _is_size(limits: tuple[Any, ...]) -> bool:
+    return any(isinstance(limit, BeforeValidator) and limit.func is read_size for limit in limits)
 
 
 def _bounds(limits: tuple[Any, ...]) -> str:
@@ -226,6 +257,8 @@ def _short(kind: Any, limits: tuple[Any, ...] = (), task: str | None = None) -> 
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _short(arguments[0], arguments[1:], task)
+    if _is_size(limits):
+        return "size"
     named = _one_of(limits)
     names = named.names if named is not None else list(_choices(limits, task))
     if names:

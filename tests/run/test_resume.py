@@ -30,6 +30,7 @@ from src.compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from src.compression.finetune.outcome import Outcome
 from src.engines.launch import Launch
 from src.engines.single import SingleProcess
+from src.model_files.compression_report import read_settings
 from src.model_files.safetensors_file import read_container, write_container
 from src.run.checkpoints import StoredCheckpoint
 from src.run.fingerprint import PROCESSES, RunFingerprint
@@ -355,6 +356,25 @@ def test_kept_layers_of_other_weights_and_damaged_ones_are_clustered_again(
     groups[1].unlink()
     assert train_resnet.main(arguments) == 0
     assert digest(output) == digest(whole)
+
+
+def test_a_run_of_a_wanted_size_resumes_with_the_plan_that_it_began_with(
+    small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model.arch", "tests.support.own_network:Net", "--compression.size", "3KB"]
+    own += ["--model.compression_parameters.layer_specs", "{}", "--model.compression_parameters.ignored_modules", "[]"]
+    output = tmp_path / "run"
+    assert train_resnet.main([*SMALL, *paths(small_images, tmp_path / "whole"), *own]) == 0
+    half_a_run(small_images, output, *own)
+    report = json.loads((output / "compression.json").read_text())
+    planned = {layer["name"]: (layer["d"], layer["k"]) for layer in report["layers"]}
+    assert read_settings(output / "compression.json") == planned
+    assert read_settings(output / "nothing.json") == {}
+    arguments = [*SMALL, *paths(small_images, output), *own]
+    assert train_resnet.main([*arguments, "--compression.size", "4KB"]) == 2  # another network
+    assert "compression.size" in capsys.readouterr().err
+    assert train_resnet.main(arguments) == 0
+    assert digest(output) == digest(tmp_path / "whole")
 
 
 # --- which runs resume ---

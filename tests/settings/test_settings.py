@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -643,6 +644,29 @@ def test_what_a_job_does_not_read_is_said_where_the_command_line_gives_it() -> N
     assert "optimizer has no effect: it is not read by this command" in said
     assert not any(line.startswith("epochs") for line in ineffective(load("../config/train_resnet18.yaml"), "evaluate"))
     assert not any("not read" in line for line in ineffective(settings, "train"))
+
+
+def test_what_a_size_chooses_is_said_to_have_no_effect() -> None:
+    key = "model.compression_parameters"
+    own = ["--compression.ratio", "20", f"--{key}.k", "512", f"--{key}.large_subvectors", "True"]
+    said = ineffective(load("../config/compress.yaml", own), "compress")
+    assert said == [f"{key}.{name} has no effect: compression.ratio chooses it" for name in ("k", "large_subvectors")]
+    dense = ["--compression.size", "1MB", "--model.use_compression", "False"]
+    said = ineffective(load("../config/train_resnet18.yaml", dense), "train", "classification")
+    assert "compression.size has no effect: model.use_compression is False" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1.2MB", 1_258_291), ("900KB", 921_600), ("900 kib", 921_600), ("2GB", 2**31), ("1_200_000", 1_200_000),
+        ("1200000 B", 1_200_000), ("1e6", 1_000_000), ("12 bytes", 12), ("0.5KB", 512),
+    ],
+)  # fmt: skip
+def test_sizes_have_units_of_1024(text: str, size: int) -> None:
+    settings = load("../config/compress.yaml", ["--compression.size", text])
+    assert settings.compression.size == size
+    assert Settings.model_validate(yaml.safe_load(to_yaml(settings))) == settings
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ from src.compression.permute.channels import ChannelGroup
 from src.compression.permute.groups import Group
 from src.compression.permute.permute import GroupResult, group_row, permute
 from src.compression.quantize.compress import compress
-from src.compression.quantize.plan import make_plan
+from src.compression.quantize.plan import LayerPlan, Plan, make_plan
 from src.engines import choosing
 from src.engines.batch_norm import join_batch_norms
 from src.engines.engine import Engine
-from src.recipes.compress_distributed import permute_together, quantize_together
+from src.recipes.compress_distributed import agreed, permute_together, quantize_together
 from src.run import command
 from src.run.processes import processes
 from src.settings import Settings
@@ -228,11 +228,14 @@ def exchanges(engine: Engine) -> dict:
         torch.full((2, 2), 7.25 + rank, requires_grad=True),
     ]
     engine.broadcast(sent, source=1)
+    own = {"a": LayerPlan("a", 4 << rank, 16 >> rank, "src", 100 - rank), "b": LayerPlan("b", 1, 2, "kmeans", 5)}
+    plan = agreed(engine, Plan(layers=own, notes=()))
     engine.barrier()
     return {
         "sums": sums,
         "rows": rows,
         "sent": [tensor.tolist() for tensor in sent],
+        "plan": [[one.d, one.k, one.k_means_n_iters] for one in plan.layers.values()],
         "scalar": engine.sum(torch.tensor(2.5)).item(),
     }
 

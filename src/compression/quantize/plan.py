@@ -102,11 +102,7 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
     modules = dict(model.named_modules(remove_duplicate=False))
     notes = [note for key in ("ignored_modules", "layer_specs") if (note := _unknown(key, getattr(spec, key), modules))]
     ignored = _ignored(modules, spec.ignored_modules)
-    own_specs = {
-        (id(place.host), place.attribute): own
-        for name, own in spec.layer_specs.items()
-        if (place := find_weight(modules, name)) is not None
-    }
+    own_specs = specs_by_place(modules, spec.layer_specs)
     layers: dict[str, LayerPlan] = {}
     places: dict[str, WeightPlace] = {}
     remarks: dict[str, list[str]] = {}
@@ -148,6 +144,22 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
     notes += [f"{_some(names)}: {note}" for note, names in remarks.items()]
     notes += dense_notes(left, sum(place.parameter.numel() for place in places.values()))
     return Plan(layers=layers, notes=tuple(notes), dense=left)
+
+
+def specs_by_place(
+    modules: Mapping[str, nn.Module], layer_specs: Mapping[str, LayerSpec]
+) -> dict[tuple[int, str], LayerSpec]:
+    """What `layer_specs` says of each parameter that it names: (id of its module, its name there) -> overrides.
+
+    Args:
+        modules: of the network by name, under all their names.
+        layer_specs: by the name that a plan or file gives a weight.
+    """
+    return {
+        (id(place.host), place.attribute): own
+        for name, own in layer_specs.items()
+        if (place := find_weight(modules, name)) is not None
+    }
 
 
 def _ignored(modules: Mapping[str, nn.Module], names: Sequence[str]) -> set[object]:

@@ -56,6 +56,17 @@ def clamp_centroids(k: int, n_subvectors: int) -> int:
     return min(k, limit) if limit >= 2 else 0
 
 
+CODEBOOK_BITS = 16
+"""Of a value of a codebook."""
+SCALE_BITS = 32
+"""Of the scale of a codebook that has one."""
+
+
+def bits_of(n_subvectors: int, d: int, k: int, scale: float = 1.0) -> int:
+    """Bits of a quantized weight: codes, codebook, and the codebook's scale where it is not 1."""
+    return n_subvectors * bits_per_code(k) + k * d * CODEBOOK_BITS + SCALE_BITS * (scale != 1)
+
+
 def bits_per_code(k: int) -> int:
     """log2(k) for a power of two k >= 2.
 

@@ -1,0 +1,151 @@
+"""What d and k a weight may have, how many bits each choice costs, and what it would lose.
+
+d divides a row and is at most 32; in a convolution with a larger kernel than one, subvectors hold whole kernels or
+equal parts of one, so that a permutation of channels moves whole parts. k is a power of two from 2 to 4,096, with four
+subvectors per centroid. What the settings themselves would do is always among the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ....common.randomness import stream
+from ..plan import LayerPlan, LayerSpec
+from ..sixteen_bits import largest_size, scale_of
+from ..subvectors import bits_of, clamp_centroids, to_subvectors
+from ..weights import WeightPlace
+from .choose import Options
+from .distortion import distortions
+
+LARGEST_D = 32
+LARGEST_K = 4096
+LEAST_ITERATIONS = 50
+"""Iterations of a clustering that are not lowered for the sake of a large k."""
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """The options of one weight.
+
+    Attributes:
+        names: of the weight in the plan, several where it is tied.
+        settings: (d, k) of each option.
+        bits: (c,) of each option.
+        distortion: (c,) sums of squares that it would lose.
+        power: sum of squares of the weight.
+        n_values: in the weight.
+        scale: of its codebook, see `sixteen_bits`.
+        own: what the settings would do with it.
+    """
+
+    names: tuple[str, ...]
+    settings: tuple[tuple[int, int], ...]
+    bits: NDArray[np.int64]
+    distortion: NDArray[np.float64]
+    power: float
+    n_values: int
+    scale: float
+    own: LayerPlan
+
+    def weighted(self, sensitivity: float) -> Options:
+        """Bits and loss: the distortion times what a unit of it costs the network."""
+        return Options(self.bits, self.distortion * sensitivity)
+
+    def number_of(self, d: int, k: int) -> int:
+        """The option with this d and k.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return self.settings.index((d, k))
+
+
+def allowed_sizes(place: WeightPlace) -> list[int]:
+    """The subvector lengths that a weight may get, rising."""
+    row, area = place.parameter.shape[1:].numel(), place.kernel_area
+    divisors = [d for d in range(1, min(row, LARGEST_D) + 1) if row % d == 0]
+    return [d for d in divisors if d % area == 0 or area % d == 0]
+
+
+def pairs_for(place: WeightPlace, planned: LayerPlan, own: LayerSpec | None) -> list[tuple[int, int]]:
+    """The (d, k) that a weight may get, rising.
+
+    Args:
+        place: of the weight.
+        planned: what the settings would do with it.
+        own: overrides of this layer: what they say of d or of k is not up for choice.
+    """
+    n_values = place.parameter.numel()
+    blocks_given = own is not None and own.large_subvectors is not None and place.kernel_area > 1
+    fixed_d = blocks_given or (own is not None and own.subvector_size is not None)
+    pairs = {(planned.d, planned.k)}
+    for d in [planned.d] if fixed_d else allowed_sizes(place):
+        most = clamp_centroids(LARGEST_K, n_values // d)
+        if own is not None and own.k is not None:
+            k = clamp_centroids(own.k, n_values // d)
+            pairs |= {(d, k)} if k >= planned.k else set()  # a size that leaves fewer centroids is no way to get them
+        else:
+            pairs |= {(d, 1 << bits) for bits in range(1, most.bit_length())}
+    return sorted(pairs)
+
+
+def measured(
+    names: tuple[str, ...], place: WeightPlace, planned: LayerPlan, pairs: Iterable[tuple[int, int]], seed: int
+) -> WeightOptions:
+    """The options of a weight, with their bits and estimated distortions.
+
+    Args:
+        names: of the weight in the plan.
+        place: where it is.
+        planned: what the settings would do with it.
+        pairs: (d, k) of each option.
+        seed: of the run; each weight and d draws from a stream of its own.
+    """
+    weight = place.parameter.detach()
+    settings, scale, n_values = tuple(pairs), scale_of(weight), weight.numel()
+    lost: dict[tuple[int, int], float] = {}
+    for d in sorted({d for d, _ in settings}):
+        ks = sorted(k for own_d, k in settings if own_d == d)
+        generator = stream(seed, "budget", names[0], d)
+        found = distortions(to_subvectors(weight, d), ks, generator)
+        lost |= {(d, k): float(value) for k, value in zip(ks, found, strict=True)}
+    return WeightOptions(
+        names=names,
+        settings=settings,
+        bits=np.array([bits_of(n_values // d, d, k, scale) for d, k in settings], dtype=np.int64),
+        distortion=np.array([lost[pair] for pair in settings]),
+        power=_power(weight),
+        n_values=n_values,
+        scale=scale,
+        own=planned,
+    )
+
+
+def with_option(planned: LayerPlan, name: str, d: int, k: int, own: LayerSpec | None) -> LayerPlan:
+    """The plan of a weight with another d and k.
+
+    A clustering takes time in proportion to k, so a k above that of the settings gets fewer iterations, unless the
+    layer has its own number of them: all clusterings together then take about the time that the settings ask for.
+    """
+    iterations = planned.k_means_n_iters
+    if k > planned.k and (own is None or own.k_means_n_iters is None):
+        iterations = max(min(LEAST_ITERATIONS, iterations), iterations * planned.k // k)
+    return LayerPlan(
+        name=name,
+        d=d,
+        k=k,
+        k_means_type=planned.k_means_type,
+        k_means_n_iters=iterations,
+        k_means_tolerance=planned.k_means_tolerance,
+    )
+
+
+def _power(weight: Tensor, chunk: int = 1 << 20) -> float:
+    """Sum of squares, in double precision."""
+    size = largest_size(weight) or 1.0
+    return sum(float((part.double() / size).square().sum()) for part in weight.reshape(-1).split(chunk)) * size**2

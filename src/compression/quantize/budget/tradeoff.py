@@ -1,0 +1,292 @@
+"""From a wanted size to the plan of a network.
+
+Distortions of weights add up, and the bits of every d and k are known exactly, so the best plan of a size takes of
+every weight the option where one more bit saves as much as in any other weight: one common slope of loss and bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import nn
+
+from ....common.errors import PlanError
+from ....common.progress import bar
+from ..compress import check_weights, places_of
+from ..plan import LayerPlan, LayerSpec, Plan, QuantizationSpec, make_plan, specs_by_place
+from ..weights import WeightPlace
+from .choose import Choice, Chooser
+from .options import WeightOptions, measured, pairs_for, with_option
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was asked for; one of the two.
+
+    Attributes:
+        size: bytes of the whole network.
+        ratio: how many times smaller than the dense network.
+        prefix: what stands before the name of each in the user's settings.
+    """
+
+    size: int | None = None
+    ratio: float | None = None
+    prefix: str = ""
+
+    def bits(self, dense_bits: int) -> int:
+        """The most bits that are allowed, of a network of so many."""
+        if self.size is not None:
+            return 8 * self.size
+        assert self.ratio is not None, "a size or a ratio"
+        return int(dense_bits / self.ratio)
+
+    def __str__(self) -> str:
+        if self.size is not None:
+            return f"{self.prefix}size {megabytes(8 * self.size)} ({self.size:,} bytes)"
+        return f"{self.prefix}ratio {self.ratio:g}"
+
+
+def megabytes(bits: int) -> str:
+    """As the program shows sizes: MB of 2^20 bytes, small ones with more digits."""
+    size = bits / 8 / 2**20
+    return f"{size:.2f} MB" if size >= 1 else f"{size:.4f} MB"
+
+
+@dataclass(frozen=True)
+class PredictedLayer:
+    """What a plan does to one weight, as far as it is known beforehand.
+
+    Attributes:
+        name: of the weight, of a tied one the first.
+        d: subvector length.
+        k: centroids.
+        bits: of codes and codebook.
+        distortion: about the sum of squares that will be lost.
+        power: sum of squares of the weight.
+        n_values: in the weight.
+    """
+
+    name: str
+    d: int
+    k: int
+    bits: int
+    distortion: float
+    power: float
+    n_values: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan, its exact size and about what it loses.
+
+    Attributes:
+        plan: what to do with every weight.
+        layers: what becomes of each.
+        bits: of the whole network, exactly.
+        dense_bits: of the network before.
+        loss: distortions times sensitivities, summed.
+        share: the loss as a share of what would be lost if nothing of the quantized weights were left.
+    """
+
+    plan: Plan
+    layers: tuple[PredictedLayer, ...]
+    bits: int
+    dense_bits: int
+    loss: float
+    share: float
+
+    @property
+    def ratio(self) -> float:
+        """Dense / quantized."""
+        return self.dense_bits / self.bits
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What each plan of a network would cost and lose.
+
+    Attributes:
+        plan: that of the settings.
+        weights: the options of each weight.
+        own: overrides by name of a weight.
+        other_bits: of everything that stays as it is.
+        dense_bits: of the network before.
+        sensitivities: what a unit of distortion of a weight costs the network, by name; 1 where there is none.
+    """
+
+    plan: Plan
+    weights: tuple[WeightOptions, ...]
+    own: Mapping[str, LayerSpec]
+    other_bits: int
+    dense_bits: int
+    sensitivities: Mapping[str, float]
+
+    @property
+    def smallest(self) -> int:
+        """Bits of the network in its smallest plan."""
+        return self.other_bits + self._chooser.smallest
+
+    @property
+    def largest(self) -> int:
+        """Bits of the network in the plan that loses least."""
+        return self.other_bits + self._chooser.largest
+
+    def plan_for(self, budget: Budget) -> Prediction:
+        """The plan that loses least within a budget.
+
+        The plan of the settings is taken where it fits and none is predicted to be better.
+
+        Raises:
+            PlanError: no plan is so small, or none so large; says what is possible.
+        """
+        bits = budget.bits(self.dense_bits)
+        if bits < self.smallest:
+            raise PlanError(self._impossible(budget, bits))
+        best = self._chooser.within(bits - self.other_bits)
+        if bits > self.largest and best.loss > 0:  # where nothing is lost, nothing would be gained by more
+            raise PlanError(self._impossible(budget, bits))
+        settings = self._of_settings
+        if self.other_bits + settings.bits <= bits and settings.loss < best.loss:
+            best = settings
+        return self._prediction(best)
+
+    def of_settings(self) -> Prediction:
+        """The plan of the settings, without a budget."""
+        return replace(self._prediction(self._of_settings), plan=self.plan)
+
+    def curve(self) -> list[Prediction]:
+        """The best plans from the smallest to the largest; each is larger and loses less than the one before."""
+        return [self._prediction(choice) for choice in self._chooser.path()]
+
+    def with_sensitivities(self, sensitivities: Mapping[str, float]) -> Tradeoff:
+        """The same with other sensitivities.
+
+        Raises:
+            PlanError: one is negative or not a number.
+        """
+        for name, value in sensitivities.items():
+            if not 0 <= value < float("inf"):
+                raise PlanError(f"the sensitivity of {name!r} is {value}, expected a number of at least 0")
+        return replace(self, sensitivities=dict(sensitivities))
+
+    @cached_property
+    def _chooser(self) -> Chooser:
+        return Chooser([weight.weighted(self._sensitivity(weight)) for weight in self.weights])
+
+    @cached_property
+    def _of_settings(self) -> Choice:
+        options = [weight.number_of(weight.own.d, weight.own.k) for weight in self.weights]
+        pairs = list(zip(self.weights, options, strict=True))
+        return Choice(
+            options=tuple(options),
+            bits=sum(int(weight.bits[option]) for weight, option in pairs),
+            loss=sum(float(weight.distortion[option]) * self._sensitivity(weight) for weight, option in pairs),
+        )
+
+    def _sensitivity(self, weight: WeightOptions) -> float:
+        return next((self.sensitivities[name] for name in weight.names if name in self.sensitivities), 1.0)
+
+    def _prediction(self, choice: Choice) -> Prediction:
+        chosen: dict[str, LayerPlan] = {}
+        layers = []
+        for weight, option in zip(self.weights, choice.options, strict=True):
+            d, k = weight.settings[option]
+            for name in weight.names:
+                chosen[name] = with_option(self.plan.layers[name], name, d, k, self.own.get(name))
+            layers.append(
+                PredictedLayer(
+                    name=weight.names[0],
+                    d=d,
+                    k=k,
+                    bits=int(weight.bits[option]),
+                    distortion=float(weight.distortion[option]),
+                    power=weight.power,
+                    n_values=weight.n_values,
+                )
+            )
+        all_of_it = sum(weight.power * self._sensitivity(weight) for weight in self.weights)
+        return Prediction(
+            plan=replace(self.plan, layers={name: chosen[name] for name in self.plan.layers}),
+            layers=tuple(layers),
+            bits=self.other_bits + choice.bits,
+            dense_bits=self.dense_bits,
+            loss=choice.loss,
+            share=choice.loss / all_of_it if all_of_it else 0.0,
+        )
+
+    def _impossible(self, budget: Budget, bits: int) -> str:
+        verdict = "smaller" if bits < self.smallest else "larger"
+        of_ratio = "" if budget.size is not None else f", that is {megabytes(bits)},"
+        text = (
+            f"{budget}{of_ratio} is {verdict} than this network can be made: from {megabytes(self.smallest)} "
+            f"({-(-self.smallest // 8):,} bytes, {self.dense_bits / self.smallest:.2f} times smaller) to "
+            f"{megabytes(self.largest)} ({self.largest // 8:,} bytes, {self.dense_bits / self.largest:.2f} times "
+            "smaller)"
+        )
+        if bits < self.smallest and self.plan.dense:
+            share = 100 * self.other_bits / self.smallest
+            text += f". What stays dense is {share:.0f} % of the smallest: {', '.join(_names(self.plan))}"
+        return text
+
+
+def _names(plan: Plan, most: int = 8) -> list[str]:
+    names = [weight.name or "(the network itself)" for weight in plan.dense]
+    return [*names[:most], *([f"and {len(names) - most} more"] if len(names) > most else [])]
+
+
+def measure(
+    model: nn.Module,
+    spec: QuantizationSpec,
+    dense_bits: int,
+    *,
+    seed: int = 0,
+    sensitivities: Mapping[str, float] | None = None,
+    show_progress: bool = True,
+) -> Tradeoff:
+    """Find out what every d and k of every weight would cost and lose.
+
+    Args:
+        model: the dense network.
+        spec: what is to be quantized, and how. Overrides of single layers stand; what its general keys say of d and k
+            is one option among others.
+        dense_bits: of the network, as `model_files.size` counts them.
+        seed: of the run.
+        sensitivities: what a unit of distortion of a weight costs the network, by name; where there is none, 1.
+        show_progress: show a progress bar.
+
+    Raises:
+        PlanError: layers cannot be quantized as asked, or at all; a sensitivity is no number of at least 0.
+    """
+    plan = make_plan(model, spec)
+    check_weights(model, plan)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    specs = specs_by_place(modules, spec.layer_specs)
+    places = places_of(model, plan)
+    own = {name: specs[key] for name, place in places.items() if (key := (id(place.host), place.attribute)) in specs}
+    tied: dict[int, list[str]] = {}
+    for name, place in places.items():
+        tied.setdefault(id(place.parameter), []).append(name)
+    weights = [
+        _weight_options(tuple(names), places, plan, own, seed)
+        for names in bar(list(tied.values()), "sizes", None, show_progress, "layer")
+    ]
+    quantized = [places[names[0]].parameter for names in tied.values()]
+    other_bits = dense_bits - sum(weight.numel() * weight.element_size() * 8 for weight in quantized)
+    tradeoff = Tradeoff(
+        plan=plan, weights=tuple(weights), own=own, other_bits=other_bits, dense_bits=dense_bits, sensitivities={}
+    )
+    return tradeoff.with_sensitivities(sensitivities or {})
+
+
+def _weight_options(
+    names: tuple[str, ...],
+    places: Mapping[str, WeightPlace],
+    plan: Plan,
+    own: Mapping[str, LayerSpec],
+    seed: int,
+) -> WeightOptions:
+    place, planned = places[names[0]], plan.layers[names[0]]
+    given = next((own[name] for name in names if name in own), None)
+    return measured(names, place, planned, pairs_for(place, planned, given), seed)

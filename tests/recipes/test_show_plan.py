@@ -1,0 +1,123 @@
+"""compression.size, compression.ratio and compression.plan on the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import src.compress as command
+from src.model_files.packed import load_packed
+from src.model_files.size import model_size
+from tests.support.own_network import Net
+
+OWN = "tests.support.own_network:Net"
+SMALL = ["--model.arch", OWN, "--calibration.image_size", "16", "--model.compression_parameters.k_means_n_iters", "2"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("start") / "own.pth"
+    torch.save(Net().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def flags(start: Path) -> list[str]:
+    return [*SMALL, "--model.weights", str(start)]
+
+
+def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert command.main([*flags, "--compression.size", "3KB", "--output_path", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "are chosen for compression.size 0.0029 MB (3,072 bytes)" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert 0.98 * 3072 * 8 <= results["bits"] <= 3072 * 8
+    packed = load_packed(output / "model.safetensors")
+    assert packed.info.settings is not None
+    assert packed.info.settings["size"] == 3072
+    assert len({(layer.d, layer.k) for layer in packed.layers.values()}) >= 2
+    assert command.main([*flags, "--compression.size", "3KB", "--output_path", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
+def test_a_plan_is_shown_and_nothing_is_done(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main([*flags, "--compression.ratio", "7", "--compression.plan", "True"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.split()[:3] == ["layer", "d", "k"]]
+    rows = [line.split() for line in lines[at + 1 : at + 6]]
+    assert [row[0] for row in rows] == ["body.0", "body.3", "attention.in_proj_weight", "attention.out_proj", "head"]
+    assert all(0 < float(row[5]) < 100 for row in rows)
+    assert lines[at + 6].startswith("plan: 0.00")
+    ratio = float(lines[at + 6].split("MB, ")[1].split("x")[0])
+    assert 7 <= ratio < 7.2
+    assert list(tmp_path.iterdir()) == []
+    assert command.main([*flags, "--compression.plan", "True"]) == 0  # without a size: that of the settings
+    assert "plan: 0.00" in capsys.readouterr().out
+
+
+def test_the_curve_goes_into_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "new" / "curve.csv"
+    assert command.main([*flags, "--compression.size", "3KB", "--compression.plan", str(file)]) == 0
+    rows = list(csv.DictReader(file.open()))
+    assert len(rows) > 10
+    sizes, losses = [int(row["bytes"]) for row in rows], [float(row["loss"]) for row in rows]
+    assert sizes == sorted(sizes)
+    assert losses == sorted(losses, reverse=True)
+    assert float(rows[0]["ratio"]) == pytest.approx(model_size(Net()).bits / 8 / sizes[0], rel=1e-3)
+    assert str(file) in capsys.readouterr().out
+
+
+def test_the_curve_as_a_picture(flags: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "curve.PNG"
+    assert command.main([*flags, "--compression.ratio", "8", "--compression.plan", str(file)]) == 0
+    with Image.open(file) as picture:
+        assert picture.size[0] > 500
+
+
+def test_without_matplotlib_a_picture_is_refused_before_any_work(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command.main([*flags, "--compression.plan", str(tmp_path / "curve.png")]) == 2
+    error = capsys.readouterr().err
+    assert "needs matplotlib" in error
+    assert ".csv" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--compression.size", "big"], ["compression.size = 'big'", "1.2MB"]),
+        (["--compression.size", "1.5"], ["compression.size = 1.5", "1.2MB"]),
+        (["--compression.size", "0KB"], ["compression.size", "1.2MB"]),
+        (["--compression.size", "2TB"], ["compression.size", "1.2MB"]),
+        (["--compression.ratio", "1"], ["compression.ratio", "above 1"]),
+        (["--compression.ratio", "many"], ["compression.ratio", "a number"]),
+        (["--compression.size", "2KB", "--compression.ratio", "8"], ["compression.ratio", "not both"]),
+        (["--compression.plan", "curve.pdf"], ["compression.plan", ".csv or .png"]),
+        (["--compression.size", "1KB"], ["compression.size", "1,024 bytes", "smaller", "times smaller) to"]),
+        (["--compression.size", "1GB"], ["compression.size", "1,073,741,824 bytes", "larger", "times smaller) to"]),
+        (["--compression.ratio", "500"], ["compression.ratio 500", "smaller", "from 0.00"]),
+    ],
+)
+def test_bad_input_is_one_message(
+    more: list[str], words: list[str], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*flags, *more, "--output_path", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
