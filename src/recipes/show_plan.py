@@ -102,11 +102,16 @@ def _figure() -> Any:
 
 def _draw(figure: Any, curve: Sequence[Prediction], found: Prediction, path: Path) -> None:
     """Size against predicted loss, with the plan that was shown."""
+    from matplotlib import ticker
+
     picture = figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = picture.subplots()
     axes.plot([one.bits / 8 / 2**20 for one in curve], [100 * one.share for one in curve], color="tab:blue")
     axes.plot([found.bits / 8 / 2**20], [100 * found.share], "o", color="tab:orange", label=outlook(found))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("size of the network (MB)")
     axes.set_ylabel("predicted loss (% of the weights' energy)")
     axes.grid(alpha=0.3)

@@ -78,11 +78,13 @@ class Plan:
         layers: the weights to quantize, by name; one with several names stands under the first.
         notes: what a reader should know: weights left dense and why, names that the network does not have.
         dense: the weights left dense.
+        about_sizes: those of the notes that say where the settings' subvector lengths could not be followed.
     """
 
     layers: dict[str, LayerPlan]
     notes: tuple[str, ...]
     dense: tuple[DenseWeight, ...] = ()
+    about_sizes: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -141,9 +143,10 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
         for name in places
         if name in dense
     )
-    notes += [f"{_some(names)}: {note}" for note, names in remarks.items()]
+    about_sizes = tuple(f"{_some(names)}: {note}" for note, names in remarks.items())
+    notes += about_sizes
     notes += dense_notes(left, sum(place.parameter.numel() for place in places.values()))
-    return Plan(layers=layers, notes=tuple(notes), dense=left)
+    return Plan(layers=layers, notes=tuple(notes), dense=left, about_sizes=about_sizes)
 
 
 def specs_by_place(

@@ -206,9 +206,11 @@ class Tradeoff:
                     n_values=weight.n_values,
                 )
             )
+        notes = tuple(note for note in self.plan.notes if note not in self.plan.about_sizes)  # other sizes are chosen
+        layers_plan = {name: chosen[name] for name in self.plan.layers}
         all_of_it = sum(weight.power * self._sensitivity(weight) for weight in self.weights)
         return Prediction(
-            plan=replace(self.plan, layers={name: chosen[name] for name in self.plan.layers}),
+            plan=replace(self.plan, layers=layers_plan, notes=notes, about_sizes=()),
             layers=tuple(layers),
             bits=self.other_bits + choice.bits,
             dense_bits=self.dense_bits,

@@ -108,6 +108,8 @@ def test_at_the_size_of_the_settings_the_plan_is_not_worse(large) -> None:
     chosen = own.plan_for(Budget(size=settings.bits // 8 + 1))
     assert chosen.loss <= settings.loss
     assert chosen.plan.layers["11"].k == 64
+    assert chosen.plan.notes == ()  # where pairs of channels were impossible is not what was chosen
+    assert bool(settings.plan.notes) == large
 
 
 def test_every_plan_can_be_carried_out_and_loses_about_what_was_predicted(tradeoff) -> None:
