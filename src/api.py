@@ -131,11 +131,8 @@ def compress(
     search = search_of(given)
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
     bind(model, found, search.reshapes)
-    by_layers = [group for group in found if isinstance(group, Group)]
-    if by_layers and example_inputs is not None:
-        check_function(
-            model, by_layers, torch.empty(0), search.reshapes, seed, lambda net, _: call(net, example_inputs)
-        )
+    if example_inputs is not None:
+        _check_by_hand(model, found, search.reshapes, seed, example_inputs)
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
@@ -259,6 +256,14 @@ def _groups(
     if example is None:
         return [], ["channels were not permuted: without example_inputs it is not known which may be"]
     return groups_by_following(model, lambda net: call(net, example), seed)
+
+
+def _check_by_hand(
+    model: nn.Module, found: Sequence[AnyGroup], reshapes: Mapping[str, tuple[int, ...]], seed: int, example: Inputs
+) -> None:
+    """Try the groups that somebody wrote."""
+    by_layers = [group for group in found if isinstance(group, Group)]
+    check_function(model, by_layers, torch.empty(0), reshapes, seed, lambda net, _: call(net, example))
 
 
 def _keep_info(model: nn.Module, info: ModelInfo) -> None:

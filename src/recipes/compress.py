@@ -20,11 +20,11 @@ from ..compression.quantize.plan import Plan
 from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
 from ..model_files.compression_report import FILE_NAME, read_settings, report_text
 from ..model_files.size import model_size
+from ..run.calibrated import calibrated
 from ..run.compression_specs import budget_of, plan_for
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings, given_on_command_line
-from .calibrate import calibrated
 from .compress_distributed import agreed, permute_together, quantize_together
 from .specs import quantization_spec, search_spec
 

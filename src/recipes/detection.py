@@ -38,7 +38,7 @@ from ..tasks.coco.classes import (
 from ..tasks.coco.data import CocoSplit, require_masks
 from ..tasks.coco.metrics import WORDS, read_results, write_results
 from ..tasks.detection import Detection, Scores, score
-from .coco_data import detection_task, read_splits, splits_fingerprint
+from .data import detection_task, read_splits, splits_fingerprint
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, train

@@ -10,7 +10,7 @@ from ..common.log import log, note
 from ..compression.quantize.calibrate.calibrate import Calibration, calibrate
 from ..compression.quantize.calibrate.inputs import count, few_inputs
 from ..compression.quantize.plan import Plan
-from ..run.open_run import Run
+from .open_run import Run
 
 
 def calibrated(run: Run, model: nn.Module, plan: Plan, seed: int, images: Sequence[Tensor]) -> Calibration:
