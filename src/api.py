@@ -43,6 +43,7 @@ from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
 from .model_files.size import ModelSize, model_size
 from .run.compression_specs import budget_of, plan_for, quantization_of, search_of
+from .settings import BudgetSettings, ModelSettings
 from .settings.keywords import budget_settings, model_settings
 
 Path_ = str | PathLike[str]
@@ -98,9 +99,8 @@ def compress(
 ) -> tuple[nn.Module, Report]:
     """Permute and quantize a network, in place (paper sections 3.2 and 3.3).
 
-    Its modules keep their classes, forwards, hooks and attributes; a quantized weight is computed from a codebook,
-    which is trained like any other parameter, and codes, which stay. An optimizer that was made before refuses to step:
-    make a new one.
+    Modules keep classes, forwards, hooks and attributes; a quantized weight is computed from a codebook, which is
+    trained like any parameter, and codes, which stay. An optimizer that was made before refuses to step.
 
     Args:
         model: the dense network, on any device.
@@ -143,9 +143,9 @@ def compress(
         notes += more
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
-    known = {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed}
-    known |= {name: value for name, value in (("size", wanted.size), ("ratio", wanted.ratio)) if value is not None}
-    _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
+    _keep_info(
+        model, ModelInfo(settings=_known(given, wanted, seed), permutations=applied(found, permuted, search.reshapes))
+    )
     report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes))
     return model, report
 
@@ -256,6 +256,12 @@ def _groups(
     if example is None:
         return [], ["channels were not permuted: without example_inputs it is not known which may be"]
     return groups_by_following(model, lambda net: call(net, example), seed)
+
+
+def _known(given: ModelSettings, wanted: BudgetSettings, seed: int) -> dict[str, Any]:
+    """The settings that files name."""
+    asked = {name: value for name, value in (("size", wanted.size), ("ratio", wanted.ratio)) if value is not None}
+    return {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed, **asked}
 
 
 def _check_by_hand(

@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 AROUND = 4
 """Points of the path before and behind a budget, from which changes are tried."""
 
+NOBODY = -1
+"""The item that changes where only one does."""
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -196,6 +199,8 @@ class Chooser:
             gains.append(one.loss[chosen] - one.loss[known])
             options.append(known)
             owners.append(np.full(known.size, number))
+        for parts, nothing in ((more, 0), (gains, 0.0), (options, -1), (owners, NOBODY)):  # one item may change alone
+            parts.append(np.array([nothing]))
         all_more, all_gains, all_owners = (np.concatenate(part) for part in (more, gains, owners))
         best_gain, best_bits, best = 0.0 if room >= 0 else -np.inf, 0, None
         for number in range(len(self.items)):
@@ -216,7 +221,8 @@ class Chooser:
             return choice if room >= 0 else None
         changed = list(choice.options)
         changed[best[0]] = best[1]
-        changed[best[2]] = int(np.concatenate(options)[best[3]])
+        if best[2] != NOBODY:
+            changed[best[2]] = int(np.concatenate(options)[best[3]])
         return self._choice(changed)
 
 
