@@ -106,9 +106,9 @@ def compress(
         model: the dense network, on any device.
         example_inputs: what it is called with, once, to find the channels that may be permuted. None: it is only
             quantized, unless `permutations` lists groups.
-        calibration: inputs of the kind that the network will see, without labels, a thousand if possible: weights are
-            quantized so that what they make of these is kept, and batch norms adjusted. A tensor, a loader or any
-            iterable of batches; of tuples and lists (inputs, labels) the first item is taken. All are held in memory.
+        calibration: inputs of the kind that the network will see, without labels, a thousand if possible: what the
+            weights make of these is kept, and batch norms adjusted. A tensor, a loader or any iterable of batches; of
+            pairs (inputs, labels) the first item is taken. All are held in memory.
         seed: of all random choices.
         device: where to cluster; None: where the weights are.
         show_progress: show progress bars where there is a terminal.
@@ -124,8 +124,7 @@ def compress(
         DataError: calibration holds no inputs, or a layer's are not finite.
     """
     given, wanted = model_settings(settings), budget_settings(settings)
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
-        raise SettingsError("the network is compressed already; pqf.dequantize(model) gives a dense one")
+    _check_dense(model)
     plan = plan_for(model, quantization_of(given), budget_of(wanted), seed, show_progress=show_progress)
     check_weights(model, plan)
     search = search_of(given)
@@ -193,8 +192,7 @@ def load(file: Path_, into: nn.Module) -> nn.Module:
         file: packed, published or dense.
         into: the dense network that it was made of, of any values.
 
-    Returns:
-        The network in evaluation mode, its weights quantized where those of the file are.
+    Returns: it, in evaluation mode, its weights quantized where those of the file are.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; the network is as it was.
@@ -256,6 +254,11 @@ def _groups(
     if example is None:
         return [], ["channels were not permuted: without example_inputs it is not known which may be"]
     return groups_by_following(model, lambda net: call(net, example), seed)
+
+
+def _check_dense(model: nn.Module) -> None:
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise SettingsError("the network is compressed already; pqf.dequantize(model) gives a dense one")
 
 
 def _known(given: ModelSettings, wanted: BudgetSettings, seed: int) -> dict[str, Any]:
