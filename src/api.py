@@ -295,7 +295,4 @@ def _calibrated(
     return found, [found.summary(n), *filter(None, [few_inputs(n)]), *found.notes()]
 
 
-__all__ = [
-    "CheckpointError", "ChannelGroup", "Inspection", "Report", "call", "compress", "dequantize", "groups", "inspect",
-    "load", "save",
-]  # fmt: skip
+__all__ = ["Inspection", "Report", "call", "compress", "dequantize", "groups", "inspect", "load", "save"]
