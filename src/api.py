@@ -60,6 +60,8 @@ class Report:
         groups: what became of each group of channels.
         size: of the network, before and after.
         notes: what else to know.
+        outputs_lost: of a calibrated network, the share of the energy of the weights' outputs that is lost, the mean
+            over them: calibration does not keep the weights themselves. None: it was not calibrated.
     """
 
     layers: tuple[LayerResult, ...]
@@ -67,6 +69,7 @@ class Report:
     groups: tuple[GroupResult, ...]
     size: ModelSize
     notes: tuple[str, ...]
+    outputs_lost: float | None = None
 
     @property
     def lost(self) -> float:
@@ -76,9 +79,10 @@ class Report:
 
     def __str__(self) -> str:
         moved = sum(bool(group.children) and group.after < group.before for group in self.groups)
+        share, what = (self.lost, "energy") if self.outputs_lost is None else (self.outputs_lost, "outputs' energy")
         return "\n".join(
             [
-                f"{len(self.layers)} weights quantized, {100 * self.lost:.2f} % of their energy lost; "
+                f"{len(self.layers)} weights quantized, {100 * share:.2f} % of their {what} lost; "
                 f"{moved} of {len(self.groups)} groups of channels permuted",
                 f"size: {self.size.summary()}",
                 *(f"note: {text}" for text in self.notes),
@@ -139,16 +143,17 @@ def compress(
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
-    finished = None
+    finished, outputs_lost = None, None
     if calibration is not None:
         finished, more = _calibrated(model, plan, calibration, seed, device, show_progress)
         finished.put_norms(model)
+        outputs_lost = next(reversed(finished.lost_after().values()), None)
         notes += more
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
     known = {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed}
     _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
-    report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes))
+    report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes), outputs_lost)
     return model, report
 
 
