@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from .compression.permute.auto import groups_by_following
 from .compression.permute.binding import AnyGroup, bind
 from .compression.permute.channels import ChannelGroup
 from .compression.permute.groups import Group, check_function
-from .compression.permute.permute import GroupResult, permute
+from .compression.permute.permute import permute
 from .compression.quantize.calibrate.calibrate import Calibration, calibrate
 from .compression.quantize.calibrate.inputs import batches_of, count, few_inputs
-from .compression.quantize.compress import LayerResult, candidate_distortion, check_weights
+from .compression.quantize.compress import candidate_distortion, check_weights
 from .compression.quantize.compress import compress as quantize
 from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
-from .compression.quantize.plan import DenseWeight, Plan
+from .compression.quantize.plan import Plan
 from .compression.quantize.replaced import mark_replaced
 from .model_files.building import fill
 from .model_files.compression_report import applied
@@ -41,7 +41,8 @@ from .model_files.open_model_file import read_model_file
 from .model_files.packed import check_layers_of, save_packed
 from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
-from .model_files.size import ModelSize, model_size
+from .model_files.report import Report
+from .model_files.size import model_size
 from .run.compression_specs import budget_of, plan_for, quantization_of, search_of
 from .settings import BudgetSettings, ModelSettings
 from .settings.keywords import budget_settings, model_settings
@@ -49,42 +50,6 @@ from .settings.keywords import budget_settings, model_settings
 Path_ = str | PathLike[str]
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """What a network is called with: a tensor, a tuple of arguments, or a dict of keyword arguments."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What compressing did.
-
-    Attributes:
-        layers: how well each weight was quantized.
-        dense: the weights that stay as they were, with reasons.
-        groups: what became of each group of channels.
-        size: of the network, before and after.
-        notes: what else to know.
-    """
-
-    layers: tuple[LayerResult, ...]
-    dense: tuple[DenseWeight, ...]
-    groups: tuple[GroupResult, ...]
-    size: ModelSize
-    notes: tuple[str, ...]
-
-    @property
-    def lost(self) -> float:
-        """Share of the energy of all quantized weights that is lost, 0 to 1."""
-        power = sum(layer.power for layer in self.layers)
-        return sum(layer.distortion for layer in self.layers) / power if power else 0.0
-
-    def __str__(self) -> str:
-        moved = sum(bool(group.children) and group.after < group.before for group in self.groups)
-        return "\n".join(
-            [
-                f"{len(self.layers)} weights quantized, {100 * self.lost:.2f} % of their energy lost; "
-                f"{moved} of {len(self.groups)} groups of channels permuted",
-                f"size: {self.size.summary()}",
-                *(f"note: {text}" for text in self.notes),
-            ]
-        )
 
 
 def compress(
@@ -135,17 +100,17 @@ def compress(
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
-    finished = None
+    finished, outputs_lost = None, None
     if calibration is not None:
         finished, more = _calibrated(model, plan, calibration, seed, device, show_progress)
         finished.put_norms(model)
+        outputs_lost = next(reversed(finished.lost_after().values()), None)
         notes += more
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
-    _keep_info(
-        model, ModelInfo(settings=_known(given, wanted, seed), permutations=applied(found, permuted, search.reshapes))
-    )
-    report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes))
+    known = _known(given, wanted, seed)
+    _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
+    report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes), outputs_lost)
     return model, report
 
 

@@ -190,6 +190,8 @@ def test_calibration_keeps_what_the_network_computes(kind: str) -> None:
     model, report = pqf.compress(net(), X, calibration=given, **FAST)
     assert any("calibrated 5 weights with 16 inputs" in note and "2 batch norms" in note for note in report.notes)
     assert any("16 inputs are few" in note for note in report.notes)
+    assert report.outputs_lost is not None
+    assert f"{100 * report.outputs_lost:.2f} % of their outputs' energy lost" in str(report)
     plain, same_size = pqf.compress(net(), X, **FAST)
     assert not torch.allclose(model.body[1].running_mean, plain.body[1].running_mean)
     assert not model.training

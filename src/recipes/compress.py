@@ -135,7 +135,8 @@ def compress_network(
         finished=calibration or run.checkpoints.clusterings,
     )
     model, layers = quantize_together(run.engine, model, plan.quantization, quantize)
-    log.info("%s", _quantization_summary(layers))
+    if calibration is None:  # which keeps outputs rather than weights, and has said so
+        log.info("%s", _quantization_summary(layers))
     for layer in layers:
         if layer.rounding > WORTH_A_NOTE:
             note(

@@ -14,6 +14,8 @@ from .uses import Use
 
 MOST_VALUES = 1 << 28
 """Values of one weight's moments, at most (1 GiB): a weight of more blocks is clustered plainly."""
+WIDEST = 5000
+"""Columns whose moments are taken together; longer rows are cut into pieces, as the time grows with the third power."""
 
 
 @dataclass(frozen=True)
@@ -24,33 +26,54 @@ class Reading:
         item: the weight and its uses in a pass.
         layout: (B, R, m), which of its subvectors stands where.
         weight: the dense one, (B, R, C) float32.
+        pieces: into which each row is cut: each is a block of its own, as if its inputs had nothing to do with those of
+            the others.
     """
 
     item: Item
     layout: Tensor
     weight: Tensor
+    pieces: int = 1
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is used once in a pass, all its rows together."""
-        return len(self.item.uses) == 1 and self.part(0) == slice(0, self.weight.shape[0])
+        """Whether it is used once in a pass, all its rows together and in one piece."""
+        once = len(self.item.uses) == 1 and self.part(0) == slice(0, self.weight.shape[0])
+        return once and self.pieces == 1
 
     def part(self, number: int) -> slice:
         """The blocks that take part in the use of this number."""
         use, (n_blocks, n_rows, _) = self.item.uses[number], self.weight.shape
         if use.convolution is not None:
             return slice(0, n_blocks)
-        return slice(use.start // n_rows, use.stop // n_rows)
+        return slice(use.start // n_rows * self.pieces, use.stop // n_rows * self.pieces)
+
+    def cut(self, inputs: Tensor) -> Tensor:
+        """Inputs (g, P, all columns) for the blocks: (g * pieces, P, C)."""
+        if self.pieces == 1:
+            return inputs
+        return inputs.unflatten(2, (self.pieces, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def read(item: Item, weight: Tensor, d: int) -> tuple[Reading | None, str]:
     """The reading of a weight with subvectors of length d; or none, and why calibration cannot serve it."""
     blocks, reason = _blocks(item.uses, weight.shape[0])
+    pieces = _pieces(item.uses[0].n_columns, d) if blocks == item.uses[0].groups else 1
+    if not reason and blocks * item.uses[0].n_columns ** 2 // pieces > MOST_VALUES:
+        reason = "the moments of its inputs would take too much memory"
     layout = layout_of(weight.shape, d, blocks, item.uses[0].transposed)
     if reason or layout is None:
         return None, reason or "its subvectors reach over several outputs, which calibration cannot serve"
-    layout = layout.to(weight.device)
-    return Reading(item=item, layout=layout, weight=weight.reshape(-1, d)[layout].flatten(2).float()), ""
+    layout = layout.to(weight.device).unflatten(2, (pieces, -1)).transpose(1, 2).flatten(0, 1)
+    dense = weight.reshape(-1, d)[layout].flatten(2).float()
+    return Reading(item=item, layout=layout, weight=dense, pieces=pieces), ""
+
+
+def _pieces(n_columns: int, d: int) -> int:
+    """Into how many pieces rows are cut: the fewest of whole subvectors and at most `WIDEST` columns."""
+    m = n_columns // d
+    fitting = (pieces for pieces in range(1, m + 1) if m % pieces == 0 and n_columns // pieces <= WIDEST)
+    return next(fitting, m)
 
 
 def _blocks(uses: Sequence[Use], n_rows: int) -> tuple[int, str]:
@@ -61,6 +84,4 @@ def _blocks(uses: Sequence[Use], n_rows: int) -> tuple[int, str]:
     blocks = first.groups
     if first.convolution is None:
         blocks = n_rows // math.gcd(n_rows, *(edge for use in uses for edge in (use.start, use.stop)))
-    if blocks * first.n_columns**2 > MOST_VALUES:
-        return 1, "the moments of its inputs would take too much memory"
     return blocks, ""

@@ -85,7 +85,7 @@ class Samples:
         most = max(1, PLACES // (len(self._batches) * len(self._readings[use.name].item.uses)))
         n = use.n_places
         places = torch.arange(n) if n <= most else torch.randperm(n, generator=draw)[:most].sort().values
-        return use.at(places).float()
+        return self._readings[use.name].cut(use.at(places).float())
 
     def _outputs(self, number: int, use_number: int, use: Use) -> Tensor:
         """What the weight makes of them."""

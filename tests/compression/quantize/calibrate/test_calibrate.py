@@ -15,6 +15,8 @@ from src.common.errors import DataError
 from src.compression.quantize.calibrate.calibrate import Calibration, calibrate
 from src.compression.quantize.calibrate.inputs import batches_of, count, few_inputs
 from src.compression.quantize.calibrate.norms import norms_of
+from src.compression.quantize.calibrate.passes import order_of
+from src.compression.quantize.calibrate.reading import read
 from src.compression.quantize.compress import compress
 from src.compression.quantize.layers import QuantizedLayer
 from src.compression.quantize.plan import LayerSpec, Plan, QuantizationSpec, make_plan
@@ -215,6 +217,31 @@ def test_weights_of_every_kind_are_served_or_named() -> None:
     assert torch.equal(model.up.weight, model.again.weight)  # type: ignore[arg-type]
     # random weights and tokens: nearly white inputs, from which there is little to gain
     assert lost(net, model, tokens[96:]) < 0.95 * lost(net, plain, tokens[96:])
+
+
+def test_long_rows_are_served_in_pieces() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 12_544), nn.ReLU(), nn.Linear(12_544, 4))
+    (item,) = (one for one in order_of(net, {"2": net[2].weight}, run_it, torch.randn(3, 16)) if one.name == "2")
+    reading, reason = read(item, net[2].weight, 4)
+    assert not reason
+    assert reading is not None
+    assert reading.weight.shape == (4, 4, 3136)
+    inputs = torch.randn(1, 5, 12_544)
+    assert reading.part(0) == slice(0, 4)
+    outputs = (reading.cut(inputs) @ reading.weight.transpose(1, 2)).sum(0)
+    assert torch.allclose(outputs, inputs[0] @ net[2].weight.T, atol=1e-4)
+    narrow = nn.Sequential(nn.Linear(16, 5_120), nn.ReLU(), nn.Linear(5_120, 4))
+    images = torch.randn(400, 16)
+    plan = plan_of(narrow, 16, ignored_modules=("0",))
+    found = calibrate(narrow, plan, images[:300].split(64), show_progress=False)
+    assert lost(narrow, quantized(narrow, plan, found), images[300:]) < lost(
+        narrow, quantized(narrow, plan, None), images[300:]
+    )
+
+
+def run_it(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch)
 
 
 def test_a_layer_whose_inputs_are_not_finite_is_named() -> None:
