@@ -330,7 +330,8 @@ def test_a_signal_in_search_or_clustering_keeps_what_is_finished(
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output)]
     assert stopped(arguments, signal.SIGTERM, lambda: len(found(output, "resume/layers/*.safetensors")) >= 5) == 143
-    kept = {path: path.stat().st_mtime_ns for path in output.glob("resume/*/*")}
+    # less what an interrupted write has left, which is removed
+    kept = {p: p.stat().st_mtime_ns for p in output.glob("resume/*/*") if not p.name.endswith(".part")}
     assert sum(path.parent.name == "groups" for path in kept) == 12
     assert sum(path.parent.name == "layers" for path in kept) >= 5
     capsys.readouterr()
