@@ -41,7 +41,29 @@ RIDGE = 1e-10
 It does not depend on the permutation, so that scores can be compared."""
 
 
-class ChildObjective:
+class SwapByProposal:
+    """What scores of both kinds of children do alike: the log determinant, and a swap that was scored."""
+
+    permutation: Ints
+    columns: Ints
+    moment: Floats
+    mean: Floats
+    ridge: Floats
+    value: float
+
+    def commit(self, proposal: Proposal) -> None:
+        """Make a swap that `propose` has scored; none may have been made in between."""
+        i, j, touched, new, moment, mean, value = proposal
+        self.columns[touched] = new
+        self.moment, self.mean, self.value = moment, mean, value
+        self.permutation[[i, j]] = self.permutation[[j, i]]
+
+    def _logdet(self, moment: Floats, mean: Floats) -> float:
+        sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self.ridge)
+        return float(value) if sign > 0 else float("inf")
+
+
+class ChildObjective(SwapByProposal):
     """log det(Cov) of one child as a function of the permutation of its input channels, updated swap by swap.
 
     Attributes:
@@ -147,13 +169,6 @@ class ChildObjective:
         value = self._logdet(moment, mean)
         return value, (i, j, touched, new, moment, mean, value)
 
-    def commit(self, proposal: Proposal) -> None:
-        """Make a swap that `propose` has scored; none may have been made in between."""
-        i, j, touched, new, moment, mean, value = proposal
-        self.columns[touched] = new
-        self.moment, self.mean, self.value = moment, mean, value
-        self.permutation[[i, j]] = self.permutation[[j, i]]
-
     def try_swap(self, i: int, j: int, threshold: float = 1e-12) -> bool:
         """Swap the channels at positions i and j if the score falls by more than `threshold`; returns whether it did.
 
@@ -215,10 +230,6 @@ class ChildObjective:
         block[later, earlier] = sums
         block[earlier, later] = sums
         return block
-
-    def _logdet(self, moment: Floats, mean: Floats) -> float:
-        sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self.ridge)
-        return float(value) if sign > 0 else float("inf")
 
 
 def is_optimisable(module: Layer, d: int, reshape: Reshape = None) -> bool:

@@ -19,10 +19,7 @@ import numpy as np
 from ...common.errors import GroupError
 from .class_tables import FIXED, ClassTables, untouched
 from .layout import Ints, RowClass
-from .objective import RIDGE, Floats
-
-Proposal = tuple[int, int, Ints, Ints, Floats, Floats, float]
-"""Positions i and j, subvectors touched, their columns, second moment, mean and score after the swap."""
+from .objective import RIDGE, Floats, Proposal, SwapByProposal
 
 
 def table_entries(classes: Sequence[RowClass], d: int) -> int:
@@ -30,7 +27,7 @@ def table_entries(classes: Sequence[RowClass], d: int) -> int:
     return sum((d * np.unique(one.tracks // d).size) ** 2 for one in classes)
 
 
-class PlacedChild:
+class PlacedChild(SwapByProposal):
     """log det(Cov) of one child as a function of the permutation of a group's channels, updated swap by swap.
 
     Attributes:
@@ -123,13 +120,6 @@ class PlacedChild:
         value = self._logdet(moment, mean)
         return value, (i, j, touched, new, moment, mean, value)
 
-    def commit(self, proposal: Proposal) -> None:
-        """Make a swap that `propose` has scored; none may have been made in between."""
-        i, j, touched, new, moment, mean, value = proposal
-        self.columns[touched] = new
-        self.moment, self.mean, self.value = moment, mean, value
-        self.permutation[[i, j]] = self.permutation[[j, i]]
-
     def falling_variances(self) -> Ints | None:
         """(C,) the permutation that makes the variances per place of a subvector very unequal, as `search.greedy` does:
         the channels of the largest variance to the slots at the first places.
@@ -180,7 +170,3 @@ class PlacedChild:
         row, column = columns[:, :, None], columns[:, None, :]
         at = np.minimum(row, column) * self.width[vectors, None, None] + np.maximum(row, column)
         return self.gram[at + self.gram_at[vectors, None, None]].sum(axis=0)
-
-    def _logdet(self, moment: Floats, mean: Floats) -> float:
-        sign, value = np.linalg.slogdet(moment - np.outer(mean, mean) + self.ridge)
-        return float(value) if sign > 0 else float("inf")
