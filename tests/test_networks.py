@@ -18,8 +18,6 @@ SAMPLE = (
     "name", [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.slow) for name in names()]
 )
 def test_a_network_is_compressed_saved_and_loaded_to_the_same_outputs(name: str) -> None:
-    if name == "timm:volo_d1_224":
-        pytest.skip("its outlook attention unfolds images, for which there is no rule: nothing is found, and said")
     row = measure(name)
     assert row.groups > 0
     assert row.dropped == 0

@@ -39,3 +39,8 @@ def broken() -> nn.Module:
 def nothing() -> object:
     """Not a network."""
     return "text"
+
+
+def of_width(width: int) -> nn.Module:
+    """One that wants other arguments than a number of classes."""
+    return Net(width=width)

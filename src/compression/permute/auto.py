@@ -10,7 +10,7 @@ from torch import nn
 
 from .channels import ChannelGroup, named_tensor, permuted
 from .follow.find import find_groups
-from .verification import check_groups
+from .verification import check_groups, said_by_the_network
 
 MOST_NAMED = 6
 
@@ -28,6 +28,7 @@ def groups_by_following(
     Raises:
         GroupError: nothing can be compared (see `verification.Trial`).
     """
+    run = said_by_the_network(run)
     found = find_groups(model, run)
     stored, unstored = stored_groups(model, found.groups)
     kept, dropped = check_groups(model, stored, run, seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...common.errors import GroupError
 from ...common.randomness import stream
 from .operations import Reshape, Side, check_permutation, check_reshape, flattened_input, side_of
-from .verification import Trial
+from .verification import Trial, said_by_the_network
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def check_function(
     """
     if not groups:
         return
-    trial = Trial(model, lambda network: outputs(network, example), seed)
+    trial = Trial(model, said_by_the_network(lambda network: outputs(network, example)), seed)
     resolved = resolve(trial.model, groups, reshapes)
     permutations = [random_permutation(g.width, g.n_blocks, stream(seed, "check", g.label)) for g in resolved]
 

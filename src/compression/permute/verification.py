@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from ...common.errors import GroupError
+from ...common.errors import GroupError, UserError
+from ...common.memory import is_out_of_memory
 from ...common.randomness import stream
 from .channels import ChannelGroup
 
@@ -65,6 +66,27 @@ class Float64Functions(TorchFunctionMode):
         return func(*_wide(args, set()), **_wide(kwargs, set()))
 
 
+def said_by_the_network(run: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """`run`, whose errors become one that says that the network does not run on what it was given."""
+
+    def running(model: nn.Module) -> Any:
+        try:
+            return run(model)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a network raises
+            if is_out_of_memory(error):
+                raise
+            why = (str(error).strip().splitlines() or ["no message"])[0][:200]
+            raise GroupError(
+                f"the network does not run on the example inputs: {type(error).__name__}: {why}. Give what it is "
+                "called with: a tensor, a tuple of arguments or a dict of keyword arguments; in commands the side of "
+                "the images is calibration.image_size or dataloader.image_size"
+            ) from error
+
+    return running
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """The floating-point tensors of a network's output: in lists, maps, or attributes of an object."""
     if isinstance(output, Tensor):
@@ -101,6 +123,13 @@ def make_channels_differ(model: nn.Module, generator: torch.Generator) -> None:
                 values.add_(drawn * 2 / math.sqrt(values[0].numel()))
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the network; torch does not copy what a module computed from its parameters (pruning's masked weights),
+    so that gets the values alone."""
+    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
+
+
 class Trial:
     """A float64 copy of a network on which changes are tried.
 
@@ -120,7 +149,7 @@ class Trial:
             GroupError: the outputs are empty, not finite, or answer noise with so much that nothing can be compared.
         """
         self._run = run
-        self.model = copy.deepcopy(model).double()
+        self.model = _copied(model).double()
         make_channels_differ(self.model, stream(seed, "check vectors"))
         self._before = self._outputs()
         given = dict(model.named_parameters())
