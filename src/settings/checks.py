@@ -119,6 +119,9 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     if model.use_compression and (wanted.size is not None or wanted.ratio is not None):
         by = "size" if wanted.size is not None else "ratio"
         yield f"compression.{by} chooses it", [f"model.compression_parameters.{key}" for key in CHOSEN_BY_SIZE]
+    if settings.calibration.images is None:
+        unused = ("count", "batch_size", "num_workers", "resize")
+        yield "calibration.images is not set", [f"calibration.{key}" for key in unused]
     yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it

@@ -637,6 +637,13 @@ def test_every_key_is_read_by_some_command_and_a_section_passes_its_marks_on() -
     assert marks["output_path"].is_read_by("evaluate", "detection")
 
 
+def test_how_images_are_read_has_no_effect_without_images() -> None:
+    said = ineffective(load("../config/compress.yaml", ["--calibration.count", "5"]), "compress")
+    assert said == ["calibration.count has no effect: calibration.images is not set"]
+    flags = ["--calibration.count", "5", "--calibration.images", "photos", "--calibration.image_size", "32"]
+    assert ineffective(load("../config/compress.yaml", flags), "compress") == []
+
+
 def test_what_a_job_does_not_read_is_said_where_the_command_line_gives_it() -> None:
     settings = load("../config/evaluate_resnet.yaml", ["--epochs", "3", "--optimizer", "sgd"])
     said = ineffective(settings, "evaluate")
