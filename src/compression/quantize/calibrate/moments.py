@@ -5,7 +5,7 @@ Shapes: B blocks of R rows, C columns, P places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,15 @@ class MomentSums:
         self._outputs[0, blocks] += outputs.sum(1).double()
         self._outputs[1, blocks] += outputs.square().sum(1).double()
         self._counts[blocks] += inputs.shape[1]
+
+    def add_over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add what other processes summed.
+
+        Args:
+            total: sums a tensor over all of them.
+        """
+        for sums in (self._hessian, self._cross, self._sum, self._outputs, self._counts):
+            sums.copy_(total(sums))
 
     def moments(self) -> Moments:
         """The means of what was added."""

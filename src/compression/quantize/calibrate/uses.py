@@ -161,6 +161,7 @@ class Watcher(TorchDispatchMode):
         weights: by name.
         before: is told of each use.
         after: is told of the name and the output.
+        each: is told of what every operator returns, whatever it is.
     """
 
     def __init__(
@@ -168,12 +169,13 @@ class Watcher(TorchDispatchMode):
         weights: Iterable[tuple[str, Tensor]],
         before: Callable[[Use], None],
         after: Callable[[str, Tensor], None] | None = None,
+        each: Callable[[Any], None] | None = None,
     ) -> None:
         super().__init__()
         self._weights: dict[int, list[tuple[str, Tensor]]] = {}
         for name, weight in weights:
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
-        self._before, self._after = before, after
+        self._before, self._after, self._each = before, after, each
         self._chosen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,6 +186,8 @@ class Watcher(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if use is not None and self._after is not None:
             self._after(use.name, out)
+        if self._each is not None:
+            self._each(out)
         if torch.Tag.dynamic_output_shape in func.tags or "nms" in func.name():
             self._chosen = True
         return out
