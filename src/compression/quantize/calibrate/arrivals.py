@@ -33,6 +33,10 @@ MOST_WORKERS = 2048
 """Threads of all of them together with those of torch's own that may serve each."""
 
 
+THREAD = "calibration pass"
+"""What the thread of a pass is called."""
+
+
 class Holding:
     """How much the waiting passes of some networks hold.
 
@@ -195,7 +199,7 @@ class _Pass:
         self._state = torch_state(device)
         self._seen: set[Key] = set()
         self.live = LiveTensors([*model.parameters(), *model.buffers()])
-        self.work: PausedWork[_Arrival] = PausedWork(self._do)
+        self.work: PausedWork[_Arrival] = PausedWork(self._do, THREAD)
 
     def _do(self, stand: Callable[[_Arrival], None]) -> None:
         def arrive(key: Key, use: Use | None, inputs: Tensor | None) -> None:

@@ -32,16 +32,17 @@ class PausedWork(Generic[T]):
 
     Args:
         work: is given the way to stand still: a function to call with what is shown.
+        name: of its thread.
     """
 
-    def __init__(self, work: Callable[[Callable[[T], None]], None]) -> None:
+    def __init__(self, work: Callable[[Callable[[T], None]], None], name: str | None = None) -> None:
         self._work = work
         self._may_go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
         self._shown: T | None = None
         self._error: BaseException | None = None
         self._ending = False
         self.has_ended = False
-        self._thread = threading.Thread(target=copy_context().run, args=(self._body,), daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._body,), name=name, daemon=True)
 
     def begin(self) -> bool:
         """Make ready; False: the machine allows no further thread."""

@@ -198,6 +198,8 @@ class Watcher(TorchDispatchMode):
             found = self._find(weight, weight.shape[1:].numel(), weight.shape[0])
             if found is None or found[1].shape != weight.shape or found[1].stride() != weight.stride():
                 return None
+            if inputs.shape[1] != (weight.shape[0] if transposed else weight.shape[1] * groups):
+                return None  # it will fail
             axes = weight.dim() - 2
             convolution = Convolution(
                 kernel=tuple(weight.shape[2:]),
@@ -217,6 +219,8 @@ class Watcher(TorchDispatchMode):
         else:
             return None
         found = self._find(turned, turned.shape[0], turned.shape[1])
+        if inputs.shape[-1] != turned.shape[0]:
+            return None  # it will fail
         if found is None or not found[1].is_contiguous() or turned.stride(0) != 1 or turned.shape[0] > turned.stride(1):
             return None
         return self._made(found, turned.shape[1], inputs.reshape(-1, inputs.shape[-1]), None)
