@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -109,7 +110,7 @@ def _of_another_network(settings: Settings, groups: Sequence[Group], model: nn.M
 
 
 def compress_network(
-    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Tensor] | None = None
+    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Any] | None = None
 ) -> nn.Module:
     """Permute and quantize `model` and report the distortion; returns the quantized network.
 
@@ -119,7 +120,8 @@ def compress_network(
         run: the run.
         plan: for the network.
         model: the dense network.
-        images: batches that the network is calibrated with, the same on every process; None: it is not.
+        images: batches that the network is calibrated with, the same on every process: (B, 3, H, W), or lists of images
+            as detectors take them; None: it is not.
     """
     plan = replace(plan, quantization=agreed(run.engine, plan.quantization))
     for text in plan.notes:

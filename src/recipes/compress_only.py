@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..architectures.architecture import Architecture
 from ..architectures.named import find
-from ..common.errors import DataError, SettingsError
-from ..common.progress import bar
+from ..common.errors import SettingsError
 from ..run.agreement import digest_of, first_here
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import calibration_folder, weights_source
@@ -37,6 +36,8 @@ def compress_only(settings: Settings) -> int:
     """
     architecture = find(settings.model.arch)
     settings = with_current_names(settings, architecture)
+    if settings.calibration.images is None:
+        settings = _without_calibration(settings)
     weights = weights_source(settings)
     if settings.compression.plan:
         return show_plan(settings, architecture, weights)
@@ -51,7 +52,7 @@ def compress_only(settings: Settings) -> int:
         plan = plan_compression(settings, architecture, model, example(settings, architecture))
         save = ModelWriter(settings, architecture, run.output)
         run.begin({}, save, "bits")
-        model = compress_network(run, plan, model, None if images is None else _read(run, images))
+        model = compress_network(run, plan, model, None if images is None else images.read(run.engine.is_main))
         results: Mapping[str, Any] = report_size(model, run.recorder)
         path = run.output.path / "model.pth"
         if run.engine.is_main:
@@ -64,6 +65,11 @@ def example(settings: Settings, architecture: Architecture) -> Tensor:
     """Images (B, 3, H, W) to try a network on."""
     side = settings.calibration.image_size or architecture.image_size
     return torch.randn(EXAMPLES, 3, side, side)
+
+
+def _without_calibration(settings: Settings) -> Settings:
+    """What the settings come to where there are no images."""
+    return settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"use": False})})
 
 
 def _images(run: Run, architecture: Architecture) -> CalibrationImages | None:
@@ -84,12 +90,3 @@ def _images(run: Run, architecture: Architecture) -> CalibrationImages | None:
             f"calibration.image_size {side} is larger than calibration.resize {spec.resize}: the crop would not fit"
         )
     return CalibrationImages(folder, spec, run.engine.is_main)
-
-
-def _read(run: Run, images: CalibrationImages) -> list[Tensor]:
-    """All batches, in memory: they are shown to the network many times."""
-    total = -(-len(images) // run.settings.calibration.batch_size)
-    batches = list(bar(images, "read images", total, run.engine.is_main, "batch"))
-    if not batches:
-        raise DataError("calibration.images: none of the images could be read")
-    return batches

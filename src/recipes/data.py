@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,13 @@ from ..common.log import log, note
 from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
-from ..run.inputs import data_folder
+from ..run.fingerprint import CALIBRATION
+from ..run.inputs import calibration_folder, data_folder
 from ..run.open_run import Job
+from ..settings import Settings
+from ..tasks.calibration import CalibrationImages, CalibrationSpec, ImagesToShow, training_images
 from ..tasks.classification import Classification, ImageSpec
+from ..tasks.coco.calibration import training_images as coco_images
 from ..tasks.coco.data import CocoSplit, read_coco, require_masks
 from ..tasks.coco.image_checks import too_narrow_images, unusable_images, without
 from ..tasks.detection import Detection
@@ -144,6 +148,52 @@ def workers(wanted: int, engine: Engine) -> int:
             f"processors{among}"
         )
     return min(wanted, share)
+
+
+def images_to_calibrate(
+    run: Job, training: ImageFolderIndex | CocoSplit, unreadable: MutableMapping[str, str]
+) -> ImagesToShow | None:
+    """What a training calibrates with: training images, or those of `calibration.images`, as a validation shows them;
+    None where it does not. Nothing is read yet.
+
+    Args:
+        run: its settings say which.
+        training: the training images.
+        unreadable: reason by path of the files that the run leaves out; further ones are put in.
+
+    Raises:
+        SettingsError: the folder is not there.
+        DataError: it holds no image that can be read.
+    """
+    given, data, engine = run.settings.calibration, run.settings.dataloader, run.engine
+    if not (given.use and run.settings.model.use_compression):
+        return None
+    of_several_sizes = isinstance(training, CocoSplit)
+    spec = CalibrationSpec(
+        count=given.count,
+        # as many images of a detector's as a training step can take
+        batch_size=min(given.batch_size, data.batch_size) if of_several_sizes else given.batch_size,
+        num_workers=min(data.num_workers, own_processors()),
+        image_size=None if of_several_sizes else data.image_size,
+        resize=data.resize,
+        mean=data.mean,
+        std=data.std,
+        seed=run.settings.seed,
+    )
+    folder = calibration_folder(run.settings)
+    if folder is not None:
+        return CalibrationImages(folder, spec, engine.is_main)
+    if isinstance(training, CocoSplit):
+        return coco_images(training, spec, data.skip_unreadable, unreadable)
+    return training_images(training, spec, data.skip_unreadable, unreadable)
+
+
+def calibration_fingerprint(images: ImagesToShow | None, settings: Settings) -> dict[str, str]:
+    """A digest of the images of `calibration.images`, by their paths below it; training images are known."""
+    folder = calibration_folder(settings)
+    if images is None or folder is None:
+        return {}
+    return {CALIBRATION: digest_of(os.path.relpath(path, folder) for path in images.paths)}
 
 
 def read_splits(job: Job, splits: Sequence[str], network: nn.Module | None) -> list[CocoSplit]:

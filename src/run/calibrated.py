@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.log import log, note
 from ..compression.quantize.calibrate.calibrate import Calibration, calibrate
@@ -13,14 +14,22 @@ from ..compression.quantize.plan import Plan
 from .open_run import Run
 
 
-def calibrated(run: Run, model: nn.Module, plan: Plan, seed: int, images: Sequence[Tensor]) -> Calibration:
+def calibrated(run: Run, model: nn.Module, plan: Plan, seed: int, images: Sequence[Any]) -> Calibration:
     """Codebooks and codes of the weights of a plan that keep what the network computes from images.
 
     The running statistics of the model's batch norms are adjusted. Every process does all of it by itself; what the
     first one finds for the norms holds for all, and codes are sent by the process that owns the layer.
     """
     engine = run.engine
-    found = calibrate(model, plan, images, seed=seed, device=engine.device, show_progress=engine.is_main)
+    found = calibrate(
+        model,
+        plan,
+        images,
+        seed=seed,
+        device=engine.device,
+        show_progress=engine.is_main,
+        memory=run.settings.calibration.memory,
+    )
     found.put_norms(model)
     if engine.world_size > 1:
         engine.broadcast(list(model.buffers()))

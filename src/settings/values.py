@@ -82,6 +82,14 @@ def read_size(value: object) -> int:
     return int(size)
 
 
+def size_text(size: int) -> str:
+    """A number of bytes as `read_size` reads it, with the largest unit of which it is a whole number."""
+    for unit in ("GB", "MB", "KB"):
+        if size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return str(size)
+
+
 def check_centroids(k: int) -> int:
     """Refuse a number of centroids whose codes would not fill a whole number of bits."""
     if not 2 <= k <= MOST_CENTROIDS:
@@ -204,7 +212,7 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     if origin in (Union, UnionType):
         words = " or ".join(_describe(option) for option in arguments if option is not NoneType)
         return f"{words}, or null" if NoneType in arguments else words
-    if _is_size(limits):
+    if _measures_size(limits):
         return SIZE_WORDS
     named = _one_of(limits)
     if named is not None:
@@ -225,7 +233,12 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     return (_WORDS.get(kind) or "a value") + _bounds(limits)
 
 
-def _is_size(limits: tuple[Any, ...]) -> bool:
+def is_size(field: FieldInfo) -> bool:
+    """Whether a field holds a number of bytes."""
+    return _measures_size(tuple(field.metadata))
+
+
+def _measures_size(limits: tuple[Any, ...]) -> bool:
     return any(isinstance(limit, BeforeValidator) and limit.func is read_size for limit in limits)
 
 
@@ -257,7 +270,7 @@ def _short(kind: Any, limits: tuple[Any, ...] = (), task: str | None = None) -> 
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _short(arguments[0], arguments[1:], task)
-    if _is_size(limits):
+    if _measures_size(limits):
         return "size"
     named = _one_of(limits)
     names = named.names if named is not None else list(_choices(limits, task))
