@@ -22,6 +22,7 @@ from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
 from ..model_files.compression_report import FILE_NAME, read_settings, report_text
 from ..model_files.size import model_size
 from ..run.calibrated import calibrated
+from ..run.calibration_report import report_calibration
 from ..run.compression_specs import budget_of, plan_for
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
@@ -129,6 +130,8 @@ def compress_network(
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))
     calibration = None if images is None else calibrated(run, model, plan.quantization, plan.seed, images)
+    if calibration is not None:
+        report_calibration(run.recorder, calibration)
     quantize = partial(
         compress,
         seed=plan.seed,
@@ -146,9 +149,9 @@ def compress_network(
                 "alone: its values are near the smallest that they can hold"
             )
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
-    run.recorder.file(
-        FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense)
-    )
+    lost = None if calibration is None else calibration.lost
+    about = (layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense, lost)
+    run.recorder.file(FILE_NAME, report_text(*about))
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..architectures.architecture import Architecture
 from ..architectures.detectors import finds_masks, image_sizes, memory_settings
 from ..common.errors import SettingsError
 from ..common.log import log, note
@@ -29,6 +30,8 @@ from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_
 from ..tasks.loading import LoaderSpec
 from ..tasks.sources import prepare
 
+AT_A_TIME = 2
+"""Images that a detector sees at a time, at most, where nothing says how many it can be trained on."""
 SAME_IMAGES = "Give every machine the same images, under the same path."
 
 
@@ -186,6 +189,34 @@ def images_to_calibrate(
     if isinstance(training, CocoSplit):
         return coco_images(training, spec, data.skip_unreadable, unreadable)
     return training_images(training, spec, data.skip_unreadable, unreadable)
+
+
+def images_of_folder(settings: Settings, architecture: Architecture, show_progress: bool) -> CalibrationImages | None:
+    """The images of `calibration.images` for a network that is not trained, as it is made to see them; None where none
+    are named. Nothing is read yet.
+
+    Raises:
+        SettingsError: the folder is not there, or the crop is larger than the image.
+        DataError: it holds no image that can be read.
+    """
+    folder, given = calibration_folder(settings), settings.calibration
+    if folder is None:
+        return None
+    of_several_sizes = architecture.task == "detection"
+    side = given.image_size or architecture.image_size
+    spec = CalibrationSpec(
+        count=given.count,
+        batch_size=min(given.batch_size, AT_A_TIME) if of_several_sizes else given.batch_size,
+        num_workers=min(given.num_workers, own_processors()),
+        image_size=None if of_several_sizes else side,
+        resize=given.resize or round(side * 8 / 7),
+        seed=settings.seed,
+    )
+    if spec.resize < side:
+        raise SettingsError(
+            f"calibration.image_size {side} is larger than calibration.resize {spec.resize}: the crop would not fit"
+        )
+    return CalibrationImages(folder, spec, show_progress)
 
 
 def calibration_fingerprint(images: ImagesToShow | None, settings: Settings) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
-from ..run.starting_norms import rebuild_folded_norms, warn_of_folded_norms
+from ..run.starting_norms import reestimate_starting_norms, warn_of_folded_norms
 from ..settings import Settings
 from ..tasks.calibration import ImagesToShow
 from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network, report_size
@@ -87,11 +87,12 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
             if run.settings.model.use_compression and prepared.compressed is None
             else None
         )
-        warn_of_folded_norms(run, model)
+        compressed = prepared.compressed is not None
+        warn_of_folded_norms(run, model, compressed)
         save = ModelWriter(run.settings, architecture, run.output, prepared.compressed)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
         if resumed is None:
-            rebuild_folded_norms(run, model, prepared.task)
+            reestimate_starting_norms(run, model, prepared.task, compressed)
         for name, text in prepared.files.items():
             run.recorder.file(name, text)
         if plan is not None:

@@ -36,7 +36,8 @@ class CalibrationSettings(Section):
     )
     count: Positive = Field(1024, description="Images that are drawn from them, at most.")
     batch_size: Positive = Field(
-        64, description="Images at a time; of a detector in training at most dataloader.batch_size."
+        64,
+        description="Images at a time; of a detector at most dataloader.batch_size, or 2 where it is not trained.",
     )
     memory: Size = Field(
         2**31,

@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 from .checks import is_placeholder
 from .keys import Path
 from .reach import COMPRESS, keys
-from .values import choices, is_listed, is_size, meaning_of, short_kind, size_text
+from .sizes import size_text
+from .values import choices, is_listed, is_size, meaning_of, short_kind
 
 WIDTH = 100
 _EXAMPLES = (

@@ -26,10 +26,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 def told() -> str:
     """The recipes in words, for the help."""
     parts = (
-        f"{name}: " + ", ".join(f"{key} {value}" for key, value in defaults.items())
-        for name, defaults in RECIPES.items()
+        f"of {recipe}: " + ", ".join(f"{key} {value}" for key, value in keys.items())
+        for recipe, keys in RECIPES.items()
     )
-    return "; ".join(parts)
+    return f"Defaults {'; '.join(parts)}."
 
 
 def put_defaults(settings: Section, recipe: str) -> None:

@@ -27,8 +27,8 @@ class Settings(Section):
     recipe: Annotated[Literal["best", "published"], COMPRESSING] = Field(
         "best",
         description=(
-            "What is done where single keys do not say it: best, what keeps most; published, what the paper does. It "
-            f"is the default of these keys. {told()}."
+            "What is done where single keys do not say it: best, what keeps most; published, what the paper does. "
+            f"{told()}"
         ),
     )
     dataloader: Annotated[DataSettings, WITH_DATA] = Field(default_factory=DataSettings, description="Images.")
