@@ -390,7 +390,7 @@ model:
     file = tmp_path / "original.yaml"
     file.write_text(text)
     small = ["--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32", "--device", "cpu"]
-    assert train_resnet.main(["--config", str(file), *small]) == 0
+    assert train_resnet.main(["--config", str(file), *small, "--recipe", "published"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("backbone.body.conv1, module.old_name") == 1
     assert printed.count("take no effect: rpn.head.conv") == 1

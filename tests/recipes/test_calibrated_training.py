@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import load_packed
 from src.model_files.pth import read_tensors
 from src.settings import load
+from tests.run.test_resume import at_step, stopped
 from tests.support.coco import small_coco
 from tests.support.own_network import Net
 from tests.support.small_runs import training
@@ -171,6 +173,23 @@ def test_a_compressed_start_and_a_dense_training_are_not_calibrated(
     assert "calibration" not in said
     assert train(start, small_images, tmp_path / "asked", *flags, "--calibration.use", "True") == 0
     assert "calibration.use has no effect: model.use_compression is False" in capsys.readouterr().out
+
+
+def test_a_training_that_resumes_takes_everything_from_its_checkpoint(
+    start: Path, small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*SMALL, "--model.weights", str(start), "--dataloader.imagenet_path", str(small_images)]
+    flags += ["--recipe", "best", "--epochs", "2", "--checkpoint_every_n_steps", "1", "--output_path"]
+    assert train_classifier.main([*flags, str(tmp_path / "whole")]) == 0
+    half = [*flags, str(tmp_path / "half")]
+    assert stopped(half, signal.SIGINT, at_step(tmp_path / "half", 2), train_classifier.main) == 130
+    capsys.readouterr()
+    changed = ["--calibration.memory", "1GB"]  # which does not change the result
+    assert train_classifier.main([*half, *changed]) == 0
+    assert "calibrated" not in capsys.readouterr().out
+    for name in ("0.pth", "2.pth", "2.safetensors", "best.safetensors"):
+        first, second = (tmp_path / run / "trained_models" / name for run in ("whole", "half"))
+        assert first.read_bytes() == second.read_bytes(), name
 
 
 @pytest.mark.parametrize(
