@@ -29,6 +29,7 @@ class Row:
         frequencies: how often each code occurs, falling.
         sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare
             with.
+        outputs_lost: share of the energy of the layer's outputs that was lost when it was quantized with calibration.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     entropy: float | None = None
     frequencies: tuple[int, ...] = ()
     sqnr: float | None = None
+    outputs_lost: float | None = None
 
     @property
     def bits(self) -> int:
@@ -75,10 +77,18 @@ class Inspection:
         return sum((row.entropy or 0.0) * (row.n_codes or 0) for row in self.rows)
 
 
+LOST = "output energy lost"
+
+
 def header(found: Inspection) -> list[str]:
     """What stands above the columns of `cells`."""
     names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
-    return [*names, *(["SQNR dB"] if found.against else [])]
+    lost = [LOST] if _calibrated(found) else []
+    return [*names, *lost, *(["SQNR dB"] if found.against else [])]
+
+
+def _calibrated(found: Inspection) -> bool:
+    return any(row.outputs_lost is not None for row in found.rows)
 
 
 def about(found: Inspection) -> list[str]:
@@ -139,7 +149,8 @@ def cells(row: Row, found: Inspection) -> list[str]:
         shown(row.used),
         shown(row.entropy, ".3f"),
     ]
-    return [*line, shown(row.sqnr, ".2f")] if found.against else line
+    lost = [shown(row.outputs_lost, ".2%").replace("%", " %")] if _calibrated(found) else []
+    return [*line, *lost, *([shown(row.sqnr, ".2f")] if found.against else [])]
 
 
 def lines(found: Inspection) -> list[str]:
