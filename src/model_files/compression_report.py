@@ -91,11 +91,14 @@ def applied(
     )
 
 
-def read_settings(report: Path) -> dict[str, tuple[int, int]]:
-    """d and k of every weight that a report lists, by name; nothing where it is missing."""
+def read_settings(report: Path) -> dict[str, tuple[int, int, int]]:
+    """d, k and bits of a codebook's value of every weight that a report lists, by name; nothing where it is missing."""
     try:
         layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
-        return {str(layer["name"]): (int(layer["d"]), int(layer["k"])) for layer in layers}
+        return {
+            str(layer["name"]): (int(layer["d"]), int(layer["k"]), int(layer.get("codebook_bits", 16)))
+            for layer in layers
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -16,7 +16,7 @@ from ..compression.permute.groups import Group, resolve
 from ..compression.quantize.layers import QuantizedLayer, dense_type, own_tensors
 from ..compression.quantize.placing import dense_name
 from ..compression.quantize.plan import DenseWeight, dense_notes
-from ..compression.quantize.subvectors import CODEBOOK_BITS, SCALE_BITS, Layer, bits_per_code
+from ..compression.quantize.subvectors import Layer, bits_per_code, codebook_size
 from ..compression.quantize.weights import SUFFIX, matrices, why_dense
 from .building import build_and_load
 from .inspected import Inspection, Row
@@ -109,10 +109,11 @@ def _row(name: str, module: Layer) -> Row | None:
             kind=module.quantized_kind,
             shape=tuple(module.weight_shape),
             codes_bits=n_codes * bits_per_code(module.k),
-            codebook_bits=module.codebook.numel() * CODEBOOK_BITS + SCALE_BITS * module.has_scale,
+            codebook_bits=codebook_size(module.codebook.numel(), module.codebook_bits, module.has_scale),
             other_bits=sum(map(tensor_bits, own_tensors(module).values())),
             d=module.d,
             k=module.k,
+            value_bits=module.codebook_bits,
             n_codes=n_codes,
             used=int(torch.unique(used, dim=0).shape[0]),
             entropy=float(-(share * share.log2()).sum()) + 0.0,

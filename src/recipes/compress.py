@@ -143,7 +143,7 @@ def compress_network(
     if calibration is None:  # which keeps outputs rather than weights, and has said so
         log.info("%s", _quantization_summary(layers))
     for layer in layers:
-        if layer.rounding > WORTH_A_NOTE:
+        if layer.codebook_bits == 16 and layer.rounding > WORTH_A_NOTE:
             note(
                 f"{layer.name or 'the model'}: {100 * layer.rounding:.2g} % of its energy is lost by 16-bit floats "
                 "alone: its values are near the smallest that they can hold"
@@ -156,13 +156,13 @@ def compress_network(
 
 
 def rebuild_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
-    """The quantized network without its values, which a checkpoint holds; d and k are those of the run's report, so
-    that what was chosen for a size stays what it was, on another machine too."""
+    """The quantized network without its values, which a checkpoint holds; d, k and the codebooks' bits are those of the
+    run's report, so that what was chosen for a size stays what it was, on another machine too."""
     settings, quantization = read_settings(run.output.path / FILE_NAME), plan.quantization
     layers = {
-        name: replace(layer, d=d, k=k)
+        name: replace(layer, d=d, k=k, codebook_bits=bits)
         for name, layer in quantization.layers.items()
-        for d, k in [settings.get(name, (layer.d, layer.k))]
+        for d, k, bits in [settings.get(name, (layer.d, layer.k, layer.codebook_bits))]
     }
     return build_quantized(model, replace(quantization, layers=layers))
 
