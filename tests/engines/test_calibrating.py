@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from src import compress
+from src.model_files.packed import load_packed
 from tests.support.calibrating import as_values, found_by, networks
 from tests.support.launching import launch
 
@@ -35,3 +41,23 @@ def test_and_it_is_what_one_process_finds(name: str, found: dict) -> None:
     assert together["norms"].keys() == alone["norms"].keys()
     for norm, statistics in alone["norms"].items():
         assert torch.allclose(torch.tensor(together["norms"][norm]), torch.tensor(statistics), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_same_network_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(14):
+        pixels = draw.integers(0, 256, (30, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    flags = ["--model.arch", "tests.support.own_network:Net", "--model.weights", "none", "--device", "cpu"]
+    flags += ["--model.compression_parameters.k_means_n_iters", "2", "--model.compression_parameters.k", "16"]
+    flags += ["--calibration.images", str(tmp_path / "photos"), "--calibration.num_workers", "0"]
+    flags += ["--calibration.image_size", "16", "--calibration.batch_size", "4", "--output_path"]
+    finished = launch("torchrun", ["-m", "src.compress", *flags, str(tmp_path / "two")])
+    assert finished.status == 0, finished.text
+    assert compress.main([*flags, str(tmp_path / "one")]) == 0
+    one, two = (load_packed(tmp_path / name / "model.safetensors").state() for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)

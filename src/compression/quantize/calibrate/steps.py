@@ -13,8 +13,8 @@ from ..members import Members
 from ..stored_codebook import as_stored
 from .target import State, Target, sums_by_code
 
-LLOYD_UPDATES = 15
-"""Of the weighted start."""
+LLOYD_UPDATES = 6
+"""Of the weighted start; the steps after it make up for the rest."""
 CG_STEPS = 10
 """Of the least squares; later ones gain next to nothing."""
 ROUNDINGS = 2
