@@ -16,7 +16,7 @@ from ..run.agreement import digest_of, first_here
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import calibration_folder, weights_source
 from ..run.model_writer import ModelWriter
-from ..run.open_run import Run, open_run
+from ..run.open_run import Job, open_run
 from ..settings import Settings
 from ..tasks.calibration import CalibrationImages, CalibrationSpec
 from .compress import compress_network, plan_compression, report_size
@@ -32,14 +32,14 @@ EXAMPLES = 2
 def compress_only(settings: Settings) -> int:
     """Permute and quantize a network and write it, with a report of what was lost; returns the exit status.
 
-    With `calibration.images` it is calibrated with these images. With `compression.plan` it is only said what would be
-    done.
+    With `calibration.images` it is calibrated with these images, and a wanted size spent on what matters to its outputs
+    for them. With `compression.plan` it is only said what would be done.
     """
     architecture = find(settings.model.arch)
     settings = with_current_names(settings, architecture)
     weights = weights_source(settings)
     if settings.compression.plan:
-        return show_plan(settings, architecture, weights)
+        return show_plan(settings, architecture, weights, lambda job: _shown(job, architecture))
     with open_run(settings) as run:
         torch.manual_seed(settings.seed)  # random starting weights; everything else draws from streams of its own
         with first_here(run.engine):
@@ -66,7 +66,13 @@ def example(settings: Settings, architecture: Architecture) -> Tensor:
     return torch.randn(EXAMPLES, 3, side, side)
 
 
-def _images(run: Run, architecture: Architecture) -> CalibrationImages | None:
+def _shown(job: Job, architecture: Architecture) -> list[Tensor] | None:
+    """The images that say what matters to the network."""
+    images = _images(job, architecture)
+    return None if images is None else _read(job, images)
+
+
+def _images(run: Job, architecture: Architecture) -> CalibrationImages | None:
     folder, given = calibration_folder(run.settings), run.settings.calibration
     if folder is None:
         return None
@@ -86,7 +92,7 @@ def _images(run: Run, architecture: Architecture) -> CalibrationImages | None:
     return CalibrationImages(folder, spec, run.engine.is_main)
 
 
-def _read(run: Run, images: CalibrationImages) -> list[Tensor]:
+def _read(run: Job, images: CalibrationImages) -> list[Tensor]:
     """All batches, in memory: they are shown to the network many times."""
     total = -(-len(images) // run.settings.calibration.batch_size)
     batches = list(bar(images, "read images", total, run.engine.is_main, "batch"))
