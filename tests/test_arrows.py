@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model_files.entropy": ("model_files.bit_packing",),
     "model_files.rans": ("model_files.bit_packing",),
     "settings": ("common", *REGISTRIES),
-    "tasks": ("common", "engines.engine", "compression.finetune.task"),
+    "tasks": ("common", "engines.engine", "compression.finetune.task", "compression.finetune.distillation"),
     "run": (
         "common",
         "engines",

@@ -15,9 +15,9 @@ from ..run.expected import verdict
 from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
 from ..tasks.classification import check_batch_norms, check_classes
-from .data import classification_task, images_fingerprint, read_images
+from .data import classification_task, images_fingerprint, read_images, read_more_images
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
-from .train import Prepared, train
+from .train import Prepared, learn_from_teacher, train
 
 
 def train_classification(settings: Settings) -> int:
@@ -32,7 +32,9 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     model = start.model
     check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE)
     side = run.settings.dataloader.image_size
-    task = classification_task(run, train_images, validation)
+    more = read_more_images(run)
+    task = classification_task(run, train_images, validation, more)
+    task.distillation = learn_from_teacher(run, architecture, start, weights, torch.zeros(1, 3, side, side))
     joined = run.settings.sync_batch_norm and run.engine.world_size > 1  # its norms see the images of all processes
     if run.settings.epochs and not joined:
         check_batch_norms(model, task, side)
@@ -41,8 +43,9 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         task=task,
         example=torch.randn(2, 3, side, side),
         results={},
-        images_digest=images_fingerprint(train_images, validation),
+        images_digest=images_fingerprint(train_images, validation, *([] if more is None else [more.index])),
         compressed=start.compressed,
+        distillation=task.distillation,
     )
 
 

@@ -15,15 +15,26 @@ from ..common.log import log, note
 from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
-from ..run.inputs import data_folder
+from ..run.inputs import data_folder, unlabelled_folder
 from ..run.open_run import Job
+from ..tasks import unlabelled
 from ..tasks.classification import Classification, ImageSpec
 from ..tasks.coco.data import CocoSplit, read_coco, require_masks
 from ..tasks.coco.image_checks import too_narrow_images, unusable_images, without
 from ..tasks.detection import Detection
-from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
+from ..tasks.images import (
+    BadFiles,
+    ImageFolderIndex,
+    check_images,
+    check_same_classes,
+    leave_out,
+    read_folder,
+    some,
+    unreadable_error,
+)
 from ..tasks.loading import LoaderSpec
 from ..tasks.sources import prepare
+from ..tasks.unlabelled import Unlabelled, read_unlabelled
 
 SAME_IMAGES = "Give every machine the same images, under the same path."
 
@@ -60,6 +71,32 @@ def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
         warn_of_skipped(bad, index.root, engine.is_main)
         readable.append(kept)
     return readable
+
+
+def read_more_images(job: Job) -> Unlabelled | None:
+    """The images of `distillation.images`, checked like those of `read_images`; None where there are to be none.
+
+    Raises:
+        SettingsError: the folder is not there, or the processes see other images.
+        DataError: it holds no image, or some cannot be read.
+    """
+    folder, settings, engine = unlabelled_folder(job.settings), job.settings, job.engine
+    if folder is None:
+        return None
+    found, data = read_unlabelled(folder), settings.dataloader
+    check_same(engine, f"the list of images in {folder}", found.paths, SAME_IMAGES)
+
+    def check(share: slice) -> BadFiles:
+        own = replace(found, paths=found.paths[share], labels=found.labels[share])
+        return check_images(own, data.verify_images, engine.is_main, resize=data.resize, part=part_name(engine))
+
+    bad = dict(check_together(engine, found.paths, check))
+    kept = [path for path in found.paths if path not in bad]
+    if bad and not (data.skip_unreadable and kept):
+        raise unreadable_error(list(bad.items()), unlabelled.KEY)
+    warn_of_skipped(list(bad.items()), folder, engine.is_main)
+    per_batch = settings.distillation.images_per_batch or data.batch_size
+    return Unlabelled(replace(found, paths=kept, labels=found.labels[: len(kept)]), per_batch)
 
 
 def images_fingerprint(*indices: ImageFolderIndex) -> str:
@@ -104,8 +141,11 @@ def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
         log.warning("skipped %s unreadable images of %s: %s", f"{len(bad):,}", folder, names)
 
 
-def classification_task(job: Job, train: ImageFolderIndex | None, validation: ImageFolderIndex) -> Classification:
-    """The task with the loader settings of the file; without `train` it can only validate."""
+def classification_task(
+    job: Job, train: ImageFolderIndex | None, validation: ImageFolderIndex, more: Unlabelled | None = None
+) -> Classification:
+    """The task with the loader settings of the file; without `train` it can only validate, `more` are trained on
+    too."""
     data = job.settings.dataloader
     images = ImageSpec(
         resize=data.resize,
@@ -116,7 +156,10 @@ def classification_task(job: Job, train: ImageFolderIndex | None, validation: Im
         std=data.std,
         channels_last=job.settings.channels_last,
     )
-    return Classification(job.engine, train, validation, images, loader_spec(job))
+    smoothing = job.settings.label_smoothing
+    return Classification(
+        job.engine, train, validation, images, loader_spec(job), label_smoothing=smoothing, unlabelled=more
+    )
 
 
 def loader_spec(job: Job) -> LoaderSpec:

@@ -14,6 +14,7 @@ from ..common.errors import SettingsError
 from ..compression.finetune.registry import OPTIMIZERS, SCHEDULES
 from ..compression.permute.registry import SEARCHES
 from ..engines.registry import ENGINES
+from .finetune_schema import DistillationSettings
 from .keys import LAYER, Path, walk
 from .model_schema import CompressionSettings
 from .overrides import locate
@@ -122,11 +123,26 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     if settings.calibration.images is None:
         unused = ("count", "batch_size", "num_workers", "resize")
         yield "calibration.images is not set", [f"calibration.{key}" for key in unused]
+    yield from _of_distillation(settings)
     yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it
     if all(getattr(expected, name) is None and name not in expected.model_fields_set for name in values):
         yield "no expected value is set", ["expected.tolerance"]
+
+
+def _of_distillation(settings: Settings) -> Iterator[tuple[str, list[str]]]:
+    given = settings.distillation
+    if not given.weight:
+        unused = [key for key in DistillationSettings.model_fields if key != "weight"]
+        yield "distillation.weight is 0", [f"distillation.{key}" for key in unused]
+        return
+    if not given.labels:
+        yield "distillation.labels is 0, so that labels are not learnt from", ["label_smoothing"]
+    if not given.features:
+        yield "distillation.features is 0", ["distillation.stages"]
+    if given.images is None:
+        yield "distillation.images is not set", ["distillation.images_per_batch"]
 
 
 def to_yaml(settings: Settings) -> str:

@@ -12,9 +12,19 @@ from pydantic import (
 )
 
 from .data_schema import CalibrationSettings, DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
+from .finetune_schema import DistillationSettings
 from .model_schema import BudgetSettings, ModelSettings
 from .names import EngineName, OptimizerName
-from .read_by import COCO, COMPRESSING, COMPRESSION, EVALUATION, TRAINING, WITH_DATA, WRITES_A_FOLDER
+from .read_by import (
+    COCO,
+    COMPRESSING,
+    COMPRESSION,
+    EVALUATION,
+    IMAGES_IN_FOLDERS,
+    TRAINING,
+    WITH_DATA,
+    WRITES_A_FOLDER,
+)
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text
 
@@ -36,6 +46,16 @@ class Settings(Section):
     weight_decay: Annotated[RealFromZero, TRAINING] = Field(0.0, description="Weight of the L2 penalty.")
     lr_scheduler: Annotated[SchedulerSettings, TRAINING] = Field(
         default_factory=SchedulerSettings, description="Learning rate schedule."
+    )
+    distillation: Annotated[DistillationSettings, TRAINING] = Field(
+        default_factory=DistillationSettings, description="Learning from the dense network."
+    )
+    label_smoothing: Annotated[Real, Ge(0), Lt(1), TRAINING, IMAGES_IN_FOLDERS] = Field(
+        0.0,
+        description=(
+            "Share of each label's weight that is spread over all classes; it helps long trainings on labels, some of "
+            "which are wrong."
+        ),
     )
     skip_initial_validation: Annotated[Flag, TRAINING] = Field(
         False, description="Do not validate before the first epoch."
