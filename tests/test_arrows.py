@@ -23,7 +23,7 @@ ENTRIES = (
 # `a.b` allows that module and what is below it.
 REGISTRIES = (
     "architectures", "compression.finetune.registry", "compression.permute.registry", "compression.quantize.registry",
-    "engines.registry", "tasks.coco.backends", "tasks.sources",
+    "engines.registry", "tasks.augmentation_names", "tasks.coco.backends", "tasks.sources",
 )  # fmt: skip
 """What there is, by name; nothing in them is imported before it is asked for."""
 ALLOWED: dict[str, tuple[str, ...]] = {

@@ -155,6 +155,8 @@ def classification_task(
         mean=data.mean,
         std=data.std,
         channels_last=job.settings.channels_last,
+        crop=data.crop,
+        augmentation=data.augmentation,
     )
     smoothing = job.settings.label_smoothing
     return Classification(

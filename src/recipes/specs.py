@@ -91,6 +91,7 @@ def finetune_spec(settings: Settings, world_size: int, show_progress: bool = Tru
             learning_rate=factor * settings.learning_rate,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
+            codebook_learning_rate=settings.codebook_learning_rate,
         ),
         lr_scheduler=ScheduleSpec(**{**scheduler, "min_lr": factor * settings.lr_scheduler.min_lr}),
         amp=settings.amp,
@@ -98,4 +99,8 @@ def finetune_spec(settings: Settings, world_size: int, show_progress: bool = Tru
         log_every_n_steps=settings.log_every_n_steps,
         checkpoint_every_n_steps=settings.checkpoint_every_n_steps,
         show_progress=show_progress,
+        accumulate=settings.accumulate,
+        clip_gradients=settings.clip_gradients,
+        ema=settings.ema,
+        early_stopping=settings.early_stopping,
     )

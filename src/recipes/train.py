@@ -85,6 +85,7 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
         prepared = prepare(run, architecture, weights)
         model, results = prepared.model, dict(prepared.results)
+        _check_accumulation(run.settings, prepared.task)
         teacher = {} if prepared.distillation is None else {TEACHER: weights_digest(prepared.distillation.teacher)}
         run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: prepared.images_digest, **teacher})
         plan = (
@@ -106,6 +107,24 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
             results |= report_size(model, run.recorder)
         run.finish(_finetuned(run, model, prepared.task, resumed), results)
     return 0
+
+
+def _check_accumulation(settings: Settings, task: Task) -> None:
+    """Batches of an epoch that make up no whole step are said; an epoch without a whole step is an error.
+
+    Raises:
+        SettingsError: it has fewer batches than a step.
+    """
+    each, batches = settings.accumulate, task.steps_per_epoch
+    if not settings.epochs or not batches % each:
+        return
+    if each > batches:
+        raise SettingsError(
+            f"accumulate: a step of {each:,} batches is longer than an epoch, which has {batches:,} here; use at most "
+            f"{batches:,}"
+        )
+    left = batches % each
+    note(f"accumulate: the last step of each epoch is made of {left} instead of {each} batches, as it has {batches:,}")
 
 
 def _compressed(run: Run, plan: CompressionPlan, model: nn.Module, resumed: Resumed | None) -> nn.Module:

@@ -45,6 +45,12 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
         architectures.check(settings.model.arch, task)
         weights_source(settings)
         require(settings, "output_path")
+        warmup = settings.lr_scheduler.warmup
+        if warmup > settings.epochs > 0:
+            raise SettingsError(
+                f"lr_scheduler.warmup: {warmup:g} epochs of warm-up are more than the training has (epochs: "
+                f"{settings.epochs}); use fewer, or a part of one such as 0.1"
+            )
         teacher_source(settings, task)
         unlabelled_folder(settings)
     elif task == DETECTION and settings.evaluation.detections is not None:

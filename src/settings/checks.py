@@ -111,7 +111,7 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
         budget = ["compression.size", "compression.ratio"]
-        yield "model.use_compression is False", [*compression, *search, *budget]
+        yield "model.use_compression is False", [*compression, *search, *budget, "codebook_learning_rate"]
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
     else:
@@ -124,6 +124,8 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
         unused = ("count", "batch_size", "num_workers", "resize")
         yield "calibration.images is not set", [f"calibration.{key}" for key in unused]
     yield from _of_distillation(settings)
+    if settings.dataloader.crop == "random_resized":
+        yield "dataloader.crop is random_resized", ["dataloader.crop_padding"]
     yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it

@@ -44,6 +44,41 @@ class Settings(Section):
     )
     momentum: Annotated[Real, Ge(0), Lt(1), TRAINING] = Field(0.9, description="Momentum (sgd).")
     weight_decay: Annotated[RealFromZero, TRAINING] = Field(0.0, description="Weight of the L2 penalty.")
+    codebook_learning_rate: Annotated[RealAboveZero, TRAINING] = Field(
+        1.0,
+        description=(
+            "Learning rate of codebooks as a multiple of learning_rate; below 1 it helps where the codes fit well "
+            "already and norms have most to learn."
+        ),
+    )
+    accumulate: Annotated[Positive, TRAINING] = Field(
+        1,
+        description=(
+            "Batches that make up one step of the optimizer; it helps where batches are small because memory is. What "
+            "is left at the end of an epoch makes up a step of its own."
+        ),
+    )
+    clip_gradients: Annotated[RealAboveZero | None, TRAINING] = Field(
+        None,
+        description=(
+            "Largest norm of a step's gradients together; longer ones are scaled down to it, which helps where single "
+            "batches throw a training back. null: no limit."
+        ),
+    )
+    ema: Annotated[Real, Ge(0), Lt(1), TRAINING] = Field(
+        0.0,
+        description=(
+            "Decay (such as 0.999) of the moving average of codebooks, norms and dense layers that is validated and "
+            "saved; it helps where the metric goes up and down between epochs. 0: none."
+        ),
+    )
+    early_stopping: Annotated[Natural, TRAINING] = Field(
+        0,
+        description=(
+            "Epochs without a better validation metric after which training ends; it helps with a plateau or constant "
+            "schedule and many epochs. 0: it goes on."
+        ),
+    )
     lr_scheduler: Annotated[SchedulerSettings, TRAINING] = Field(
         default_factory=SchedulerSettings, description="Learning rate schedule."
     )

@@ -22,7 +22,7 @@ from ..engines.engine import Engine
 from .batch_norms import check_lone_values
 from .images import KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
-from .transforms import Transform, training_transform, validation_transform
+from .transforms import Augmented, Transform, training_transform, validation_transform
 from .unlabelled import Unlabelled, with_unlabelled
 
 
@@ -55,6 +55,8 @@ class ImageSpec:
         horizontal_flip: mirror half of the training images.
         mean, std: of the three channels, on the scale 0 to 1.
         channels_last: hand the images to the network in this memory format.
+        crop: `random`, or `random_resized`, in training.
+        augmentation: names of what else is done to training images.
     """
 
     resize: int = 256
@@ -64,6 +66,15 @@ class ImageSpec:
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
     channels_last: bool = False
+    crop: str = "random"
+    augmentation: tuple[str, ...] = ()
+
+    def for_training(self) -> Transform:
+        """How training images are shown."""
+        how = (self.resize, self.image_size, self.crop_padding, self.horizontal_flip, list(self.mean), list(self.std))
+        if self.crop == "random" and not self.augmentation:
+            return training_transform(*how)
+        return Augmented(*how, resized_crop=self.crop == "random_resized", names=self.augmentation)
 
 
 def check_batch_norms(model: nn.Module, task: Classification, image_size: int) -> None:
@@ -143,9 +154,7 @@ class Classification:
         if train_index is not None:
             check_same_classes(train_index, validation_index)
             per_process = images_per_process(len(train_index), loading.batch_size, engine.world_size)
-            to_train = training_transform(
-                images.resize, images.image_size, images.crop_padding, images.horizontal_flip, images.mean, images.std
-            )
+            to_train = images.for_training()
             self._train_order = EpochOrder(len(train_index), loading.train_shuffle, *place, per_process)
             if unlabelled is None:
                 self._train_loader = self._loader(train_index, to_train, self._train_order)
