@@ -148,7 +148,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def find_stages(model: nn.Module, example: Tensor) -> tuple[str, ...]:
-    """Names of the modules after which maps become smaller: of each size the last one that is made, without the 1x1.
+    """Names of the modules after which maps become smaller: of each size but 1x1 the last one of the outermost.
 
     Args:
         model: on the CPU; comes back as it was.
@@ -162,8 +162,10 @@ def find_stages(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     def note(name: str) -> Any:
         def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4 and output.shape[-2:].numel() > 1:
-                last.pop(tuple(output.shape[-2:]), None)
-                last[tuple(output.shape[-2:])] = name
+                size = tuple(output.shape[-2:])
+                if size not in last or name.count(".") <= last[size].count("."):
+                    last.pop(size, None)
+                    last[size] = name
 
         return remember
 

@@ -36,7 +36,7 @@ class InParts(Blobs):
         self.used = used
         self.steps_per_epoch = parts
 
-    def training_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def training_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: ARG002 (of a protocol)
         order = torch.arange(self.used)
         self.position = start
         for part in order.split(-(-self.used // self.steps_per_epoch))[start:]:
