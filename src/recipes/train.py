@@ -23,6 +23,7 @@ from ..compression.quantize.layers import set_memory_format
 from ..engines.batch_norm import join_batch_norms
 from ..model_files.compression_report import FILE_NAME, permutations_in, permute_alike
 from ..model_files.packed import ModelInfo
+from ..model_files.pth import read_tensors
 from ..run.agreement import first_here, once
 from ..run.fingerprint import IMAGES, TEACHER, WEIGHTS, weights_digest
 from ..run.inputs import teacher_source, weights_source
@@ -155,7 +156,12 @@ def _finetuned(run: Run, model: nn.Module, task: Task, resumed: Resumed | None) 
 
 
 def learn_from_teacher(
-    run: Run, architecture: Architecture, start: StartingModel, weights: str | Path, example: Tensor
+    run: Run,
+    architecture: Architecture,
+    start: StartingModel,
+    weights: str | Path,
+    example: Tensor | None,
+    why_not: str = "",
 ) -> Distillation | None:
     """What `distillation` asks for, checked before long work. None: nothing is learnt from a teacher.
 
@@ -167,7 +173,9 @@ def learn_from_teacher(
         architecture: of the network that is trained.
         start: that network.
         weights: where it comes from.
-        example: images (B, 3, H, W), to find stages with.
+        example: images (B, 3, H, W), to find stages with; None: the task itself knows what to compare, of networks of
+            one architecture.
+        why_not: why this network cannot learn from a teacher; empty: it can.
 
     Raises:
         SettingsError: there is no such teacher, or it does not fit; or there are no such stages.
@@ -176,22 +184,27 @@ def learn_from_teacher(
     given, source = run.settings.distillation, teacher_source(run.settings, architecture.task)
     if not given.weight:
         return None
-    why = _nothing_to_teach(run.settings, start, weights) if source is None else ""
+    why = why_not or (_nothing_to_teach(run.settings, architecture, start, weights) if source is None else "")
     if why and not any(key.startswith("distillation.") for key in explicit_keys(run.settings)):
         note(f"nothing is learnt from a teacher: {why}")
         return None
     if why:
         raise SettingsError(
-            f"distillation.teacher: {why}; name a teacher with --distillation.teacher, or learn from labels alone with "
-            "--distillation.weight 0"
+            f"distillation.weight: {why}; {'' if why_not else 'name a teacher with --distillation.teacher, or '}"
+            "learn from labels alone with --distillation.weight 0"
         )
     other = architectures.get(source, architecture.task) if isinstance(source, str) else architecture
+    if example is None and other.name != architecture.name:
+        raise SettingsError(
+            f"distillation.teacher: {source} is another architecture than {architecture.name}, whose heads cannot be "
+            "compared; use a dense network's file of the same one"
+        )
     if source is None:
         teacher = copy.deepcopy(start.model)
     else:
         teacher = _named_teacher(run, other, source, n_outputs(architecture, start.model))
     stages = given.stages
-    if given.features:
+    if given.features and example is not None:
         stages = stages or find_stages(teacher, example)
         for network in (teacher, start.model):
             check_stages(network, stages)
@@ -200,7 +213,7 @@ def learn_from_teacher(
     return Distillation(teacher, spec, amp_type(given.amp))
 
 
-def _nothing_to_teach(settings: Settings, start: StartingModel, weights: str | Path) -> str:
+def _nothing_to_teach(settings: Settings, architecture: Architecture, start: StartingModel, weights: str | Path) -> str:
     """Why the network that the run starts from is no teacher; empty: it is one."""
     if start.compressed is not None:
         return f"{weights} is a compressed model, which does not hold the dense network to learn from"
@@ -208,7 +221,18 @@ def _nothing_to_teach(settings: Settings, start: StartingModel, weights: str | P
         return "model.weights is none, and a network with random weights has nothing to teach"
     if settings.model.new_head:
         return "with model.new_head the network has a last layer of random weights, which has nothing to teach"
+    if _is_classifier(architecture, weights):
+        return f"{weights} is a classifier's, and layers of random weights behind it have nothing to teach"
     return ""
+
+
+def _is_classifier(architecture: Architecture, source: str | Path) -> bool:
+    """Whether a file holds only the backbone of the network."""
+    return (
+        isinstance(source, Path)
+        and bool(architecture.backbone)
+        and architecture.backbone_of(read_tensors(source)) is not None
+    )
 
 
 def _named_teacher(run: Run, architecture: Architecture, source: Path | str, n_classes: int) -> nn.Module:
@@ -223,6 +247,8 @@ def _named_teacher(run: Run, architecture: Architecture, source: Path | str, n_c
             "the same preprocessing"
         )
     try:
+        if _is_classifier(architecture, source):
+            raise SettingsError(f"{source} is a classifier's; a whole {architecture.name} is wanted here")
         with first_here(run.engine):
             teacher = dense_model(architecture, source if isinstance(source, Path) else "pretrained", n_classes, False)
     except UserError as error:
@@ -242,7 +268,7 @@ def _named_teacher(run: Run, architecture: Architecture, source: Path | str, n_c
 def _permute_teacher(run: Run, prepared: Prepared) -> None:
     """Bring the channels of the teacher into the order of the network that is trained, where stages are compared."""
     learned = prepared.distillation
-    if learned is None or not learned.stages or not run.settings.model.use_compression:
+    if learned is None or not learned.spec.features or not run.settings.model.use_compression:
         return
     if prepared.compressed is not None:
         known = prepared.compressed.permutations

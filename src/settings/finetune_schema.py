@@ -25,10 +25,11 @@ class DistillationSettings(Section):
     labels: RealFromZero = Field(
         0.0, description="Weight of the loss by labels beside the teacher; it helps where the teacher is often wrong."
     )
-    features: Annotated[RealFromZero, IMAGES_IN_FOLDERS] = Field(
+    features: RealFromZero = Field(
         0.0,
         description=(
-            "Weight of the squared difference from the outputs of the teacher's stages; 0: they are not looked at."
+            "Weight of the squared difference from the outputs of the teacher's stages (detection: from its feature "
+            "maps); 0: they are not looked at."
         ),
     )
     stages: Annotated[tuple[Text, ...], IMAGES_IN_FOLDERS] = Field(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import train_classifier
+from src import train_classifier, train_detector
 from src.model_files.pth import read_tensors
 from src.settings import load
 from src.tasks.images import load_rgb, read_folder
@@ -18,9 +18,12 @@ from src.tasks.transforms import validation_transform
 from tests.conftest import write_images
 from tests.run.test_resume import at_step, stopped
 from tests.support import small_runs
+from tests.support.coco import small_coco
+from tests.support.detectors import fasterrcnn
 from tests.support.helpers import lively, quantized
 from tests.support.own_network import Net
 from tests.test_entries import paths, refused, scalars
+from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
 
 FLAGS = [
     *small_runs.training(batch=6, workers=0, sls=20, k_means=4),
@@ -170,7 +173,11 @@ def test_a_compressed_network_is_trained_on_with_a_teacher_that_is_named(
     start = tmp_path / "first" / "trained_models" / "1.safetensors"
     on = flags(small_images, tmp_path / "second", start, "--distillation.weight", "1")
     capsys.readouterr()
-    words = ("distillation.teacher", "is a compressed model, which does not hold the dense network", "weight 0")
+    words = (
+        "name a teacher with --distillation.teacher",
+        "is a compressed model, which does not hold the dense network",
+        "weight 0",
+    )
     refused(capsys, train_classifier.main, on, *words)
     assert train_classifier.main([*on, *STAGES, "--distillation.teacher", str(dense)]) == 0
     assert not (tmp_path / "second" / "resume").exists()
@@ -249,3 +256,28 @@ def test_steps_that_an_epoch_cannot_be_divided_into(
     said = capsys.readouterr().out
     assert "accumulate: the last step of each epoch is made of 1 instead of 3 batches, as it has 4" in said
     assert load(str(tmp_path / "run" / "config.yaml")).accumulate == 3
+
+
+# --- detection ---
+
+
+def test_a_detector_learns_from_the_dense_one_and_says_where_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = small_coco(tmp_path / "coco")
+    torch.manual_seed(0)
+    torch.save(fasterrcnn(5).state_dict(), tmp_path / "dense.pth")
+    places = ["--dataloader.coco_path", str(coco), "--output_path", str(tmp_path / "run"), "--epochs", "1"]
+    given = [*QUICK_DETECTION, *places, "--config", "../config/train_maskrcnn.yaml", "--distillation.weight", "1"]
+    ours = ["--model.arch", "tests.support.detectors:fasterrcnn", "--model.weights", str(tmp_path / "dense.pth")]
+    assert train_detector.main([*given, *ours, "--distillation.features", "0.1"]) == 0
+    found = scalars(tmp_path / "run")
+    assert {"Train/divergence_classes", "Train/difference_boxes", "Train/feature_difference"} <= found.keys()
+    capsys.readouterr()
+    other = ["--output_path", str(tmp_path / "other")]
+    fcos = ["--model.arch", "tests.support.detectors:fcos", "--model.weights", "none"]
+    refused(capsys, train_detector.main, [*given, *fcos, *other], "distillation.weight", "fcos judges all places")
+    alien = ["--distillation.teacher", "maskrcnn"]
+    refused(
+        capsys, train_detector.main, [*given, *ours, *alien, *other], "distillation.teacher", "another architecture"
+    )

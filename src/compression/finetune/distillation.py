@@ -80,7 +80,7 @@ class Distillation:
     """
 
     def __init__(self, teacher: nn.Module, spec: DistillationSpec, amp: torch.dtype | None = None) -> None:
-        self.teacher, self.spec, self._amp = teacher.eval().requires_grad_(False), spec, amp
+        self.teacher, self.spec, self.amp = teacher.eval().requires_grad_(False), spec, amp
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -111,8 +111,8 @@ class Distillation:
     @torch.no_grad()
     def answers(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The teacher's logits (B, N), and the outputs of its stages by name."""
-        on_cuda = torch.autocast(inputs.device.type, dtype=self._amp, enabled=self._amp is not None)
-        with watching(self.teacher, self.stages) as seen, on_cuda:
+        autocast = torch.autocast(inputs.device.type, dtype=self.amp, enabled=self.amp is not None)
+        with watching(self.teacher, self.stages) as seen, autocast:
             logits = self.teacher(inputs)
         return logits, dict(seen)
 
