@@ -39,7 +39,7 @@ from ..tasks.coco.data import CocoSplit, require_masks
 from ..tasks.coco.metrics import WORDS, read_results, write_results
 from ..tasks.detection import Detection, Scores, score
 from ..tasks.distilled_detection import DetectionDistillation, why_nothing_is_learnt
-from .data import detection_task, read_splits, splits_fingerprint
+from .data import detection_task, images_to_calibrate, read_splits, splits_fingerprint
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, learn_from_teacher, train
@@ -97,6 +97,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
         compressed=start.compressed,
+        calibration=images_to_calibrate(run, train_split, task.unreadable) if start.compressed is None else None,
         files={FILE_NAME: outputs_text(splits, outputs)},
         distillation=learned,
     )

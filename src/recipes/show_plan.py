@@ -60,13 +60,13 @@ def show_plan(settings: Settings, architecture: Architecture, weights: str | Pat
 def table(found: Prediction) -> list[str]:
     """A line for every weight, under a line of titles."""
     width = max([len(layer.name) for layer in found.layers] + [len("layer")])
-    lines = [f"{'layer':<{width}} {'d':>4} {'k':>5} {'bits/weight':>11} {'bytes':>10} {'lost':>8}"]
+    lines = [f"{'layer':<{width}} {'d':>4} {'k':>5} {'codebook':>8} {'bits/weight':>11} {'bytes':>10} {'lost':>8}"]
     for layer in found.layers:
         share = layer.distortion / layer.power if layer.power else 0.0
         rate = layer.bits / layer.n_values
         lines.append(
-            f"{layer.name:<{width}} {layer.d:>4} {layer.k:>5} {rate:>11.2f} {-(-layer.bits // 8):>10,} "
-            f"{100 * share:>6.2f} %"
+            f"{layer.name:<{width}} {layer.d:>4} {layer.k:>5} {layer.codebook_bits:>3} bits {rate:>11.2f} "
+            f"{-(-layer.bits // 8):>10,} {100 * share:>6.2f} %"
         )
     return lines
 

@@ -15,18 +15,17 @@ from ..settings import Settings
 from .agreement import flat
 
 WITHOUT_INFLUENCE = (
-    "checkpoint_every_n_steps", "dataloader.coco_path", "dataloader.imagenet_path", "dataloader.num_workers",
-    "dataloader.source",
+    "calibration.images", "calibration.memory", "calibration.num_workers", "checkpoint_every_n_steps",
+    "dataloader.coco_path", "dataloader.imagenet_path", "dataloader.num_workers", "dataloader.source",
     "dataloader.verify_images", "device", "distillation.images", "distillation.teacher", "engine",
-    "evaluation.detections", "evaluation.per_category",
-    "evaluation.visualized_images",
-    "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite", "resume", "resume_with_changes",
+    "evaluation.detections", "evaluation.per_category", "evaluation.visualized_images", "expected.",
+    "log_every_n_steps", "model.weights", "output_path", "overwrite", "recipe", "resume", "resume_with_changes",
     "visualize",
 )  # fmt: skip
 """Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
 hold that counts."""
 PROCESSES, WEIGHTS, IMAGES = "(processes)", "(starting weights)", "(training and validation images)"
-TEACHER = "(teacher's weights)"
+CALIBRATION, TEACHER = "(calibration images)", "(teacher's weights)"
 OF_THE_NETWORK = ("model.", "compression.", "seed", "optimizer", "codebook_learning_rate", "ema", WEIGHTS)
 """Keys that cannot change in a run: its network, or the kind of its checkpoints, was made with them."""
 OF_THE_SCHEDULE = (
@@ -73,14 +72,13 @@ class RunFingerprint:
         return int(self.settings["dataloader.batch_size"]) * int(self.inputs[PROCESSES])
 
     def differences(self, other: RunFingerprint) -> list[str]:
-        """Keys that count and have another value in `other`; of inputs those that `other` gives.
-
-        A key that an earlier version did not know yet has its default.
-        """
-        defaults = dict(flat(Settings().model_dump(mode="json")))
-        own, theirs = {**defaults, **self.settings}, {**defaults, **other.settings}
-        keys = sorted({*own, *theirs})
-        differ = [key for key in keys if not is_among(key, WITHOUT_INFLUENCE) and own.get(key) != theirs.get(key)]
+        """Keys that count and have another value in `other`; of inputs those that `other` gives."""
+        keys = sorted({*self.settings, *other.settings})
+        differ = [
+            key
+            for key in keys
+            if not is_among(key, WITHOUT_INFLUENCE) and self.settings.get(key) != other.settings.get(key)
+        ]
         return differ + [key for key in other.inputs if self.inputs.get(key) != other.inputs[key]]
 
     def value(self, key: str) -> str:

@@ -4,7 +4,7 @@ from .checks import explicit_keys, given_on_command_line, ineffective, is_placeh
 from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .finetune_schema import DistillationSettings
 from .help import help_text
-from .load import load
+from .load import from_command_line, load
 from .model_schema import BudgetSettings, CompressionSettings, GroupSettings, LayerSpec, ModelSettings, PermutationSpec
 from .schema import Settings
 
@@ -22,6 +22,7 @@ __all__ = [
     "SchedulerSettings",
     "Settings",
     "explicit_keys",
+    "from_command_line",
     "given_on_command_line",
     "help_text",
     "ineffective",

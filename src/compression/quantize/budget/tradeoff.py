@@ -18,7 +18,7 @@ from ..compress import check_weights, places_of
 from ..plan import LayerPlan, LayerSpec, Plan, QuantizationSpec, make_plan, specs_by_place
 from ..weights import WeightPlace
 from .choose import Choice, Chooser
-from .options import WeightOptions, measured, pairs_for, with_option
+from .options import WeightOptions, measured, settings_for, with_option
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class PredictedLayer:
         name: of the weight, of a tied one the first.
         d: subvector length.
         k: centroids.
+        codebook_bits: of a value of the codebook.
         bits: of codes and codebook.
         distortion: about the sum of squares that will be lost.
         power: sum of squares of the weight.
@@ -71,6 +72,7 @@ class PredictedLayer:
     name: str
     d: int
     k: int
+    codebook_bits: int
     bits: int
     distortion: float
     power: float
@@ -177,7 +179,7 @@ class Tradeoff:
 
     @cached_property
     def _of_settings(self) -> Choice:
-        options = [weight.number_of(weight.own.d, weight.own.k) for weight in self.weights]
+        options = [weight.number_of(weight.own) for weight in self.weights]
         pairs = list(zip(self.weights, options, strict=True))
         return Choice(
             options=tuple(options),
@@ -192,14 +194,15 @@ class Tradeoff:
         chosen: dict[str, LayerPlan] = {}
         layers = []
         for weight, option in zip(self.weights, choice.options, strict=True):
-            d, k = weight.settings[option]
+            d, k, codebook_bits = setting = weight.settings[option]
             for name in weight.names:
-                chosen[name] = with_option(self.plan.layers[name], name, d, k, self.own.get(name))
+                chosen[name] = with_option(self.plan.layers[name], name, setting, self.own.get(name))
             layers.append(
                 PredictedLayer(
                     name=weight.names[0],
                     d=d,
                     k=k,
+                    codebook_bits=codebook_bits,
                     bits=int(weight.bits[option]),
                     distortion=float(weight.distortion[option]),
                     power=weight.power,
@@ -271,7 +274,7 @@ def measure(
     for name, place in places.items():
         tied.setdefault(id(place.parameter), []).append(name)
     weights = [
-        _weight_options(tuple(names), places, plan, own, seed)
+        _weight_options(tuple(names), places, plan, own, spec.codebook_bits, seed)
         for names in bar(list(tied.values()), "sizes", None, show_progress, "layer")
     ]
     quantized = [places[names[0]].parameter for names in tied.values()]
@@ -287,8 +290,9 @@ def _weight_options(
     places: Mapping[str, WeightPlace],
     plan: Plan,
     own: Mapping[str, LayerSpec],
+    codebook_bits: int | None,
     seed: int,
 ) -> WeightOptions:
     place, planned = places[names[0]], plan.layers[names[0]]
     given = next((own[name] for name in names if name in own), None)
-    return measured(names, place, planned, pairs_for(place, planned, given), seed)
+    return measured(names, place, planned, settings_for(place, planned, given, codebook_bits), seed)
