@@ -108,8 +108,8 @@ def compress(
         notes += more
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
-    known = _known(given, wanted, seed)
-    _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
+    info = ModelInfo(settings=_known(given, wanted, seed), permutations=applied(found, permuted, search.reshapes))
+    _keep_info(model, replace(info, outputs_lost=_outputs_lost(finished)))
     report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes), outputs_lost)
     return model, report
 
@@ -248,6 +248,10 @@ def _keep_info(model: nn.Module, info: ModelInfo) -> None:
 def _info_of(model: nn.Module) -> ModelInfo:
     found = vars(model).get("_pqf_info")
     return found if isinstance(found, ModelInfo) else ModelInfo()
+
+
+def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:
+    return None if found is None else {name: steps[-1][1] for name, steps in found.lost.items()}
 
 
 def _calibrated(

@@ -30,6 +30,7 @@ class Row:
         frequencies: how often each code occurs, falling.
         sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare
             with.
+        outputs_lost: share of the energy of the layer's outputs that was lost when it was quantized with calibration.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     entropy: float | None = None
     frequencies: tuple[int, ...] = ()
     sqnr: float | None = None
+    outputs_lost: float | None = None
 
     @property
     def bits(self) -> int:
@@ -82,10 +84,19 @@ class Inspection:
         return sum((row.entropy or 0.0) * (row.n_codes or 0) for row in self.rows)
 
 
+LOST = "output energy lost"
+
+
 def header(found: Inspection) -> list[str]:
     """What stands above the columns of `cells`."""
     names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
-    return [*names, *(["codebook bits"] if found.mixed else []), *(["SQNR dB"] if found.against else [])]
+    bits = ["codebook bits"] if found.mixed else []
+    lost = [LOST] if _calibrated(found) else []
+    return [*names, *bits, *lost, *(["SQNR dB"] if found.against else [])]
+
+
+def _calibrated(found: Inspection) -> bool:
+    return any(row.outputs_lost is not None for row in found.rows)
 
 
 def about(found: Inspection) -> list[str]:
@@ -147,6 +158,7 @@ def cells(row: Row, found: Inspection) -> list[str]:
         shown(row.entropy, ".3f"),
     ]
     line += [shown(row.value_bits)] if found.mixed else []
+    line += [shown(row.outputs_lost, ".2%").replace("%", " %")] if _calibrated(found) else []
     return [*line, shown(row.sqnr, ".2f")] if found.against else line
 
 

@@ -9,7 +9,8 @@ Tensors (L: quantized layer, B: batch norm):
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
-architecture, number of classes, compression settings and metric, null where not known; `layers`: for each quantized
+architecture, number of classes, compression settings and metric, null where not known, and where the network was
+calibrated `outputs_lost`, the share of the energy of each layer's outputs that was lost; `layers`: for each quantized
 layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
 children, width and reshapes of each group, or width, blocks and places of a group of channels, then deflated as a
 whole (`stored_places`); `tied`: names that share the tensors of another name; `renamed`, where there are any: tensors
@@ -43,6 +44,7 @@ from .metadata import (
     group_entry,
     index_bits,
     norm_widths,
+    shares,
 )
 from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of, scaled
@@ -149,6 +151,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         "num_classes": info.num_classes,
         "settings": info.settings,
         "metric": None if info.metric is None else {name: float(value) for name, value in info.metric.items()},
+        **shares(info, layers),
     }
     described = {"model": known, "layers": layers, "permutations": groups, "tied": tied}
     if renamed:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
 from ..model_files.compression_report import FILE_NAME, read_settings, report_text
 from ..model_files.size import model_size
 from ..run.calibrated import calibrated
+from ..run.calibration_report import report_calibration
 from ..run.compression_specs import budget_of, plan_for
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
@@ -109,7 +111,7 @@ def _of_another_network(settings: Settings, groups: Sequence[Group], model: nn.M
 
 
 def compress_network(
-    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Tensor] | None = None
+    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Any] | None = None
 ) -> nn.Module:
     """Permute and quantize `model` and report the distortion; returns the quantized network.
 
@@ -119,7 +121,8 @@ def compress_network(
         run: the run.
         plan: for the network.
         model: the dense network.
-        images: batches that the network is calibrated with, the same on every process; None: it is not.
+        images: batches that the network is calibrated with, the same on every process: (B, 3, H, W), or lists of images
+            as detectors take them; None: it is not.
     """
     plan = replace(plan, quantization=agreed(run.engine, plan.quantization))
     for text in plan.notes:
@@ -127,6 +130,8 @@ def compress_network(
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))
     calibration = None if images is None else calibrated(run, model, plan.quantization, plan.seed, images)
+    if calibration is not None:
+        report_calibration(run.recorder, calibration)
     quantize = partial(
         compress,
         seed=plan.seed,
@@ -144,9 +149,9 @@ def compress_network(
                 "alone: its values are near the smallest that they can hold"
             )
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
-    run.recorder.file(
-        FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense)
-    )
+    lost = None if calibration is None else calibration.lost
+    about = (layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense, lost)
+    run.recorder.file(FILE_NAME, report_text(*about))
     return model
 
 

@@ -34,6 +34,7 @@ def calibrated(run: Run, model: nn.Module, plan: Plan, seed: int, images: Sequen
         device=engine.device,
         show_progress=engine.is_main,
         within=Surroundings(processes=engine, parts=parts),
+        memory=run.settings.calibration.memory,
     )
     found.put_norms(model)
     if engine.world_size > 1:

@@ -182,8 +182,8 @@ class ModelSettings(Section):
     reestimate_norms: Annotated[Flag, TRAINING] = Field(
         False,
         description=(
-            "Before training, rebuild from training images the running statistics of batch norms of which "
-            "model.weights holds scale and shift only."
+            "Before training, take from training images the running statistics of batch norms of which model.weights "
+            "holds scale and shift only, and of all those of a compressed network. For a model file: convert."
         ),
     )
     use_compression: Annotated[Flag, WITH_DATA] = Field(
