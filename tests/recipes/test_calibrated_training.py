@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -226,6 +227,18 @@ def test_bad_input_is_one_message_before_anything_is_written(
     for word in words:
         assert word in error
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_too_little_memory_names_the_least(
+    start: Path, small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--recipe", "best", "--epochs", "0", "--calibration.memory"]
+    assert train(start, small_images, tmp_path / "run", *flags, "1KB") == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    least = re.search(r"the network needs (\d+) MiB .*calibration\.memory.*calibration\.batch_size", error)
+    assert least is not None
+    assert train(start, small_images, tmp_path / "run", *flags, f"{least[1]}MB") == 0
 
 
 def test_training_images_that_turn_out_to_be_unreadable_end_the_run_or_are_left_out(
