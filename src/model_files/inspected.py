@@ -23,6 +23,7 @@ class Row:
         other_bits: of everything else in it.
         d: subvector length.
         k: centroids.
+        value_bits: of each value of the codebook.
         n_codes: subvectors.
         used: distinct blocks that occur in the weight.
         entropy: of the codes, in bits per code.
@@ -40,6 +41,7 @@ class Row:
     other_bits: int = 0
     d: int | None = None
     k: int | None = None
+    value_bits: int | None = None
     n_codes: int | None = None
     used: int | None = None
     entropy: float | None = None
@@ -72,6 +74,11 @@ class Inspection:
         return "\n".join(lines(self))
 
     @property
+    def mixed(self) -> bool:
+        """Whether a codebook holds values of other than 16 bits."""
+        return any(row.value_bits not in (None, 16) for row in self.rows)
+
+    @property
     def entropy_bits(self) -> float:
         """What all codes would take at their entropies, without tables."""
         return sum((row.entropy or 0.0) * (row.n_codes or 0) for row in self.rows)
@@ -83,8 +90,9 @@ LOST = "output energy lost"
 def header(found: Inspection) -> list[str]:
     """What stands above the columns of `cells`."""
     names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
+    bits = ["codebook bits"] if found.mixed else []
     lost = [LOST] if _calibrated(found) else []
-    return [*names, *lost, *(["SQNR dB"] if found.against else [])]
+    return [*names, *bits, *lost, *(["SQNR dB"] if found.against else [])]
 
 
 def _calibrated(found: Inspection) -> bool:
@@ -149,8 +157,9 @@ def cells(row: Row, found: Inspection) -> list[str]:
         shown(row.used),
         shown(row.entropy, ".3f"),
     ]
-    lost = [shown(row.outputs_lost, ".2%").replace("%", " %")] if _calibrated(found) else []
-    return [*line, *lost, *([shown(row.sqnr, ".2f")] if found.against else [])]
+    line += [shown(row.value_bits)] if found.mixed else []
+    line += [shown(row.outputs_lost, ".2%").replace("%", " %")] if _calibrated(found) else []
+    return [*line, shown(row.sqnr, ".2f")] if found.against else line
 
 
 def lines(found: Inspection) -> list[str]:

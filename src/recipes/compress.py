@@ -23,7 +23,8 @@ from ..model_files.compression_report import FILE_NAME, read_settings, report_te
 from ..model_files.size import model_size
 from ..run.calibrated import calibrated
 from ..run.calibration_report import report_calibration
-from ..run.compression_specs import budget_of, plan_for
+from ..run.chosen import chosen_by_photos
+from ..run.compression_specs import Sized, budget_of, sized_for
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings, given_on_command_line
@@ -40,7 +41,8 @@ class CompressionPlan:
         groups: of layers or channels that share a permutation.
         search: how their permutations are searched.
         seed: of all random choices.
-        notes: what a reader should know.
+        notes: what a reader should know, besides those of `quantization`.
+        sized: where a size is wanted: what is needed to choose for it with photos.
     """
 
     quantization: Plan
@@ -48,6 +50,7 @@ class CompressionPlan:
     search: SearchSpec
     seed: int
     notes: tuple[str, ...] = ()
+    sized: Sized | None = None
 
 
 def plan_compression(
@@ -66,19 +69,20 @@ def plan_compression(
         GroupError: a group does not fit, or would change the network's function.
     """
     wanted = budget_of(settings.compression, "compression.")
-    quantization = plan_for(model, quantization_spec(settings), wanted, settings.seed)
+    quantization, sized = sized_for(model, quantization_spec(settings), wanted, settings.seed)
     check_weights(model, quantization)
     plan = CompressionPlan(
         quantization=quantization,
         groups=(),
         search=search_spec(settings, architecture),
         seed=settings.seed,
+        sized=sized,
     )
     groups, found_notes = _groups(settings, architecture, model, example)
     bind(model, groups, plan.search.reshapes)
     by_layers = [group for group in groups if isinstance(group, Group)]
     check_function(model, by_layers, example, plan.search.reshapes, settings.seed, architecture.outputs)
-    return replace(plan, groups=groups, notes=(*quantization.notes, *found_notes))
+    return replace(plan, groups=groups, notes=tuple(found_notes))
 
 
 def _groups(
@@ -121,11 +125,15 @@ def compress_network(
         run: the run.
         plan: for the network.
         model: the dense network.
-        images: batches that the network is calibrated with, the same on every process: (B, 3, H, W), or lists of images
-            as detectors take them; None: it is not.
+        images: batches that the network is calibrated with, the same on every process, and that say what a wanted size
+            is best spent on: (B, 3, H, W), or lists of images as detectors take them; None: there are none.
     """
-    plan = replace(plan, quantization=agreed(run.engine, plan.quantization))
-    for text in plan.notes:
+    if plan.sized is not None and images is not None:
+        quantization = chosen_by_photos(run, plan.sized, model, images)
+    else:
+        quantization = agreed(run.engine, plan.quantization)
+    plan = replace(plan, quantization=quantization)
+    for text in (*quantization.notes, *plan.notes):
         note(text)
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))
@@ -143,7 +151,7 @@ def compress_network(
     if calibration is None:  # which keeps outputs rather than weights, and has said so
         log.info("%s", _quantization_summary(layers))
     for layer in layers:
-        if layer.rounding > WORTH_A_NOTE:
+        if layer.codebook_bits == 16 and layer.rounding > WORTH_A_NOTE:
             note(
                 f"{layer.name or 'the model'}: {100 * layer.rounding:.2g} % of its energy is lost by 16-bit floats "
                 "alone: its values are near the smallest that they can hold"
@@ -156,13 +164,13 @@ def compress_network(
 
 
 def rebuild_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
-    """The quantized network without its values, which a checkpoint holds; d and k are those of the run's report, so
-    that what was chosen for a size stays what it was, on another machine too."""
+    """The quantized network without its values, which a checkpoint holds; d, k and the codebooks' bits are those of the
+    run's report, so that what was chosen for a size stays what it was, on another machine too."""
     settings, quantization = read_settings(run.output.path / FILE_NAME), plan.quantization
     layers = {
-        name: replace(layer, d=d, k=k)
+        name: replace(layer, d=d, k=k, codebook_bits=bits)
         for name, layer in quantization.layers.items()
-        for d, k in [settings.get(name, (layer.d, layer.k))]
+        for d, k, bits in [settings.get(name, (layer.d, layer.k, layer.codebook_bits))]
     }
     return build_quantized(model, replace(quantization, layers=layers))
 

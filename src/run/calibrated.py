@@ -33,8 +33,8 @@ def calibrated(run: Run, model: nn.Module, plan: Plan, seed: int, images: Sequen
         seed=seed,
         device=engine.device,
         show_progress=engine.is_main,
-        memory=run.settings.calibration.memory,
         within=Surroundings(processes=engine, parts=parts),
+        memory=run.settings.calibration.memory,
     )
     found.put_norms(model)
     if engine.world_size > 1:

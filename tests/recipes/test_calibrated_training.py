@@ -20,6 +20,7 @@ from src.model_files.pth import read_tensors
 from src.settings import load
 from tests.run.test_resume import at_step, stopped
 from tests.support.coco import small_coco
+from tests.support.launching import launch
 from tests.support.own_network import Net
 from tests.support.small_runs import training
 
@@ -191,6 +192,18 @@ def test_a_training_that_resumes_takes_everything_from_its_checkpoint(
     for name in ("0.pth", "2.pth", "2.safetensors", "best.safetensors"):
         first, second = (tmp_path / run / "trained_models" / name for run in ("whole", "half"))
         assert first.read_bytes() == second.read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_calibrate_as_one_does(run: Path, start: Path, small_images: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--model.weights", str(start), "--dataloader.imagenet_path", str(small_images)]
+    flags += ["--recipe", "best", "--epochs", "0", "--output_path", str(tmp_path / "two")]
+    finished = launch("torchrun", ["-m", "src.train_classifier", *flags])
+    assert finished.status == 0, finished.text
+    assert "calibrated 5 weights with 24 inputs" in finished.text
+    one, two = (read_tensors(path / "trained_models" / "0.pth") for path in (run, tmp_path / "two"))
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.float(), two[name].float(), atol=1e-3), name
 
 
 @pytest.mark.parametrize(
