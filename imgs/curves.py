@@ -1,7 +1,8 @@
-"""Draws imgs/search.png and imgs/clustering.png from what the benchmarks measured. Command: `python -m imgs.curves`.
+"""Draws imgs/search.png, imgs/clustering.png and imgs/calibrate.png from what the benchmarks measured. Command:
+`python -m imgs.curves`.
 
-Score over time for each permutation search, distortion over time for each clustering; the figures come from
-benchmarks/results/search.json and clustering.json.
+Score over time for each permutation search, distortion over time for each clustering, accuracy over size for each way
+to quantize; the figures come from benchmarks/results/search.json, clustering.json and calibrate.json.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,6 +33,12 @@ CLUSTERINGS = {
     "kmeans (ours)": ("kmeans", "#8C4C8A", "D", "-"),
     "src (ours)": ("src (SR-C)", "#0072B2", "o", "-"),
     "src, tolerance 0.005 (ours)": ("src, k_means_tolerance 0.005", "#D55E00", "*", "-"),
+}
+WAYS = {
+    "norms retaken": ("settings as published, batch norms retaken", "#777777", "s", "--"),
+    "budget, norms retaken": ("settings chosen for the size, batch norms retaken", "#56B4E9", "^", "--"),
+    "calibrated": ("settings as published, calibrated", "#0072B2", "o", "-"),
+    "budget, calibrated": ("settings chosen for the size, calibrated", "#D55E00", "*", "-"),
 }
 """Name in the JSON -> legend, colour (after Okabe and Ito), marker, line."""
 
@@ -89,14 +97,43 @@ def clustering_figure(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def calibrate_figure(results: dict[str, Any]) -> Figure:
+    """Top-1 over the size of the quantized weights, a panel for each network."""
+    figure, panels = plt.subplots(1, len(results), figsize=(5.5 * len(results), 5), dpi=110, layout="constrained")
+    for axes, (title, found) in zip([panels] if len(results) == 1 else panels, results.items(), strict=True):
+        dense = next(row["top-1"] for row in found["rows"] if row["way"] == "dense")
+        axes.axhline(dense, color="#111111", linewidth=1, label="dense network")
+        for way, (label, colour, marker, line) in WAYS.items():
+            points = sorted((row["MB"], row["top-1"]) for row in found["rows"] if row["way"] == way)
+            axes.plot(
+                [size for size, _ in points], [value for _, value in points], marker=marker, linestyle=line,
+                color=colour, label=label, markersize=15 if marker == "*" else 7, linewidth=2,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xlabel("MB of the quantized weights, codebooks included")
+        axes.set_ylabel("top-1, percent")
+        axes.set_title(title.partition(", permuted")[0].partition(", not permuted")[0], loc="left", fontsize=11)
+        axes.grid(visible=True, which="major", color="#DDDDDD")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+FIGURES = {"search": search_figure, "clustering": clustering_figure, "calibrate": calibrate_figure}
+
+
 def main() -> None:
-    """Draw and write both pictures."""
+    """Draw and write the pictures."""
     parser = argparse.ArgumentParser(prog="python -m imgs.curves", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the measurements")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the pictures")
     options = parser.parse_args()
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 11, "text.color": "#111111"})
-    for name, make in (("search", search_figure), ("clustering", clustering_figure)):
+    for name, make in FIGURES.items():
         measured = options.results / f"{name}.json"
         if not measured.exists():
             print(f"left out: {measured} does not exist; it is written by: python -m benchmarks.{name}")

@@ -109,8 +109,8 @@ def compress(
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
-    known = _known(given, wanted, seed)
-    _keep_info(model, ModelInfo(settings=known, permutations=applied(found, permuted, search.reshapes)))
+    info = ModelInfo(settings=_known(given, wanted, seed), permutations=applied(found, permuted, search.reshapes))
+    _keep_info(model, replace(info, outputs_lost=_outputs_lost(finished)))
     said = (*plan.notes, *notes, *more)
     return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), said, outputs_lost)
 
@@ -265,6 +265,10 @@ def _chosen(
         show_progress=show_progress,
     )
     return sized.by(losses).plan()
+
+
+def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:
+    return None if found is None else {name: steps[-1][1] for name, steps in found.lost.items()}
 
 
 def _calibrated(

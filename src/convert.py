@@ -14,7 +14,14 @@ dense); the ending of OUT says what is written:
   .safetensors  packed: codes at log2(k) bits, with everything that rebuilds the network
   .onnx         weights as codebook and codes (Gather), checked with onnxruntime
 
-With --dense the weights are dequantized first, for programs that know nothing of codes."""
+With --dense the weights are dequantized first, for programs that know nothing of codes.
+
+With --model.reestimate_norms True the running statistics of its batch norms are taken anew from the images of
+--calibration.images FOLDER, which need no labels: they put right much of what quantizing has changed, and fit a network
+to other images. Of the settings calibration.*, seed and device count (docs/settings.md)."""
+READ = ("model.reestimate_norms", "calibration.", "seed", "device")
+"""Keys of the settings, and with a dot at the end a section of them."""
+UNREAD = ("calibration.use", "calibration.memory")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,10 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         help="side of the images that trace and check an ONNX graph (default: 224)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
-    options = parser.parse_args(argv)
+    arguments, keys = command.split_settings(sys.argv[1:] if argv is None else argv, ("seed", "device"))
+    options = parser.parse_args(arguments)
 
     def job() -> int:
         """Torch takes seconds to load: only when the command line is known to be good."""
+        settings = command.settings_of(keys, READ, UNREAD) if keys else None
         from . import recipes
 
         return recipes.convert(
@@ -59,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             arch=options.arch,
             image_size=options.image_size,
             overwrite=options.overwrite,
+            norms=settings,
         )
 
     return command.guarded(job)

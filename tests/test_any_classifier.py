@@ -81,7 +81,7 @@ def test_weights_with_other_classes_get_a_new_head(small_images: Path, tmp_path:
 
 def test_groups_of_an_architecture_that_has_them_can_be_found_too(small_images: Path, tmp_path: Path) -> None:
     flags = [*training(4, 0, 5, 1), "--dataloader.resize", "36", "--dataloader.image_size", "32"]
-    flags += ["--dataloader.num_workers", "0", "--model.permutations", "auto", "--model.search", "published"]
+    flags += ["--dataloader.num_workers", "0", "--model.permutations", "auto", "--recipe", "published"]
     flags += ["--dataloader.imagenet_path", str(small_images), "--output_path", str(tmp_path / "run"), "--epochs", "0"]
     flags += ["--model.weights", "none"]
     assert train_resnet.main(flags) == 0

@@ -21,7 +21,7 @@ OWN = "tests.support.detectors:fcos"
 SMALL = ["--dataloader.num_workers", "0", "--device", "cpu"]
 SIZES = ["--dataloader.min_size", "64", "--dataloader.max_size", "96"]
 QUICK = [
-    *SMALL, "--model.weights", "none", "--model.search", "published", "--model.sls_iterations", "5",
+    *SMALL, "--model.weights", "none", "--recipe", "published", "--model.sls_iterations", "5",
     "--model.compression_parameters.k_means_n_iters", "1", "--log_every_n_steps", "1",
 ]  # fmt: skip
 

@@ -265,7 +265,7 @@ def test_training_prints_the_golden_sizes(
     arguments = [
         "--config", f"../config/train_{arch}.yaml", "--model.weights", "none", *paths(thousand_classes, tmp_path),
         "--epochs", "0",
-        "--skip_initial_validation", "True", "--model.search", "published", "--model.sls_iterations", "1",
+        "--skip_initial_validation", "True", "--recipe", "published", "--model.sls_iterations", "1",
         "--model.compression_parameters.k_means_n_iters", "0",
         "--dataloader.resize", "32", "--dataloader.image_size", "32", "--dataloader.num_workers", "0", "--device",
         "cpu",
@@ -390,7 +390,7 @@ model:
     file = tmp_path / "original.yaml"
     file.write_text(text)
     small = ["--model.weights", "none", "--dataloader.resize", "32", "--dataloader.image_size", "32", "--device", "cpu"]
-    assert train_resnet.main(["--config", str(file), *small]) == 0
+    assert train_resnet.main(["--config", str(file), *small, "--recipe", "published"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("backbone.body.conv1, module.old_name") == 1
     assert printed.count("take no effect: rpn.head.conv") == 1

@@ -34,7 +34,7 @@ SMALL = [
     "cpu",
 ]
 QUICK = [
-    *SMALL, "--model.weights", "none", "--model.search", "published", "--model.sls_iterations", "5",
+    *SMALL, "--model.weights", "none", "--recipe", "published", "--model.sls_iterations", "5",
     "--model.compression_parameters.k_means_n_iters", "1", "--log_every_n_steps", "1",
 ]  # fmt: skip
 LOSSES = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")

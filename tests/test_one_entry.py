@@ -124,7 +124,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def flags(folder: Path) -> list[str]:
     return [
-        "--model.arch", "plain", "--model.compression_parameters.k_means_type", "first", "--model.search", "steps",
+        "--recipe", "published", "--model.arch", "plain", "--model.compression_parameters.k_means_type", "first", "--model.search", "steps",
         "--model.compression_parameters.layer_specs", "{}", "--model.compression_parameters.k", "4",
         "--model.compression_parameters.large_subvectors", "True", "--model.permutations", "null",
         "--optimizer", "signs", "--lr_scheduler.type", "halved", "--lr_scheduler.patience", "5", "--momentum", "0.5",

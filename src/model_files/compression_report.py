@@ -16,7 +16,7 @@ from ..compression.permute.channels import ChannelGroup
 from ..compression.permute.permute import GroupResult
 from ..compression.quantize.compress import LayerResult
 from ..compression.quantize.plan import DenseWeight
-from .metadata import AppliedPermutation
+from .metadata import OUTPUTS_LOST, AppliedPermutation, ModelInfo
 from .stored_places import read_rows, stored
 
 FILE_NAME = "compression.json"
@@ -28,6 +28,7 @@ def report_text(
     permuted: Sequence[GroupResult],
     reshapes: Mapping[str, Sequence[int]],
     dense: Sequence[DenseWeight] = (),
+    outputs_lost: Mapping[str, Sequence[tuple[str, float]]] | None = None,
 ) -> str:
     """The report as JSON.
 
@@ -37,7 +38,9 @@ def report_text(
         permuted: what became of each of them, in the same order.
         reshapes: of linear layers that read a flattened feature map, by name.
         dense: the weights that are not quantized.
+        outputs_lost: of calibrated weights by name, after each step the share of their outputs' energy that is lost.
     """
+    lost = {name: {OUTPUTS_LOST: dict(steps)} for name, steps in (outputs_lost or {}).items()}
     rows = [
         {
             "group": result.label,
@@ -54,7 +57,9 @@ def report_text(
     ]
     n_values = sum(layer.n_subvectors * layer.d for layer in layers) + sum(weight.n_values for weight in dense)
     report = {
-        "layers": [{**asdict(layer), "relative_error": layer.relative_error} for layer in layers],
+        "layers": [
+            {**asdict(layer), "relative_error": layer.relative_error, **lost.get(layer.name, {})} for layer in layers
+        ],
         "dense": [{**asdict(weight), "share": weight.n_values / n_values} for weight in dense],
         "groups": rows,
     }
@@ -86,13 +91,26 @@ def applied(
     )
 
 
-def read_settings(report: Path) -> dict[str, tuple[int, int]]:
-    """d and k of every weight that a report lists, by name; nothing where it is missing."""
+def read_settings(report: Path) -> dict[str, tuple[int, int, int]]:
+    """d, k and bits of a codebook's value of every weight that a report lists, by name; nothing where it is missing."""
     try:
         layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
-        return {str(layer["name"]): (int(layer["d"]), int(layer["k"])) for layer in layers}
+        return {
+            str(layer["name"]): (int(layer["d"]), int(layer["k"]), int(layer.get("codebook_bits", 16)))
+            for layer in layers
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def read_outputs_lost(report: Path) -> dict[str, float] | None:
+    """The share of the outputs' energy that calibrated weights lost in the end, by name; None: it is not known."""
+    try:
+        layers = json.loads(report.read_text(encoding="utf-8"))["layers"]
+        found = {str(one["name"]): list(one[OUTPUTS_LOST].values()) for one in layers if one.get(OUTPUTS_LOST)}
+        return {name: float(steps[-1]) for name, steps in found.items()} or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def read_permutations(report: Path) -> tuple[AppliedPermutation, ...] | None:
@@ -116,8 +134,9 @@ def _read(group: dict[str, Any]) -> AppliedPermutation:
     )
 
 
-def permutations_of_run(model_file: Path) -> tuple[AppliedPermutation, ...] | None:
-    """The permutations that the run which wrote `model_file` applied, if it left its report."""
-    return (
-        read_permutations(model_file.parent.parent / FILE_NAME) if model_file.parent.name == "trained_models" else None
-    )
+def known_of_run(model_file: Path) -> ModelInfo:
+    """What the run that wrote `model_file` says of it beside the file, if it left its report."""
+    if model_file.parent.name != "trained_models":
+        return ModelInfo()
+    report = model_file.parent.parent / FILE_NAME
+    return ModelInfo(permutations=read_permutations(report), outputs_lost=read_outputs_lost(report))

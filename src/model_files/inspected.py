@@ -23,12 +23,14 @@ class Row:
         other_bits: of everything else in it.
         d: subvector length.
         k: centroids.
+        value_bits: of each value of the codebook.
         n_codes: subvectors.
         used: distinct blocks that occur in the weight.
         entropy: of the codes, in bits per code.
         frequencies: how often each code occurs, falling.
         sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare
             with.
+        outputs_lost: share of the energy of the layer's outputs that was lost when it was quantized with calibration.
     """
 
     name: str
@@ -39,11 +41,13 @@ class Row:
     other_bits: int = 0
     d: int | None = None
     k: int | None = None
+    value_bits: int | None = None
     n_codes: int | None = None
     used: int | None = None
     entropy: float | None = None
     frequencies: tuple[int, ...] = ()
     sqnr: float | None = None
+    outputs_lost: float | None = None
 
     @property
     def bits(self) -> int:
@@ -70,15 +74,29 @@ class Inspection:
         return "\n".join(lines(self))
 
     @property
+    def mixed(self) -> bool:
+        """Whether a codebook holds values of other than 16 bits."""
+        return any(row.value_bits not in (None, 16) for row in self.rows)
+
+    @property
     def entropy_bits(self) -> float:
         """What all codes would take at their entropies, without tables."""
         return sum((row.entropy or 0.0) * (row.n_codes or 0) for row in self.rows)
 
 
+LOST = "output energy lost"
+
+
 def header(found: Inspection) -> list[str]:
     """What stands above the columns of `cells`."""
     names = ["layer", "type", "shape", "d", "k", "codes", "bits", "share", "blocks used", "entropy"]
-    return [*names, *(["SQNR dB"] if found.against else [])]
+    bits = ["codebook bits"] if found.mixed else []
+    lost = [LOST] if _calibrated(found) else []
+    return [*names, *bits, *lost, *(["SQNR dB"] if found.against else [])]
+
+
+def _calibrated(found: Inspection) -> bool:
+    return any(row.outputs_lost is not None for row in found.rows)
 
 
 def about(found: Inspection) -> list[str]:
@@ -139,6 +157,8 @@ def cells(row: Row, found: Inspection) -> list[str]:
         shown(row.used),
         shown(row.entropy, ".3f"),
     ]
+    line += [shown(row.value_bits)] if found.mixed else []
+    line += [shown(row.outputs_lost, ".2%").replace("%", " %")] if _calibrated(found) else []
     return [*line, shown(row.sqnr, ".2f")] if found.against else line
 
 

@@ -16,8 +16,8 @@ from ..compression.permute.groups import Group, resolve
 from ..compression.quantize.layers import QuantizedLayer, dense_type, own_tensors
 from ..compression.quantize.placing import dense_name
 from ..compression.quantize.plan import DenseWeight, dense_notes
-from ..compression.quantize.subvectors import CODEBOOK_BITS, SCALE_BITS, Layer, bits_per_code
-from ..compression.quantize.weights import matrices, why_dense
+from ..compression.quantize.subvectors import Layer, bits_per_code, codebook_size
+from ..compression.quantize.weights import SUFFIX, matrices, why_dense
 from .building import build_and_load
 from .inspected import Inspection, Row
 from .metadata import AppliedPermutation, ModelInfo
@@ -31,7 +31,7 @@ from .stored_places import apply_stored
 def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
     """Read a file and, if given, the dense network it came from; arguments and errors as `recipes.inspect`."""
     opened = open_model_file(path, arch, needs_network=dense is not None)
-    rows = _rows(opened.model)
+    rows = _rows(opened.model, opened.info)
     notes = _left_dense(opened.model, opened.info) if opened.quantized else []
     if opened.why_unknown:
         notes.insert(0, f"shown without its network, so that only tensors are known: {opened.why_unknown}")
@@ -66,15 +66,17 @@ def examine_model(model: nn.Module, info: ModelInfo | None = None) -> Inspection
         kind="quantized" if quantized else "dense",
         architecture=dense_type(model).__name__,
         info=info,
-        rows=tuple(_rows(model)),
+        rows=tuple(_rows(model, info)),
         size=model_size(model),
         against=None,
         notes=tuple(_left_dense(model, info) if quantized else ()),
     )
 
 
-def _rows(model: nn.Module) -> list[Row]:
-    return [row for name, module in model.named_modules() if (row := _row(name, module)) is not None]
+def _rows(model: nn.Module, info: ModelInfo) -> list[Row]:
+    rows = [row for name, module in model.named_modules() if (row := _row(name, module)) is not None]
+    lost = info.outputs_lost or {}
+    return [replace(row, outputs_lost=lost.get(row.name.removesuffix(SUFFIX))) for row in rows]
 
 
 def _left_dense(model: nn.Module, info: ModelInfo) -> list[str]:
@@ -107,10 +109,11 @@ def _row(name: str, module: Layer) -> Row | None:
             kind=module.quantized_kind,
             shape=tuple(module.weight_shape),
             codes_bits=n_codes * bits_per_code(module.k),
-            codebook_bits=module.codebook.numel() * CODEBOOK_BITS + SCALE_BITS * module.has_scale,
+            codebook_bits=codebook_size(module.codebook.numel(), module.codebook_bits, module.has_scale),
             other_bits=sum(map(tensor_bits, own_tensors(module).values())),
             d=module.d,
             k=module.k,
+            value_bits=module.codebook_bits,
             n_codes=n_codes,
             used=int(torch.unique(used, dim=0).shape[0]),
             entropy=float(-(share * share.log2()).sum()) + 0.0,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import CheckpointError
+from ..compression.quantize.weights import SUFFIX
 from .bit_packing import packed_size, unpack
 from .stored_places import StoredPlaces, inflated, read_rows
 
@@ -51,6 +52,8 @@ class ModelInfo:
         metric: what was measured on it, by name.
         permutations: those that were applied, in order; None: not known (an empty tuple: none were).
         producer: program and version that wrote the file.
+        outputs_lost: of weights that were quantized with calibration, by name: the share of the energy of their outputs
+            that was lost then.
     """
 
     arch: str | None = None
@@ -59,6 +62,7 @@ class ModelInfo:
     metric: Mapping[str, float] | None = None
     permutations: tuple[AppliedPermutation, ...] | None = None
     producer: str = ""
+    outputs_lost: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,18 @@ class PackedLayer:
     def n_codes(self) -> int:
         """Subvectors of the weight."""
         return math.prod(self.shape) // self.d
+
+
+OUTPUTS_LOST = "outputs_lost"
+"""What `shares` gives, in the table of the model; there only where the network was calibrated."""
+
+
+def shares(info: ModelInfo, layers: Iterable[str]) -> dict[str, list[float | None]]:
+    """What the metadata hold of `info.outputs_lost`: a number with three digits for each quantized layer."""
+    if not info.outputs_lost:
+        return {}
+    found = (info.outputs_lost.get(name.removesuffix(SUFFIX)) for name in layers)
+    return {OUTPUTS_LOST: [None if share is None else float(f"{share:.3g}") for share in found]}
 
 
 def index_bits(width: int) -> int:
@@ -124,6 +140,7 @@ class _Reader:
     def read(self, packed: Tensor | None) -> tuple[ModelInfo, dict[str, PackedLayer], dict[str, str]]:
         """Everything, see `describe`."""
         known = self._table("model")
+        layers = {name: self._layer(name, entry) for name, entry in self._table("layers").items()}
         info = ModelInfo(
             arch=self._text_or_none("arch", known.get("arch")),
             num_classes=self._whole_or_none("num_classes", known.get("num_classes")),
@@ -131,11 +148,12 @@ class _Reader:
             metric=self._figures_or_none("metric", known.get("metric")),
             permutations=self._permutations(packed),
             producer=self.metadata.get("producer", ""),
+            outputs_lost=self._shares(known.get(OUTPUTS_LOST), list(layers)),
         )
         tied = self._table("tied")
         if not all(isinstance(owner, str) for owner in tied.values()):
             raise self._wrong("tied")
-        return info, {name: self._layer(name, entry) for name, entry in self._table("layers").items()}, tied
+        return info, layers, tied
 
     def norms(self) -> dict[str, int]:
         """See `norm_widths`."""
@@ -179,6 +197,16 @@ class _Reader:
         if table is not None and not all(type(value) in (int, float) for value in table.values()):
             raise self._wrong(what)
         return table
+
+    def _shares(self, found: Any, layers: list[str]) -> dict[str, float] | None:
+        """One for each quantized layer, null where it is not known."""
+        if found is None:
+            return None
+        fits = isinstance(found, list) and len(found) == len(layers)
+        if not fits or not all(share is None or type(share) in (int, float) for share in found):
+            raise self._wrong(OUTPUTS_LOST)
+        shares = zip(layers, found, strict=True)
+        return {name.removesuffix(SUFFIX): float(share) for name, share in shares if share is not None}
 
     def _layer(self, name: str, entry: Any) -> PackedLayer:
         """`[type, shape, d, k]`."""

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..common.errors import DataError
+from ..compression.quantize.calibrate.inputs import run_on
 from .norms import fold_norm, folded_norms, scale_of, set_known_whole, unfold_norm
 
 
@@ -78,43 +81,84 @@ def _make_whole(norm: _BatchNorm, mean: Tensor, square: Tensor) -> None:
 
 
 @torch.no_grad()
-def retake_norms(model: nn.Module, inputs: Iterable[Tensor], device: torch.device | str = "cpu") -> list[str]:
+def retake_norms(
+    model: nn.Module,
+    inputs: Iterable[Any],
+    device: torch.device | str = "cpu",
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> list[str]:
     """Take the running statistics of all batch norms anew, as quantizing has changed what they see; in place.
 
-    The mean over all batches of what each norm sees with those before it already normalising by the batch. Norms of
-    frozen statistics (`FrozenBatchNorm2d`) are part of the weights and stay.
+    In one pass: mean and variance of what each norm sees over all inputs, with those before it already normalising by
+    the batch. Norms of frozen statistics (`FrozenBatchNorm2d`) are part of the weights and stay, and so do those of
+    which only scale and shift are known (`reestimate_norms`).
 
     Args:
         model: in evaluation mode; it is again afterwards, on the CPU.
-        inputs: batches for the network.
+        inputs: batches for the network: tensors, lists of images, or keyword arguments.
         device: where it runs meanwhile.
+        total: as for `reestimate_norms`.
 
     Returns:
         Names of the norms that were reached.
+
+    Raises:
+        DataError: what a norm sees is not finite.
     """
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    norms = retakeable_norms(model)
     if not norms:
         return []
+    before = {name: [b.clone() for b in norm.buffers()] for name, norm in norms.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
-    before = {name: {key: b.clone() for key, b in norm.named_buffers()} for name, norm in norms.items()}
     model.eval().to(device)
+    sums = {name: torch.zeros(3, norm.num_features, dtype=torch.float64) for name, norm in norms.items()}
+    handles = [norm.register_forward_pre_hook(partial(_add_and_normalise, sums[name])) for name, norm in norms.items()]
     try:
         for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean
-            norm.training = True
+            norm.momentum = 0.0  # they are set at the end
         for batch in inputs:
-            model(batch.to(device))
+            run_on(torch.device(device), model, batch)
     finally:
+        for handle in handles:
+            handle.remove()
         for name, norm in norms.items():
             norm.momentum, norm.training = momenta[name], False
         model.to("cpu")
-        seen = [name for name, norm in norms.items() if norm.num_batches_tracked]
-        for name in norms.keys() - set(seen):
-            for key, buffer in norms[name].named_buffers():
-                buffer.copy_(before[name][key])
-    return seen
+        for name, norm in norms.items():
+            for own, earlier in zip(norm.buffers(), before[name], strict=True):
+                own.copy_(earlier)
+    joined = torch.cat(list(sums.values()), dim=1)
+    found = (joined if total is None else total(joined)).split([one.shape[1] for one in sums.values()], 1)
+    return [name for (name, norm), one in zip(norms.items(), found, strict=True) if _retaken(name, norm, one)]
+
+
+def retakeable_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norms whose running statistics can be taken anew, by name."""
+    folded = folded_norms(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in folded
+    }
+
+
+def _add_and_normalise(sums: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Take note of an input, by which the norm then normalises, where it is more than one value per channel."""
+    _add(sums, norm, inputs)
+    norm.training = inputs[0].numel() > inputs[0].shape[1]
+
+
+def _retaken(name: str, norm: _BatchNorm, found: Tensor) -> bool:
+    """Give a norm the statistics of count, sum and sum of squares (3, C); False: no input reached it."""
+    n = float(found[0].max())
+    if not n:
+        return False
+    if not bool(torch.isfinite(found).all()):
+        raise DataError(f"what batch norm {name!r} sees is not finite (NaN or infinity): check the images")
+    mean = found[1] / n
+    variance = (found[2] / n - mean**2).clamp_min(0) * (n / max(n - 1, 1))  # unbiased, as in training
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    return True

@@ -1,7 +1,8 @@
 """ONNX files: the dense network, or the same graph with every quantized weight as codebook and codes, so that the small
 size survives.
 
-A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape). onnxruntime folds
+A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape), and by a fifth, which
+multiplies, where the codebook has a scale. onnxruntime folds
 them into the dense weight when it loads the file, so that inference costs what it costs densely. Codes take 8 bits
 where k <= 256, else 16 or 32: ONNX has no types between.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,7 @@ def put_codes(graph: Any, quantized: nn.Module) -> Any:
         make = onnx.helper.make_node
         nodes += [
             make("Cast", [f"{prefix}.codes"], [f"{prefix}.indices"], to=onnx.TensorProto.INT32),
-            make("Cast", [f"{prefix}.codebook"], [_cast_to(prefix, layer)], to=onnx.TensorProto.FLOAT),
-            *_scaling(graph, prefix, layer),
+            *_centroids(graph, prefix, layer),
             make("Gather", [f"{prefix}.centroids", f"{prefix}.indices"], [f"{prefix}.subvectors"], axis=0),
             make("Reshape", [f"{prefix}.subvectors", f"{prefix}.shape"], [name]),
         ]
@@ -103,17 +104,15 @@ def put_codes(graph: Any, quantized: nn.Module) -> Any:
     return graph
 
 
-def _cast_to(prefix: str, layer: QuantizedLayer) -> str:
-    return f"{prefix}.divided" if layer.has_scale else f"{prefix}.centroids"
-
-
-def _scaling(graph: Any, prefix: str, layer: QuantizedLayer) -> list[Any]:
-    """What multiplies a codebook that is stored divided by a scale."""
-    if not layer.has_scale:
-        return []
-    onnx = _needed("onnx")
-    graph.graph.initializer.append(onnx.numpy_helper.from_array(layer.codebook_scale.cpu().numpy(), f"{prefix}.scale"))
-    return [onnx.helper.make_node("Mul", [_cast_to(prefix, layer), f"{prefix}.scale"], [f"{prefix}.centroids"])]
+def _centroids(graph: Any, prefix: str, layer: QuantizedLayer) -> list[Any]:
+    """What makes the centroids of a stored codebook, multiplied by its scale where it has one."""
+    onnx, scale, made = _needed("onnx"), layer.stored_scale(), f"{prefix}.centroids"
+    cast = partial(onnx.helper.make_node, "Cast", [f"{prefix}.codebook"], to=onnx.TensorProto.FLOAT)
+    if scale is None:
+        return [cast([made])]
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(scale.cpu().numpy(), f"{prefix}.scale"))
+    divided = f"{prefix}.divided"
+    return [cast([divided]), onnx.helper.make_node("Mul", [divided, f"{prefix}.scale"], [made])]
 
 
 def write_graph(graph: Any, path: Path, about: dict[str, str], check: Callable[[Path], None]) -> None:

@@ -21,7 +21,7 @@ from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, SettingsError
 from ..compression.quantize.plan import Plan
 from .building import build_and_load
-from .compression_report import permutations_of_run
+from .compression_report import known_of_run
 from .packed import ModelInfo, PackedFile, check_layers_of, is_packed, load_packed
 from .plan_of_file import plan_of
 from .pth import is_compressed, read_tensors, scaled
@@ -129,14 +129,13 @@ def _known(file: ModelFile, arch: str | None) -> tuple[Architecture, ModelInfo]:
         return architecture, file.packed.info
     architecture = _identify(file.tensors, str(path), arch)
     state = state_for(architecture, file.tensors, str(path))
-    info = ModelInfo(architecture.name, _classes(architecture, state))
-    return architecture, replace(info, permutations=permutations_of_run(path))
+    return architecture, replace(known_of_run(path), arch=architecture.name, num_classes=_classes(architecture, state))
 
 
 def _without_network(file: ModelFile, why: str) -> OpenModelFile:
     """A file whose network cannot be built: what can be said of it all the same."""
     packed, source = file.packed, str(file.path)
-    info = ModelInfo(permutations=permutations_of_run(file.path)) if packed is None else packed.info
+    info = known_of_run(file.path) if packed is None else packed.info
     model = skeleton_of_state(file.tensors, source) if packed is None else skeleton_of_packed(packed)
     unknown = Architecture(
         name=info.arch or "a network that is not known here",

@@ -3,18 +3,19 @@
 Tensors (L: quantized layer, B: batch norm):
 - `L.codes_packed`: U8, the codes at log2(k) bits each (`bit_packing`), or `L.codes_huffman`: the same entropy coded
   (`entropy`; in files of format 1 `L.codes_entropy`, see `rans`);
-- `L.codebook`: F16 (k, d), and `L.codebook_scale` as in the published format; `.norms`: U8, the folded norms of 32-bit
-  floats and how they train (`packed_norms`); `B.weight`, `B.bias`: a norm that is known as two vectors only; everything
-  else as in the published format (`pth`);
+- `L.codebook`: F16 or I8 (k, d), and `L.codebook_scale` as in the published format; `.norms`: U8, the folded norms of
+  32-bit floats and how they train (`packed_norms`); `B.weight`, `B.bias`: a norm that is known as two vectors only;
+  everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
 Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
-architecture, number of classes, compression settings and metric, null where not known; `layers`: for each quantized
+architecture, number of classes, compression settings and metric, null where not known, and where the network was
+calibrated `outputs_lost`, the share of the energy of each layer's outputs that was lost; `layers`: for each quantized
 layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
 children, width and reshapes of each group, or width, blocks and places of a group of channels, then deflated as a
 whole (`stored_places`); `tied`: names that share the tensors of another name; `renamed`, where there are any: tensors
 that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2, one
-with places 4.
+with places 4, one with codebooks of 8-bit values 5.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from .metadata import (
     group_entry,
     index_bits,
     norm_widths,
+    shares,
 )
 from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of, scaled
@@ -55,7 +57,8 @@ FORMAT = "pqf"
 FORMAT_VERSION = 3
 VERSION_WITHOUT_NORMS = 2
 VERSION_WITH_PLACES = 4
-READABLE_VERSIONS = ("1", "2", "3", "4")
+VERSION_WITH_EIGHT_BITS = 5
+READABLE_VERSIONS = ("1", "2", "3", "4", "5")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -148,6 +151,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
         "num_classes": info.num_classes,
         "settings": info.settings,
         "metric": None if info.metric is None else {name: float(value) for name, value in info.metric.items()},
+        **shares(info, layers),
     }
     described = {"model": known, "layers": layers, "permutations": groups, "tied": tied}
     if renamed:
@@ -157,6 +161,8 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
     if any(group.places is not None for group in info.permutations or ()):
         version, described["permutations"] = VERSION_WITH_PLACES, deflated(groups)
+    if any(isinstance(module, QuantizedLayer) and module.codebook_bits == 8 for module in model.modules()):
+        version = VERSION_WITH_EIGHT_BITS
     metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
     for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))
@@ -244,9 +250,11 @@ def _check_layers(packed: PackedFile) -> None:
         if len(codes) + (key_of(name, "codes_matrix") in packed.tied) != 1:
             raise CheckpointError(f"{packed.source}: layer {name!r} must have its codes once")
         codebook = packed.tensors.get(packed.tied.get(key_of(name, "codebook"), key_of(name, "codebook")))
-        if codebook is None or tuple(codebook.shape) != (layer.k, layer.d) or codebook.dtype != torch.float16:
+        fits = codebook is not None and codebook.dtype in (torch.float16, torch.int8)
+        if codebook is None or tuple(codebook.shape) != (layer.k, layer.d) or not fits:
             raise CheckpointError(
-                f"{packed.source}: layer {name!r} has no codebook of {layer.k} x {layer.d} 16-bit floats"
+                f"{packed.source}: layer {name!r} has no codebook of {layer.k} x {layer.d} 16-bit floats or 8-bit "
+                "integers"
             )
         for leaf in codes:
             stream = packed.tensors[key_of(name, leaf)]

@@ -3,7 +3,8 @@
 A plain dict of tensors:
 - quantized layer L: `L.codes_matrix` (R x m; uint8 if k <= 256, int16 if k <= 32768, else int32; int16 is read as
   unsigned), `L.codebook` (k x d, float16), `L.bias` if any; in files of ours `L.codebook_scale`
-  (float32), which the codebook is to be multiplied by, where its values would be beyond 16-bit floats;
+  (float32), which the codebook is to be multiplied by, where its values would be beyond 16-bit floats, or where it is
+  of 8-bit values (k x d, int8);
 - batch norm B: two vectors `B.weight`, `B.bias`. On load running_mean = 0 and running_var = 1;
 - everything else as in the state dict of the dense network.
 A file with running statistics is an ordinary state dict. How a norm is folded stands in `norms`. In files of ours the
@@ -55,15 +56,11 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, QuantizedLayer):
             module.check_codes()
-            half = module.stored_codebook()
-            if not torch.isfinite(half).all():
-                raise CheckpointError(
-                    f"layer {prefix!r}: its codebook holds values that 16-bit floats cannot hold (NaN, or beyond 65504)"
-                )
             state[key_of(prefix, "codes_matrix")] = module.codes_matrix.to(codes_dtype(module.k))
-            state[key_of(prefix, "codebook")] = half
-            if module.has_scale:
-                state[key_of(prefix, "codebook_scale")] = module.codebook_scale
+            state[key_of(prefix, "codebook")] = _stored_codebook(prefix, module)
+            scale = module.stored_scale()
+            if scale is not None:
+                state[key_of(prefix, "codebook_scale")] = scale
             own = own_tensors(module)
         elif is_folded_norm(module):
             own = dict(zip(NORM_VECTORS, fold_norm(module), strict=True))
@@ -71,6 +68,20 @@ def compressed_state(model: nn.Module) -> dict[str, Tensor]:
             own = own_tensors(module)
         state.update({key_of(prefix, name): tensor.detach() for name, tensor in own.items()})
     return {name: _plain(name, tensor) for name, tensor in state.items()}
+
+
+def _stored_codebook(prefix: str, layer: QuantizedLayer) -> Tensor:
+    """The codebook of the layer `prefix` as files hold it.
+
+    Raises:
+        CheckpointError: they cannot.
+    """
+    stored = layer.stored_codebook()
+    if not torch.isfinite(stored if layer.codebook_bits == 16 else layer.codebook).all():
+        why = "16-bit floats cannot hold (NaN, or beyond 65504)"
+        why = why if layer.codebook_bits == 16 else "are not finite (NaN or infinity)"
+        raise CheckpointError(f"layer {prefix!r}: its codebook holds values that {why}")
+    return stored
 
 
 def _plain(name: str, value: object) -> Tensor:
@@ -160,26 +171,48 @@ def _first_line(error: Exception) -> str:
 
 
 def scaled(plan: Plan, state: Mapping[str, Tensor], source: str) -> Plan:
-    """The plan of the network of a file, with the scales of its codebooks.
+    """The plan of the network of a file, with the bits of its codebooks' values and their scales.
 
     Raises:
-        CheckpointError: one is not a positive number.
+        CheckpointError: a scale is not a positive number, or is missing where the values have 8 bits.
     """
     layers = dict(plan.layers)
     for name, layer in plan.layers.items():
         for prefix in (name, name + SUFFIX):
-            scale = state.get(key_of(prefix, "codebook_scale"))
-            if scale is None:
+            codebook, scale = (state.get(key_of(prefix, leaf)) for leaf in ("codebook", "codebook_scale"))
+            if codebook is None:
                 continue
-            if scale.shape != () or scale.dtype != torch.float32 or not 0 < float(scale) < math.inf:
+            bits = 8 if codebook.dtype == torch.int8 else 16
+            layers[name] = replace(layer, codebook_bits=bits)
+            if scale is None and bits == 16:
+                continue
+            if scale is None or scale.shape != () or scale.dtype != torch.float32 or not 0 < float(scale) < math.inf:
                 raise CheckpointError(f"{source}: {prefix}.codebook_scale must be one positive 32-bit number")
-            layers[name] = replace(layer, scale=float(scale))
+            layers[name] = replace(layer, codebook_bits=bits, scale=float(scale) if bits == 16 else 1.0)
     return replace(plan, layers=layers)
+
+
+def with_float_codebooks(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of a file, codebooks of 8-bit values as what they stand for, without their scales."""
+    found = dict(state)
+    for name, codebook in state.items():
+        prefix, _, leaf = name.rpartition(".")
+        scale = state.get(key_of(prefix, "codebook_scale"))
+        if leaf != "codebook" or codebook.dtype != torch.int8 or scale is None or not _is_quantized(prefix, state):
+            continue
+        found[name] = codebook.float() * scale
+        del found[key_of(prefix, "codebook_scale")]
+    return found
 
 
 def is_compressed(state: Mapping[str, Tensor]) -> bool:
     """Whether the tensors are those of a network with quantized layers: codes with a codebook beside them."""
     return any(_is_codes(name, tensor, state) for name, tensor in state.items())
+
+
+def _is_quantized(prefix: str, state: Mapping[str, Tensor]) -> bool:
+    name = key_of(prefix, "codes_matrix")
+    return name in state and _is_codes(name, state[name], state)
 
 
 def _is_codes(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
@@ -190,5 +223,5 @@ def _is_codes(name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
         and tensor.dtype in CODE_DTYPES
         and codebook is not None
         and codebook.dim() == 2
-        and codebook.dtype.is_floating_point
+        and (codebook.dtype.is_floating_point or codebook.dtype == torch.int8)
     )

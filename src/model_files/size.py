@@ -1,7 +1,7 @@
 """Bits of a network, dense or quantized (paper section 4; the golden figures of the tables).
 
-Counted: codebooks at 16 bits per value, codes at log2(k) bits, a batch norm as two vectors, everything else at its own
-width. MB are 2^20 bytes.
+Counted: codebooks at 16 bits per value, or at 8 with a scale of 32, codes at log2(k) bits, a batch norm as two vectors,
+everything else at its own width. MB are 2^20 bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..compression.quantize.layers import QuantizedLayer, own_tensors
-from ..compression.quantize.subvectors import CODEBOOK_BITS, SCALE_BITS, Layer, bits_per_code
+from ..compression.quantize.subvectors import Layer, bits_per_code, codebook_size
 from .norms import is_folded_norm
 
 
@@ -67,7 +67,7 @@ def model_size(model: nn.Module) -> ModelSize:
     for module in model.modules():
         if isinstance(module, QuantizedLayer):
             if first_time(module.codebook):
-                codebooks += module.codebook.numel() * CODEBOOK_BITS + SCALE_BITS * module.has_scale
+                codebooks += codebook_size(module.codebook.numel(), module.codebook_bits, module.has_scale)
                 codes += module.codes_matrix.numel() * bits_per_code(module.k)
                 original += module.codes_matrix.numel() * module.d * module.codebook.element_size() * 8
         elif is_folded_norm(module):

@@ -39,8 +39,7 @@ def skeleton_of_packed(packed: PackedFile) -> nn.Module:
     """
     state = packed.state()
     shapes = {name: (layer.kind, layer.shape) for name, layer in packed.layers.items()}
-    scales = {name: layer.scale for name, layer in packed.plan.layers.items()}
-    return _skeleton(state, shapes, scales, packed.source)
+    return _skeleton(state, shapes, packed.plan.layers, packed.source)
 
 
 def skeleton_of_state(state: Mapping[str, Tensor], source: str) -> nn.Module:
@@ -56,11 +55,10 @@ def skeleton_of_state(state: Mapping[str, Tensor], source: str) -> nn.Module:
         if leaf == "codes_matrix" and codebook is not None and codes.dim() == codebook.dim() == 2:
             shapes[prefix] = ("quantized", (codes.shape[0], codes.shape[1] * codebook.shape[1]))
     layers = {n: LayerPlan(name=n, d=1, k=2, k_means_type="kmeans", k_means_n_iters=0) for n in shapes}
-    scales = {n: layer.scale for n, layer in scaled(Plan(layers=layers, notes=()), state, source).layers.items()}
-    return _skeleton(state, shapes, scales, source)
+    return _skeleton(state, shapes, scaled(Plan(layers=layers, notes=()), state, source).layers, source)
 
 
-def _skeleton(state: Mapping[str, Tensor], shapes: Shapes, scales: Mapping[str, float], source: str) -> nn.Module:
+def _skeleton(state: Mapping[str, Tensor], shapes: Shapes, plans: Mapping[str, LayerPlan], source: str) -> nn.Module:
     check_codes(state, source)
     root = Unknown()
     own = {key_of(name, leaf) for name in shapes for leaf in ("codes_matrix", "codebook", "codebook_scale")}
@@ -73,7 +71,7 @@ def _skeleton(state: Mapping[str, Tensor], shapes: Shapes, scales: Mapping[str, 
     for prefix in norms:
         _put_norm(root, prefix, state[key_of(prefix, NORM_VECTORS[0])].numel(), source)
     for name, (kind, shape) in shapes.items():
-        _quantized(root, name, kind, shape, state, scales[name], source)
+        _quantized(root, name, kind, shape, state, plans[name], source)
     load_state(root, state, source)
     return root.eval()
 
@@ -123,7 +121,7 @@ def _quantized(
     kind: str,
     shape: tuple[int, ...],
     state: Mapping[str, Tensor],
-    scale: float,
+    plan: LayerPlan,
     source: str,
 ) -> None:
     """Put an empty quantized weight where `name` says."""
@@ -138,6 +136,7 @@ def _quantized(
     with torch.device("meta"):
         weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
     host._parameters[attribute] = weight
-    layer = quantize_weight(WeightPlace(host=host, attribute=attribute, name=name, below=below), d, k, scale)
+    place = WeightPlace(host=host, attribute=attribute, name=name, below=below)
+    layer = quantize_weight(place, d, k, plan.scale, plan.codebook_bits)
     layer.to_empty(device="cpu")
     layer.quantized_kind = kind

@@ -22,7 +22,7 @@ from .norms import (
     set_known_whole,
     unfold_norm,
 )
-from .pth import CODE_DTYPES, key_of
+from .pth import CODE_DTYPES, key_of, with_float_codebooks
 from .wrapping import fitted, is_wrapped, unknown_prefix
 
 
@@ -108,7 +108,9 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
 
 
 def _named_as_in(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """The file's tensors under the names that `model` has for them, where a known wrapping explains the difference."""
+    """The file's tensors under the names that `model` has for them, where a known wrapping explains the difference;
+    codebooks of 8-bit values as floats."""
+    state = with_float_codebooks(state)
     if not is_wrapped(state):
         return state
     expected, optional, _ = _expected(model, state)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..compression.quantize.layers import QuantizedLayer
 from .norms import NORM_VECTORS, is_folded_norm
 from .pth import key_of
 
@@ -25,6 +26,8 @@ def tied_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
                 for name, tensor in [*module._parameters.items(), *module._buffers.items()]
                 if tensor is not None
             }
+        if isinstance(module, QuantizedLayer):
+            own.setdefault("codebook_scale", (id(module.codebook), "scale"))  # of 8-bit values, which no buffer holds
         for name, key in own.items():
             full = key_of(prefix, name)
             if full in state and first.setdefault(key, full) != full:

@@ -15,7 +15,7 @@ from ..run.expected import verdict
 from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
 from ..tasks.classification import check_batch_norms, check_classes
-from .data import classification_task, images_fingerprint, read_images
+from .data import classification_task, images_fingerprint, images_to_calibrate, read_images
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .train import Prepared, train
 
@@ -43,6 +43,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         results={},
         images_digest=images_fingerprint(train_images, validation),
         compressed=start.compressed,
+        calibration=images_to_calibrate(run, train_images, task.unreadable) if start.compressed is None else None,
     )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
 from ..model_files.compression_report import FILE_NAME, read_settings, report_text
 from ..model_files.size import model_size
 from ..run.calibrated import calibrated
+from ..run.calibration_report import report_calibration
 from ..run.chosen import chosen_by_photos
 from ..run.compression_specs import Sized, budget_of, sized_for
 from ..run.open_run import Run
@@ -113,7 +115,7 @@ def _of_another_network(settings: Settings, groups: Sequence[Group], model: nn.M
 
 
 def compress_network(
-    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Tensor] | None = None
+    run: Run, plan: CompressionPlan, model: nn.Module, images: Sequence[Any] | None = None
 ) -> nn.Module:
     """Permute and quantize `model` and report the distortion; returns the quantized network.
 
@@ -123,8 +125,8 @@ def compress_network(
         run: the run.
         plan: for the network.
         model: the dense network.
-        images: batches that the network is calibrated with, the same on every process, and that say what a wanted size
-            is best spent on; None: there are none.
+        images: batches that the network is calibrated with, and that say what a wanted size is best spent on, the same
+            on every process: (B, 3, H, W), or lists of images as detectors take them; None: there are none.
     """
     if plan.sized is not None and images is not None:
         quantization = chosen_by_photos(run, plan.sized, model, images)
@@ -136,6 +138,8 @@ def compress_network(
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))
     calibration = None if images is None else calibrated(run, model, plan.quantization, plan.seed, images)
+    if calibration is not None:
+        report_calibration(run.recorder, calibration)
     quantize = partial(
         compress,
         seed=plan.seed,
@@ -147,26 +151,26 @@ def compress_network(
     if calibration is None:  # which keeps outputs rather than weights, and has said so
         log.info("%s", _quantization_summary(layers))
     for layer in layers:
-        if layer.rounding > WORTH_A_NOTE:
+        if layer.codebook_bits == 16 and layer.rounding > WORTH_A_NOTE:
             note(
                 f"{layer.name or 'the model'}: {100 * layer.rounding:.2g} % of its energy is lost by 16-bit floats "
                 "alone: its values are near the smallest that they can hold"
             )
     run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
-    run.recorder.file(
-        FILE_NAME, report_text(layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense)
-    )
+    lost = None if calibration is None else calibration.lost
+    about = (layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense, lost)
+    run.recorder.file(FILE_NAME, report_text(*about))
     return model
 
 
 def rebuild_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
-    """The quantized network without its values, which a checkpoint holds; d and k are those of the run's report, so
-    that what was chosen for a size stays what it was, on another machine too."""
+    """The quantized network without its values, which a checkpoint holds; d, k and the codebooks' bits are those of the
+    run's report, so that what was chosen for a size stays what it was, on another machine too."""
     settings, quantization = read_settings(run.output.path / FILE_NAME), plan.quantization
     layers = {
-        name: replace(layer, d=d, k=k)
+        name: replace(layer, d=d, k=k, codebook_bits=bits)
         for name, layer in quantization.layers.items()
-        for d, k in [settings.get(name, (layer.d, layer.k))]
+        for d, k, bits in [settings.get(name, (layer.d, layer.k, layer.codebook_bits))]
     }
     return build_quantized(model, replace(quantization, layers=layers))
 

@@ -92,13 +92,15 @@ def quantize_together(
 
 
 def agreed(engine: Engine, plan: Plan) -> Plan:
-    """The plan of the first process: d and k that were chosen for a size might differ between kinds of processors."""
+    """The plan of the first process: what was chosen for a size might differ between kinds of processors."""
     if engine.world_size == 1:
         return plan
-    rows = engine.gather([[name, one.d, one.k, one.k_means_n_iters] for name, one in plan.layers.items()])
+    rows = engine.gather(
+        [[name, one.d, one.k, one.codebook_bits, one.k_means_n_iters] for name, one in plan.layers.items()]
+    )
     layers = {
-        name: replace(plan.layers[name], d=d, k=k, k_means_n_iters=iterations)
-        for name, d, k, iterations in rows[: len(plan.layers)]
+        name: replace(plan.layers[name], d=d, k=k, codebook_bits=bits, k_means_n_iters=iterations)
+        for name, d, k, bits, iterations in rows[: len(plan.layers)]
     }
     return replace(plan, layers=layers)
 

@@ -10,17 +10,15 @@ from torch import Tensor
 
 from ..architectures.architecture import Architecture
 from ..architectures.named import find
-from ..common.errors import DataError, SettingsError
-from ..common.progress import bar
+from ..common.errors import SettingsError
 from ..run.agreement import digest_of, first_here
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
-from ..run.inputs import calibration_folder, weights_source
+from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
-from ..run.open_run import Job, open_run
+from ..run.open_run import open_run
 from ..settings import Settings
-from ..tasks.calibration import CalibrationImages, CalibrationSpec
 from .compress import compress_network, plan_compression, report_size
-from .data import workers
+from .data import images_of_folder
 from .initial_model import starting_model
 from .show_plan import show_plan
 from .specs import with_current_names
@@ -37,21 +35,23 @@ def compress_only(settings: Settings) -> int:
     """
     architecture = find(settings.model.arch)
     settings = with_current_names(settings, architecture)
+    if settings.calibration.images is None:
+        settings = _without_calibration(settings)
     weights = weights_source(settings)
     if settings.compression.plan:
-        return show_plan(settings, architecture, weights, lambda job: _shown(job, architecture))
+        return show_plan(settings, architecture, weights)
     with open_run(settings) as run:
         torch.manual_seed(settings.seed)  # random starting weights; everything else draws from streams of its own
         with first_here(run.engine):
             start = starting_model(settings, architecture, weights, architecture.n_classes, run.engine.is_main)
         if start.compressed is not None:
             raise SettingsError(f"model.weights: {weights} is a compressed model already; inspect and convert read it")
-        model, images = start.model.eval(), _images(run, architecture)
+        model, images = start.model.eval(), images_of_folder(settings, architecture, run.engine.is_main)
         run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: digest_of([] if images is None else images.paths)})
         plan = plan_compression(settings, architecture, model, example(settings, architecture))
         save = ModelWriter(settings, architecture, run.output)
         run.begin({}, save, "bits")
-        model = compress_network(run, plan, model, None if images is None else _read(run, images))
+        model = compress_network(run, plan, model, None if images is None else images.read(run.engine.is_main))
         results: Mapping[str, Any] = report_size(model, run.recorder)
         path = run.output.path / "model.pth"
         if run.engine.is_main:
@@ -66,36 +66,6 @@ def example(settings: Settings, architecture: Architecture) -> Tensor:
     return torch.randn(EXAMPLES, 3, side, side)
 
 
-def _shown(job: Job, architecture: Architecture) -> list[Tensor] | None:
-    """The images that say what matters to the network."""
-    images = _images(job, architecture)
-    return None if images is None else _read(job, images)
-
-
-def _images(run: Job, architecture: Architecture) -> CalibrationImages | None:
-    folder, given = calibration_folder(run.settings), run.settings.calibration
-    if folder is None:
-        return None
-    side = given.image_size or architecture.image_size
-    spec = CalibrationSpec(
-        count=given.count,
-        batch_size=given.batch_size,
-        num_workers=workers(given.num_workers, run.engine),
-        image_size=side,
-        resize=given.resize or round(side * 8 / 7),
-        seed=run.settings.seed,
-    )
-    if spec.resize < side:
-        raise SettingsError(
-            f"calibration.image_size {side} is larger than calibration.resize {spec.resize}: the crop would not fit"
-        )
-    return CalibrationImages(folder, spec, run.engine.is_main)
-
-
-def _read(run: Job, images: CalibrationImages) -> list[Tensor]:
-    """All batches, in memory: they are shown to the network many times."""
-    total = -(-len(images) // run.settings.calibration.batch_size)
-    batches = list(bar(images, "read images", total, run.engine.is_main, "batch"))
-    if not batches:
-        raise DataError("calibration.images: none of the images could be read")
-    return batches
+def _without_calibration(settings: Settings) -> Settings:
+    """What the settings come to where there are no images."""
+    return settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"use": False})})

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
+from ..architectures.architecture import Architecture
 from ..architectures.detectors import finds_masks, image_sizes, memory_settings
 from ..common.errors import SettingsError
 from ..common.log import log, note
 from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
-from ..run.inputs import data_folder
+from ..run.fingerprint import CALIBRATION
+from ..run.inputs import calibration_folder, data_folder
 from ..run.open_run import Job
+from ..settings import Settings
+from ..tasks.calibration import CalibrationImages, CalibrationSpec, ImagesToShow, training_images
 from ..tasks.classification import Classification, ImageSpec
+from ..tasks.coco.calibration import training_images as coco_images
 from ..tasks.coco.data import CocoSplit, read_coco, require_masks
 from ..tasks.coco.image_checks import too_narrow_images, unusable_images, without
 from ..tasks.detection import Detection
@@ -25,6 +30,8 @@ from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_
 from ..tasks.loading import LoaderSpec
 from ..tasks.sources import prepare
 
+AT_A_TIME = 2
+"""Images that a detector sees at a time, at most, where nothing says how many it can be trained on."""
 SAME_IMAGES = "Give every machine the same images, under the same path."
 
 
@@ -144,6 +151,80 @@ def workers(wanted: int, engine: Engine) -> int:
             f"processors{among}"
         )
     return min(wanted, share)
+
+
+def images_to_calibrate(
+    run: Job, training: ImageFolderIndex | CocoSplit, unreadable: MutableMapping[str, str]
+) -> ImagesToShow | None:
+    """What a training calibrates with: training images, or those of `calibration.images`, as a validation shows them;
+    None where it does not. Nothing is read yet.
+
+    Args:
+        run: its settings say which.
+        training: the training images.
+        unreadable: reason by path of the files that the run leaves out; further ones are put in.
+
+    Raises:
+        SettingsError: the folder is not there.
+        DataError: it holds no image that can be read.
+    """
+    given, data, engine = run.settings.calibration, run.settings.dataloader, run.engine
+    if not (given.use and run.settings.model.use_compression):
+        return None
+    of_several_sizes = isinstance(training, CocoSplit)
+    spec = CalibrationSpec(
+        count=given.count,
+        # as many images of a detector's as a training step can take
+        batch_size=min(given.batch_size, data.batch_size) if of_several_sizes else given.batch_size,
+        num_workers=min(data.num_workers, own_processors()),
+        image_size=None if of_several_sizes else data.image_size,
+        resize=data.resize,
+        mean=data.mean,
+        std=data.std,
+        seed=run.settings.seed,
+    )
+    folder = calibration_folder(run.settings)
+    if folder is not None:
+        return CalibrationImages(folder, spec, engine.is_main)
+    if isinstance(training, CocoSplit):
+        return coco_images(training, spec, data.skip_unreadable, unreadable)
+    return training_images(training, spec, data.skip_unreadable, unreadable)
+
+
+def images_of_folder(settings: Settings, architecture: Architecture, show_progress: bool) -> CalibrationImages | None:
+    """The images of `calibration.images` for a network that is not trained, as it is made to see them; None where none
+    are named. Nothing is read yet.
+
+    Raises:
+        SettingsError: the folder is not there, or the crop is larger than the image.
+        DataError: it holds no image that can be read.
+    """
+    folder, given = calibration_folder(settings), settings.calibration
+    if folder is None:
+        return None
+    of_several_sizes = architecture.task == "detection"
+    side = given.image_size or architecture.image_size
+    spec = CalibrationSpec(
+        count=given.count,
+        batch_size=min(given.batch_size, AT_A_TIME) if of_several_sizes else given.batch_size,
+        num_workers=min(given.num_workers, own_processors()),
+        image_size=None if of_several_sizes else side,
+        resize=given.resize or round(side * 8 / 7),
+        seed=settings.seed,
+    )
+    if spec.resize < side:
+        raise SettingsError(
+            f"calibration.image_size {side} is larger than calibration.resize {spec.resize}: the crop would not fit"
+        )
+    return CalibrationImages(folder, spec, show_progress)
+
+
+def calibration_fingerprint(images: ImagesToShow | None, settings: Settings) -> dict[str, str]:
+    """A digest of the images of `calibration.images`, by their paths below it; training images are known."""
+    folder = calibration_folder(settings)
+    if images is None or folder is None:
+        return {}
+    return {CALIBRATION: digest_of(os.path.relpath(path, folder) for path in images.paths)}
 
 
 def read_splits(job: Job, splits: Sequence[str], network: nn.Module | None) -> list[CocoSplit]:

@@ -38,7 +38,7 @@ from ..tasks.coco.classes import (
 from ..tasks.coco.data import CocoSplit, require_masks
 from ..tasks.coco.metrics import WORDS, read_results, write_results
 from ..tasks.detection import Detection, Scores, score
-from .data import detection_task, read_splits, splits_fingerprint
+from .data import detection_task, images_to_calibrate, read_splits, splits_fingerprint
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
 from .train import Prepared, train
@@ -93,6 +93,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         results={"training images": len(train_split), "left out of training": str(train_split.dropped)},
         images_digest=splits_fingerprint(train_split, validation),
         compressed=start.compressed,
+        calibration=images_to_calibrate(run, train_split, task.unreadable) if start.compressed is None else None,
         files={FILE_NAME: outputs_text(splits, outputs)},
     )
 

@@ -16,7 +16,7 @@ from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import log, note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.weights import SUFFIX
-from ..model_files.compression_report import permutations_of_run
+from ..model_files.compression_report import known_of_run
 from ..model_files.norms import TRAINING_VECTORS
 from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
 from ..model_files.packed import ModelInfo, PackedFile
@@ -103,7 +103,7 @@ def starting_model(
         f"{weights} is a compressed model, which is trained on: it is not permuted or quantized again, and settings of "
         "that are not used"
     )
-    known = ModelInfo(permutations=permutations_of_run(file.path)) if file.packed is None else file.packed.info
+    known = known_of_run(file.path) if file.packed is None else file.packed.info
     return StartingModel(model, known)
 
 

@@ -23,9 +23,11 @@ from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
-from ..run.starting_norms import rebuild_folded_norms, warn_of_folded_norms
+from ..run.starting_norms import reestimate_starting_norms, warn_of_folded_norms
 from ..settings import Settings
+from ..tasks.calibration import ImagesToShow
 from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network, report_size
+from .data import calibration_fingerprint
 from .specs import finetune_spec, with_current_names
 
 
@@ -48,6 +50,7 @@ class Prepared:
         results: further entries of the results, known before training.
         images_digest: of the lists of training and validation images.
         compressed: what the file says that the network comes from, if that is a compressed one.
+        calibration: images to quantize the network with; None: it is done without.
         files: further files of the output folder, by name.
     """
 
@@ -57,6 +60,7 @@ class Prepared:
     results: Mapping[str, Any]
     images_digest: str
     compressed: ModelInfo | None = None
+    calibration: ImagesToShow | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -76,30 +80,35 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
         prepared = prepare(run, architecture, weights)
         model, results = prepared.model, dict(prepared.results)
-        run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: prepared.images_digest})
+        of_calibration = calibration_fingerprint(prepared.calibration, run.settings)
+        run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: prepared.images_digest, **of_calibration})
         plan = (
             plan_compression(run.settings, architecture, model, prepared.example)
             if run.settings.model.use_compression and prepared.compressed is None
             else None
         )
-        warn_of_folded_norms(run, model)
+        compressed = prepared.compressed is not None
+        warn_of_folded_norms(run, model, compressed)
         save = ModelWriter(run.settings, architecture, run.output, prepared.compressed)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
         if resumed is None:
-            rebuild_folded_norms(run, model, prepared.task)
+            reestimate_starting_norms(run, model, prepared.task, compressed)
         for name, text in prepared.files.items():
             run.recorder.file(name, text)
         if plan is not None:
-            model = _compressed(run, plan, model, resumed)
+            model = _compressed(run, plan, prepared, resumed)
         if run.settings.model.use_compression:
             results |= report_size(model, run.recorder)
         run.finish(_finetuned(run, model, prepared.task, resumed), results)
     return 0
 
 
-def _compressed(run: Run, plan: CompressionPlan, model: nn.Module, resumed: Resumed | None) -> nn.Module:
+def _compressed(run: Run, plan: CompressionPlan, prepared: Prepared, resumed: Resumed | None) -> nn.Module:
     """The quantized network; one whose training resumes is only built, as its checkpoint holds all values."""
-    return compress_network(run, plan, model) if resumed is None else rebuild_network(run, plan, model)
+    if resumed is not None:
+        return rebuild_network(run, plan, prepared.model)
+    images = prepared.calibration
+    return compress_network(run, plan, prepared.model, None if images is None else images.read(run.engine.is_main))
 
 
 def _finetuned(run: Run, model: nn.Module, task: Task, resumed: Resumed | None) -> Outcome:

@@ -2,6 +2,7 @@
 
 groups/<n>.json               finished groups of the permutation search
 layers/<n>.safetensors        finished clusterings
+calibration/<n>.safetensors   finished parts of a calibration
 checkpoint-<n>.safetensors    the last two checkpoints of the training (see compression.finetune.checkpoint)
 
 Each file is written to a temporary one and renamed; the safetensors files have checksums.
@@ -20,7 +21,7 @@ from ..compression.finetune.checkpoint import Checkpoint
 from ..engines.engine import Engine
 from ..model_files.safetensors_file import read_container, write_container
 from .fingerprint import RunFingerprint
-from .finished_parts import FinishedClusterings, FinishedSearches
+from .finished_parts import FinishedCalibration, FinishedClusterings, FinishedSearches
 
 FORMAT = 2
 KEPT_CHECKPOINTS = 2
@@ -114,6 +115,10 @@ class CheckpointFolder:
     def clusterings(self) -> FinishedClusterings:
         """Where finished layers are kept."""
         return FinishedClusterings(self.folder / "layers")
+
+    def calibration(self, made_with: str) -> FinishedCalibration:
+        """Where finished parts of a calibration are kept, told a digest of what it is made with."""
+        return FinishedCalibration(self.folder / "calibration", made_with, self._engine.is_main)
 
     def searches(self, numbers: Sequence[int]) -> FinishedSearches:
         """Where finished groups are kept, told which of all groups the search works on."""

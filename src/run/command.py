@@ -6,14 +6,14 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..common import output
 from ..common.errors import LostContactError, RunError, SettingsError, UserError
 from ..common.log import lines_of, log
 from ..engines import launch
-from ..settings import Settings, help_text, ineffective, load
+from ..settings import Settings, from_command_line, help_text, ineffective, load
 from .inputs import check_inputs
 from .signals import Terminated
 
@@ -160,6 +160,45 @@ def positive(text: str) -> int:
     if not 1 <= number <= 1 << 16:
         raise ValueError
     return number
+
+
+def split_settings(arguments: Sequence[str], plain: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """The arguments of a command that has flags of its own, and those that set keys of the settings: their names have
+    dots, or are among `plain`."""
+    others: list[str] = []
+    keys: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if not name.startswith("--") or ("." not in name and name[2:] not in plain):
+            others.append(argument)
+            continue
+        keys.append(argument)
+        if not equals:
+            keys += [value for value in [next(rest, None)] if value is not None]
+    return others, keys
+
+
+def settings_of(overrides: Sequence[str], read: Sequence[str], unread: Sequence[str] = ()) -> Settings:
+    """The settings that a command without a settings file is given.
+
+    Args:
+        overrides: as on the command line.
+        read: the keys that it reads; with a dot at the end: sections.
+        unread: keys in such sections that it does not read.
+
+    Raises:
+        SettingsError: a key or value is wrong, or the command does not read it.
+    """
+    settings = from_command_line(overrides)
+    for dotted in sorted(".".join(path) for path in settings.command_line):
+        known = any(dotted == key or (key.endswith(".") and f"{dotted}.".startswith(key)) for key in read)
+        if not known or dotted in unread:
+            raise SettingsError(
+                f"command line: {dotted} is not read by this command; of the settings it reads "
+                f"{', '.join(f'{key}*' if key.endswith('.') else key for key in read)}"
+            )
+    return settings
 
 
 def split_config(arguments: list[str], default_config: str) -> tuple[str, list[str]]:

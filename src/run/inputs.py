@@ -33,6 +33,7 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
         if not settings.compression.plan:  # which writes no run
             require(settings, "output_path")
         calibration_folder(settings)
+        _check_use(settings)
         return
     compressed = settings.model.use_compression
     assert task is not None
@@ -40,6 +41,8 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
         architectures.check(settings.model.arch, task)
         weights_source(settings)
         require(settings, "output_path")
+        if compressed:
+            calibration_folder(settings)
     elif task == DETECTION and settings.evaluation.detections is not None:
         detections_file(settings)
     else:
@@ -65,18 +68,28 @@ def weights_source(settings: Settings) -> str | Path:
 
 
 def calibration_folder(settings: Settings) -> Path | None:
-    """The folder of `calibration.images`; None where none is given.
+    """The folder of `calibration.images`; None where none is given, or where there is no calibration.
 
     Raises:
         SettingsError: it is not there, or no folder.
     """
     given = settings.calibration.images
-    if given is None:
+    if given is None or not settings.calibration.use:
         return None
     folder = find(require(settings, "calibration.images"), "calibration.images", "Expected a folder with images")
     if not folder.is_dir():
         raise SettingsError(f"calibration.images: {folder} is a file, expected a folder with images")
     return folder
+
+
+def _check_use(settings: Settings) -> None:
+    """Raises SettingsError where somebody asked for a calibration, and there are no images for it."""
+    given = settings.calibration
+    if given.use and given.images is None and "use" in given.model_fields_set:
+        raise SettingsError(
+            "calibration.use is True, and calibration.images is not set: name a folder with images of the kind that "
+            "the network will see (--calibration.images FOLDER; they need no labels), or leave calibration.use out"
+        )
 
 
 def compressed_file(settings: Settings) -> Path:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import __version__
 from ..architectures.architecture import Architecture, n_outputs
-from ..model_files.compression_report import FILE_NAME, read_permutations
+from ..model_files.compression_report import FILE_NAME, read_outputs_lost, read_permutations
 from ..model_files.packed import ModelInfo, save_packed
 from ..model_files.pth import save_compressed, save_dense, save_dense_safetensors
 from ..settings import Settings
@@ -44,14 +44,15 @@ class ModelWriter:
 
     def _info(self, model: nn.Module, metrics: Mapping[str, float] | None) -> ModelInfo:
         earlier = self._compressed
+        report = self._folder.path / FILE_NAME  # from the file, so that a run that resumes another one has them too
         return ModelInfo(
             arch=self._architecture.name,
             num_classes=n_outputs(self._architecture, model),
             settings=compression_settings(self._settings) if earlier is None else earlier.settings,
             metric=metrics,
-            # from the file, so that a run that resumes another one has them too
-            permutations=read_permutations(self._folder.path / FILE_NAME) if earlier is None else earlier.permutations,
+            permutations=read_permutations(report) if earlier is None else earlier.permutations,
             producer=PRODUCER,
+            outputs_lost=read_outputs_lost(report) if earlier is None else earlier.outputs_lost,
         )
 
 

@@ -139,6 +139,8 @@ class RunRecorder:
             **more,
         }
         self.flush()
+        if outcome is not None:
+            log.info("%s", outcome_text(self._metric, outcome))
         lines = [f"{name}: {'-' if value is None else value}" for name, value in results.items()]
         write_text(self.folder.path / "results.txt", "\n".join(lines) + "\n")
         history = {} if outcome is None else {"history": outcome.history}
@@ -159,6 +161,18 @@ class RunRecorder:
         """Close the log."""
         with suppress(OSError):  # `flush` has said what there is to say
             self._writer.close()
+
+
+def outcome_text(metric: str, outcome: Outcome) -> str:
+    """What was measured before training and in the end, and the best of all epochs, in a line."""
+
+    def shown(value: float | None) -> str:
+        return "not validated" if value is None else f"{value:.2f} %"
+
+    text = f"{metric} before training: {shown(outcome.initial)}"
+    if outcome.best is None or not outcome.history.keys() - {0}:
+        return text
+    return f"{text}; best: {shown(outcome.best)} (epoch {outcome.best_epoch}); last: {shown(outcome.last)}"
 
 
 class NoRecorder:

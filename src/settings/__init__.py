@@ -3,7 +3,7 @@
 from .checks import explicit_keys, given_on_command_line, ineffective, is_placeholder, require, to_yaml, value_of
 from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .help import help_text
-from .load import load
+from .load import from_command_line, load
 from .model_schema import BudgetSettings, CompressionSettings, GroupSettings, LayerSpec, ModelSettings, PermutationSpec
 from .schema import Settings
 
@@ -20,6 +20,7 @@ __all__ = [
     "SchedulerSettings",
     "Settings",
     "explicit_keys",
+    "from_command_line",
     "given_on_command_line",
     "help_text",
     "ineffective",

@@ -14,10 +14,11 @@ from ..common.errors import SettingsError
 from ..compression.finetune.registry import OPTIMIZERS, SCHEDULES
 from ..compression.permute.registry import SEARCHES
 from ..engines.registry import ENGINES
+from .data_schema import CalibrationSettings
 from .keys import LAYER, Path, walk
 from .model_schema import CompressionSettings
 from .overrides import locate
-from .reach import CLASSIFICATION, COMPRESS, DETECTION, unread
+from .reach import CLASSIFICATION, COMPRESS, DETECTION, EVALUATE, TRAIN, unread
 from .reach import keys as keys_and_readers
 from .schema import Settings
 
@@ -61,10 +62,12 @@ def ineffective(settings: Settings, job: str | None = None, task: str | None = N
     Files are shared by jobs: what `job` (on `task`) does not read is mentioned only where the command line gives it.
     """
     reasons = dict.fromkeys(_given_in_vain(settings, job, task), "it is not read by this command")
+    defaults = Settings(recipe=settings.recipe)
     for reason, keys in _without_effect(settings, job, task):
         for key in keys:
-            value, default = value_of(settings, key), value_of(_DEFAULTS, key)
-            if value != default and not is_placeholder(value):
+            value = value_of(settings, key)
+            differs = value != value_of(defaults, key) or (key == USE and given_on_command_line(settings, key))
+            if differs and not is_placeholder(value):
                 reasons.setdefault(key, reason)
     return [f"{key} has no effect: {reason}" for key, reason in reasons.items()]
 
@@ -84,7 +87,8 @@ def _given_in_vain(settings: Settings, job: str | None, task: str | None) -> Ite
                 yield ".".join(path)
 
 
-_DEFAULTS = Settings()
+USE = "calibration.use"
+"""Its default asks for something, and so does whoever gives it."""
 CHOSEN_BY_SIZE = ("k", "fc_subvector_size", "pw_subvector_size", "large_subvectors")
 
 
@@ -119,14 +123,25 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     if model.use_compression and (wanted.size is not None or wanted.ratio is not None):
         by = "size" if wanted.size is not None else "ratio"
         yield f"compression.{by} chooses it", [f"model.compression_parameters.{key}" for key in CHOSEN_BY_SIZE]
-    if settings.calibration.images is None:
-        unused = ("count", "batch_size", "num_workers", "resize")
-        yield "calibration.images is not set", [f"calibration.{key}" for key in unused]
+    yield from _without_effect_on_calibration(settings, job)
     yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it
     if all(getattr(expected, name) is None and name not in expected.model_fields_set for name in values):
         yield "no expected value is set", ["expected.tolerance"]
+
+
+def _without_effect_on_calibration(settings: Settings, job: str | None) -> Iterator[tuple[str, list[str]]]:
+    given = settings.calibration
+    keys = [f"calibration.{key}" for key in CalibrationSettings.model_fields if key != "image_size"]
+    if job == EVALUATE:  # which does not read them
+        return
+    if not settings.model.use_compression and job != COMPRESS:
+        yield "model.use_compression is False", keys
+    elif not given.use:
+        yield "calibration.use is False", [key for key in keys if key != USE]
+    elif given.images is None and job != TRAIN:
+        yield "calibration.images is not set", [key for key in keys if key != USE]
 
 
 def to_yaml(settings: Settings) -> str:

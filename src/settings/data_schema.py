@@ -12,24 +12,44 @@ from pydantic import (
 )
 
 from .names import BackendName, ScheduleName, SourceName
-from .read_by import COCO, EVALUATION, IMAGES_IN_FOLDERS, TRAINING
+from .read_by import COCO, COMPRESSION, EVALUATION, IMAGES_IN_FOLDERS, TRAINING
 from .section import Section
-from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text, Whole
+from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Size, Text, Whole
 
 
 class CalibrationSettings(Section):
     """Images that show a network what it sees; they need no labels."""
 
+    use: Flag = Field(
+        True,
+        description=(
+            "Quantize so that what the network computes from images is kept (calibration); False: so that its weights "
+            "are. Without images there is none."
+        ),
+    )
     images: Text | None = Field(
-        None, description="Folder with images, in whatever folders below it; null: no images are used."
+        None,
+        description=(
+            "Folder with images, in whatever folders below it; null: the training images, without their labels, and "
+            "none where nothing is trained."
+        ),
     )
     count: Positive = Field(1024, description="Images that are drawn from them, at most.")
-    batch_size: Positive = Field(64, description="Images at a time.")
-    num_workers: Natural = Field(4, description="Processes that read images; 0 reads in the main process.")
-    image_size: Positive | None = Field(
+    batch_size: Positive = Field(
+        64,
+        description="Images at a time; of a detector at most dataloader.batch_size, or 2 where it is not trained.",
+    )
+    memory: Size = Field(
+        2**31,
+        description="Memory for what the network computes from images, at most; with more, calibration is faster.",
+    )
+    num_workers: Annotated[Natural, COMPRESSION] = Field(
+        4, description="Processes that read images; 0 reads in the main process."
+    )
+    image_size: Annotated[Positive | None, COMPRESSION] = Field(
         None, description="Side in pixels of the square crop that the network sees; null: what it is made for."
     )
-    resize: Positive | None = Field(
+    resize: Annotated[Positive | None, COMPRESSION] = Field(
         None, description="Length in pixels to which the short side is scaled before; null: 8/7 of image_size."
     )
 

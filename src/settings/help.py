@@ -9,7 +9,8 @@ from pydantic.fields import FieldInfo
 from .checks import is_placeholder
 from .keys import Path
 from .reach import COMPRESS, keys
-from .values import choices, is_listed, meaning_of, short_kind
+from .sizes import size_text
+from .values import choices, is_listed, is_size, meaning_of, short_kind
 
 WIDTH = 100
 _EXAMPLES = (
@@ -82,6 +83,8 @@ def default_of(field: FieldInfo, task: str | None = None) -> str:
         return "to be set"
     if value is None:
         return "null"
+    if is_size(field):
+        return size_text(value)
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "empty"
     return "to be set" if is_placeholder(value) else str(value)

@@ -38,15 +38,24 @@ def load(config_path: str, overrides: Sequence[str] = ()) -> Settings:
         tree = {}
     if not isinstance(tree, dict):
         raise SettingsError(f"{path}: expected `key: value` lines, got {shown(tree)}")
+    return _validated(tree, overrides, str(path))
+
+
+def from_command_line(overrides: Sequence[str]) -> Settings:
+    """Settings without a file: the defaults, and over them the overrides of a command line; errors as for `load`."""
+    return _validated({}, overrides, "")
+
+
+def _validated(tree: dict[str, Any], overrides: Sequence[str], file: str) -> Settings:
     touched, problems = apply(tree, list(overrides))
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        problems += [_problem(details, tree, touched, str(path)) for details in error.errors(include_url=False)]
+        problems += [_problem(details, tree, touched, file) for details in error.errors(include_url=False)]
     if problems:
         more = [f"... and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
         raise SettingsError("\n".join([*problems[:MOST_PROBLEMS], *more]))
-    settings._file = str(path)
+    settings._file = file
     settings._command_line = frozenset(touched)
     return settings
 

@@ -33,6 +33,9 @@ class LayerSpec(Section):
     )
     subvector_size: Positive | None = Field(None, description="Block length of a linear layer or 1x1 convolution.")
     large_subvectors: Flag | None = Field(None, description="Large or small blocks for a convolution.")
+    codebook_bits: Annotated[Literal[16, 8] | None, COMPRESSING] = Field(
+        None, description="Bits of each of the codebook's values, of this layer."
+    )
 
 
 class CompressionSettings(Section):
@@ -51,6 +54,13 @@ class CompressionSettings(Section):
     fc_subvector_size: Positive = Field(4, description="Block length in linear layers.")
     pw_subvector_size: Positive = Field(4, description="Block length in 1x1 convolutions.")
     large_subvectors: Flag = Field(False, description="Blocks of two kernels instead of one in other convolutions.")
+    codebook_bits: Annotated[Literal[16, 8] | None, COMPRESSING] = Field(
+        None,
+        description=(
+            "Bits of each value of a codebook: 16, floats, or 8, whole numbers times one scale per layer. null: 16, or "
+            "what pays where compression.size or compression.ratio is given."
+        ),
+    )
     ignored_modules: tuple[Text, ...] = Field((), description="Layers to leave uncompressed.")
     layer_specs: Annotated[dict[str, LayerSpec], BeforeValidator(empty_map)] = Field(
         default_factory=dict, description="Settings of single layers."
@@ -172,8 +182,8 @@ class ModelSettings(Section):
     reestimate_norms: Annotated[Flag, TRAINING] = Field(
         False,
         description=(
-            "Before training, rebuild from training images the running statistics of batch norms of which "
-            "model.weights holds scale and shift only."
+            "Before training, take from training images the running statistics of batch norms of which model.weights "
+            "holds scale and shift only, and of all those of a compressed network. For a model file: convert."
         ),
     )
     use_compression: Annotated[Flag, WITH_DATA] = Field(

@@ -9,12 +9,14 @@ from pydantic import (
     Field,
     PrivateAttr,
     field_validator,
+    model_validator,
 )
 
 from .data_schema import CalibrationSettings, DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
 from .model_schema import BudgetSettings, ModelSettings
 from .names import EngineName, OptimizerName
-from .read_by import COCO, COMPRESSING, COMPRESSION, EVALUATION, TRAINING, WITH_DATA, WRITES_A_FOLDER
+from .read_by import COCO, COMPRESSING, EVALUATION, TRAINING, WITH_DATA, WRITES_A_FOLDER
+from .recipes import put_defaults, told
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text
 
@@ -22,8 +24,15 @@ from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, 
 class Settings(Section):
     """Everything a job reads."""
 
+    recipe: Annotated[Literal["best", "published"], COMPRESSING] = Field(
+        "best",
+        description=(
+            "What is done where single keys do not say it: best, what keeps most; published, what the paper does. "
+            f"{told()}"
+        ),
+    )
     dataloader: Annotated[DataSettings, WITH_DATA] = Field(default_factory=DataSettings, description="Images.")
-    calibration: Annotated[CalibrationSettings, COMPRESSION] = Field(
+    calibration: Annotated[CalibrationSettings, COMPRESSING] = Field(
         default_factory=CalibrationSettings, description="Images without labels."
     )
     compression: BudgetSettings = Field(default_factory=BudgetSettings, description="A size instead of settings.")
@@ -96,6 +105,11 @@ class Settings(Section):
 
     _file: str = PrivateAttr(default="")
     _command_line: frozenset[tuple[str, ...]] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="after")
+    def _defaults_of_the_recipe(self) -> "Settings":
+        put_defaults(self, self.recipe)
+        return self
 
     def __eq__(self, other: object) -> bool:
         """Equal values are equal settings, from whichever file and in however many keys they were written."""

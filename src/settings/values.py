@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import re
 import reprlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,37 +13,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Strict
 from pydantic.fields import FieldInfo
 
 from ..common.registry import Entry, Registry
+from .numbers import WHOLE_LIMIT, read_number
+from .sizes import SIZE_WORDS, read_size
 
 MOST_CENTROIDS = 2**30
-_WHOLE_LIMIT = 2**63
-
-
-def read_number(value: object) -> int | float:
-    """A finite number from YAML's number or from text such as `1e-6` and `1_000`, which YAML 1.1 reads as text.
-
-    Raises:
-        ValueError: without a message, so that the caller words it from the key's kind.
-    """
-    if isinstance(value, str) and value.isascii():
-        value = _spelled(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError
-    if isinstance(value, float) and not math.isfinite(value):  # a whole number of 400 digits fits no float
-        raise ValueError
-    return value
-
-
-def _spelled(text: str) -> int | float | None:
-    for kind in (int, float):  # int first: a float would round large whole numbers
-        with suppress(ValueError):
-            return kind(text)
-    return None
 
 
 def read_whole(value: object) -> int:
     """A whole number; `1e3` is one, `1.5` and `True` are not."""
     number = read_number(value)
-    if number != int(number) or abs(number) >= _WHOLE_LIMIT:
+    if number != int(number) or abs(number) >= WHOLE_LIMIT:
         raise ValueError
     return int(number)
 
@@ -57,29 +33,6 @@ def read_real(value: object) -> float:
         return float(read_number(value))
     except OverflowError as error:
         raise ValueError from error
-
-
-_UNITS = {"": 1, "B": 1, "BYTES": 1, "KB": 2**10, "KIB": 2**10, "MB": 2**20, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
-SIZE_WORDS = "a size such as 1.2MB, 900KB or 1_200_000 (bytes); MB are 2^20 bytes"
-
-
-def read_size(value: object) -> int:
-    """Bytes from a whole number of them, or from a number with a unit, such as `1.2MB` and `900 KB`.
-
-    Raises:
-        ValueError: it is no size; says what is one.
-    """
-    text = value.strip() if isinstance(value, str) else ""
-    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-z]*)", text)
-    unit = _UNITS.get(found[2].upper()) if found else 1
-    try:
-        number = read_number(found[1] if found else value)
-    except ValueError:
-        raise ValueError(SIZE_WORDS) from None
-    size = 0 if unit is None else number * unit
-    if not 1 <= size < _WHOLE_LIMIT or (unit == 1 and size != int(size)):
-        raise ValueError(SIZE_WORDS)
-    return int(size)
 
 
 def check_centroids(k: int) -> int:
@@ -204,7 +157,7 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     if origin in (Union, UnionType):
         words = " or ".join(_describe(option) for option in arguments if option is not NoneType)
         return f"{words}, or null" if NoneType in arguments else words
-    if _is_size(limits):
+    if _measures_size(limits):
         return SIZE_WORDS
     named = _one_of(limits)
     if named is not None:
@@ -225,7 +178,12 @@ def _describe(kind: Any, limits: tuple[Any, ...] = ()) -> str:
     return (_WORDS.get(kind) or "a value") + _bounds(limits)
 
 
-def _is_size(limits: tuple[Any, ...]) -> bool:
+def is_size(field: FieldInfo) -> bool:
+    """Whether a field holds a number of bytes."""
+    return _measures_size(tuple(field.metadata))
+
+
+def _measures_size(limits: tuple[Any, ...]) -> bool:
     return any(isinstance(limit, BeforeValidator) and limit.func is read_size for limit in limits)
 
 
@@ -257,7 +215,7 @@ def _short(kind: Any, limits: tuple[Any, ...] = (), task: str | None = None) -> 
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _short(arguments[0], arguments[1:], task)
-    if _is_size(limits):
+    if _measures_size(limits):
         return "size"
     named = _one_of(limits)
     names = named.names if named is not None else list(_choices(limits, task))

@@ -6,7 +6,7 @@ An unreadable file travels to the main process as an `Unreadable`, which decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -147,7 +147,7 @@ class UnreadableFiles:
 
     def __init__(self, skip: bool, key: str) -> None:
         self.skip, self.key = skip, key
-        self.reasons: dict[str, str] = {}
+        self.reasons: MutableMapping[str, str] = {}
 
     def report(self, batch: HasUnreadable) -> None:
         """Check what `batch` could not read.

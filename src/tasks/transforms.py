@@ -31,6 +31,26 @@ def validation_transform(resize: int, image_size: int, mean: Sequence[float], st
     return partial(_centre, resize, image_size, list(mean), list(std))
 
 
+def crop_of_bytes(resize: int, image_size: int) -> Transform:
+    """As `validation_transform`, but for the normalising: uint8 (3, H, W), which `normalized` makes the same of."""
+    return partial(_centre_bytes, resize, image_size)
+
+
+def whole_bytes(image: Image.Image, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG001 (of Transform)
+    """The image as it is: uint8 (3, H, W)."""
+    return functional.pil_to_tensor(image).contiguous()
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images (..., 3, H, W) uint8 as float32, normalised; to the last bit what the transforms make of each."""
+    return functional.normalize(in_zero_to_one(pixels), list(mean), list(std))
+
+
+def in_zero_to_one(pixels: Tensor) -> Tensor:
+    """Images uint8 as float32 in 0..1."""
+    return pixels.to(torch.float32).div(255)
+
+
 def _resized(image: Image.Image, resize: int) -> Image.Image:
     if problem := too_long(image.size, resize):
         raise DataError(problem)
@@ -68,5 +88,13 @@ def _centre(
     image: Image.Image,
     generator: torch.Generator | None = None,  # noqa: ARG001 (of Transform)
 ) -> Tensor:
-    image = functional.center_crop(_resized(image, resize), [size])
-    return functional.normalize(functional.to_tensor(image), mean, std)
+    return normalized(_centre_bytes(resize, size, image), mean, std)
+
+
+def _centre_bytes(
+    resize: int,
+    size: int,
+    image: Image.Image,
+    generator: torch.Generator | None = None,  # noqa: ARG001 (of Transform)
+) -> Tensor:
+    return functional.pil_to_tensor(functional.center_crop(_resized(image, resize), [size])).contiguous()

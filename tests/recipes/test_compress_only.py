@@ -108,6 +108,8 @@ def test_images_calibrate(
     assert "broken.jpg" in printed
     files = [tmp_path / name / "model.safetensors" for name in ("out", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert all(next(iter(layer["outputs_lost"])) == "clustering" for layer in report["layers"])
     plain, calibrated, dense = own_from(made / "model.safetensors"), own_from(files[0]), Net().eval()
     dense.load_state_dict(torch.load(start))
     spec = CalibrationSpec(batch_size=12, image_size=16, resize=18)
@@ -115,6 +117,9 @@ def test_images_calibrate(
     with torch.no_grad():
         wanted, ours, theirs = dense(images), calibrated(images), plain(images)
     assert float((ours - wanted).norm()) < 0.5 * float((theirs - wanted).norm())
+    assert set(load_packed(files[0]).info.outputs_lost) == {layer["name"] for layer in report["layers"]}
+    assert inspect_command.main([str(files[0]), "--arch", OWN]) == 0
+    assert "output energy lost" in capsys.readouterr().out
     assert (made / "model.safetensors").stat().st_size == pytest.approx(files[0].stat().st_size, rel=0.02)
 
 
@@ -123,6 +128,7 @@ def test_images_calibrate(
     [
         (["--calibration.images", "/nowhere"], ["calibration.images", "/nowhere", "does not exist"]),
         (["--calibration.images", __file__], ["calibration.images", "is a file"]),
+        (["--calibration.use", "True"], ["calibration.use is True, and calibration.images is not set"]),
         (["--model.arch", "resnet19"], ["model.arch", "resnet19"]),
         (["--model.arch", "tests.support.own_network:broken"], ["cannot be built"]),
         (["--model.weights", "/nowhere.pth"], ["model.weights", "/nowhere.pth"]),

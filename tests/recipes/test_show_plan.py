@@ -59,7 +59,8 @@ def test_a_plan_is_shown_and_nothing_is_done(
     (at,) = [number for number, line in enumerate(lines) if line.split()[:3] == ["layer", "d", "k"]]
     rows = [line.split() for line in lines[at + 1 : at + 6]]
     assert [row[0] for row in rows] == ["body.0", "body.3", "attention.in_proj_weight", "attention.out_proj", "head"]
-    assert all(0 < float(row[5]) < 100 for row in rows)
+    assert all(row[3] in ("8", "16") and row[4] == "bits" for row in rows)
+    assert all(0 < float(row[7]) < 100 for row in rows)
     assert lines[at + 6].startswith("plan: 0.00")
     ratio = float(lines[at + 6].split("MB, ")[1].split("x")[0])
     assert 7 <= ratio < 7.2

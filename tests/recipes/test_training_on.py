@@ -98,12 +98,24 @@ def test_rebuilt_norms_start_from_the_same_network(
     assert not folded_norms(open_model_file(tmp_path / "trained_models" / "0.pth").model)
 
 
-def test_nothing_to_rebuild_is_said(
+def test_whole_norms_of_a_compressed_start_are_taken_anew(
     first: Path, small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        train(small_images, tmp_path, "--model.weights", str(first / "1.pth"), "--model.reestimate_norms", "True") == 0
-    )
+    flags = ["--model.weights", str(first / "1.pth"), "--model.reestimate_norms", "True", "--epochs", "0"]
+    assert train(small_images, tmp_path, *flags) == 0
+    said = capsys.readouterr().out
+    assert "norms: running statistics of 20 batch norms taken anew from 24 training images" in said
+    assert "no effect" not in said
+    before, after = (read_tensors(path) for path in (first / "1.pth", tmp_path / "trained_models" / "0.pth"))
+    for name, tensor in before.items():
+        in_a_norm = f"{name.rpartition('.')[0]}.{TRAINING_VECTORS[0]}" in before
+        assert torch.equal(tensor, after[name]) or in_a_norm, name
+        if name.endswith(TRAINING_VECTORS[0]):
+            assert not torch.equal(tensor, after[name]), name
+
+
+def test_nothing_to_rebuild_is_said(small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(small_images, tmp_path, "--model.reestimate_norms", "True", "--epochs", "0") == 0
     assert "note: model.reestimate_norms has no effect" in capsys.readouterr().out
 
 

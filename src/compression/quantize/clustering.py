@@ -12,7 +12,7 @@ class Clustering:
     """A codebook and the code of every training vector.
 
     Attributes:
-        codebook: (k, d), values that 16-bit floats hold exactly.
+        codebook: (k, d), values that 16-bit floats, or 8-bit steps, hold exactly.
         codes: (n,) int64, the nearest centroid of each vector.
         distortion: mean squared error per vector, |x - c|^2 / n summed.
         iterations: mean updates made.

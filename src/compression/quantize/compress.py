@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -20,43 +20,14 @@ from ...common.randomness import stream
 from ...engines.machine import own_processors
 from .assign import one_thread
 from .clustering import Clustering
-from .kmeans import cluster, never
+from .kmeans import cluster, never, with_eight_bits
+from .layer_result import LayerResult, result_of
 from .layers import CODES_DTYPE, QuantizedLayer, share_codes
 from .placing import quantize_weight
 from .plan import LayerPlan, Plan
-from .sixteen_bits import energies, rounding_loss, scale_of, weight_problem
+from .sixteen_bits import scale_of, weight_problem
 from .subvectors import to_subvectors
 from .weights import WeightPlace, find_weight
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """How well one layer was quantized.
-
-    Attributes:
-        name: the layer.
-        d: subvector length.
-        k: centroids.
-        n_subvectors: subvectors quantized.
-        distortion: squared error summed over the weight.
-        power: sum of squares of the weight; distortion / power is the relative error.
-        iterations: mean updates that the clustering made.
-        rounding: share of the power that 16-bit floats lose by themselves, part of the distortion.
-    """
-
-    name: str
-    d: int
-    k: int
-    n_subvectors: int
-    distortion: float
-    power: float
-    iterations: int
-    rounding: float
-
-    @property
-    def relative_error(self) -> float:
-        """Share of the weight's energy that is lost, 0 (nothing) to 1."""
-        return self.distortion / self.power if self.power else 0.0
 
 
 class Clusterings(Protocol):
@@ -102,23 +73,12 @@ def compress(
 
     def code(plan: LayerPlan, place: WeightPlace) -> QuantizedLayer:
         weight = place.parameter.detach()
-        layer = quantize_weight(place, plan.d, plan.k, plan.scale)
+        layer = _empty(plan, place)
         clustering = found.pop(plan.name)
         clustering = replace(clustering, codebook=clustering.codebook * plan.scale)
         layer.set_codes(clustering.codebook.to(weight.device, weight.dtype), clustering.codes.to(weight.device))
-        lost, power = energies(weight.cpu(), clustering.codebook.cpu(), clustering.codes.cpu())
-        results.append(
-            LayerResult(
-                name=plan.name,
-                d=plan.d,
-                k=plan.k,
-                n_subvectors=clustering.codes.shape[0],
-                distortion=lost,
-                power=power,
-                iterations=clustering.iterations,
-                rounding=rounding_loss(weight.cpu(), plan.scale),
-            )
-        )
+        codebook, codes = clustering.codebook.cpu(), clustering.codes.cpu()
+        results.append(result_of(plan, weight.cpu(), codebook, codes, clustering.iterations))
         return layer
 
     return _replace(model, plan, code), results
@@ -247,6 +207,8 @@ def cluster_weight(
         found = cluster(layer.k_means_type, vectors, layer.k, iterations, generator, layer.k_means_tolerance, stopped)
     except ValueError as error:
         raise PlanError(f"layer {layer.name!r}: {error}") from None
+    if layer.codebook_bits == 8:
+        found = with_eight_bits(vectors, found, weight.dtype)
     return replace(found, codes=found.codes.to(CODES_DTYPE))
 
 
@@ -261,7 +223,11 @@ def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
 
     The values come from a file. Works on the meta device.
     """
-    return _replace(model, plan, lambda layer, place: quantize_weight(place, layer.d, layer.k, layer.scale))
+    return _replace(model, plan, _empty)
+
+
+def _empty(layer: LayerPlan, place: WeightPlace) -> QuantizedLayer:
+    return quantize_weight(place, layer.d, layer.k, layer.scale, layer.codebook_bits)
 
 
 def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, WeightPlace], QuantizedLayer]) -> nn.Module:
@@ -273,7 +239,7 @@ def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, WeightPlac
         if twin is None:
             made[id(parameters[name])] = make(layer, places[name])
         else:
-            share_codes(quantize_weight(places[name], layer.d, layer.k, layer.scale), twin)
+            share_codes(_empty(layer, places[name]), twin)
     return model
 
 

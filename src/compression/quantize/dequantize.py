@@ -8,7 +8,10 @@ from .layers import QuantizedLayer, dense_type
 from .placing import QuantizedHost, QuantizedParameter, dense_name
 from .weights import SUFFIX
 
-_OWN = ("weight_shape", "quantized_kind", "has_scale", "channels_last", "_kept", "_seen", "_members", "_has_zeros")
+_OWN = (
+    *("weight_shape", "quantized_kind", "has_scale", "codebook_bits", "channels_last"),
+    *("_kept", "_seen", "_members", "_has_zeros"),
+)
 
 
 def dequantized_state(model: nn.Module) -> dict[str, Tensor]:

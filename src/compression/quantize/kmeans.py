@@ -27,6 +27,7 @@ from .members import Members
 from .registry import QUANTIZERS
 from .revive import revive
 from .sixteen_bits import range_problem
+from .stored_codebook import as_stored
 
 
 def _accumulate() -> Any:
@@ -268,6 +269,13 @@ def cluster(
     iterations = found.iterations
     del others, found
     return _coded(vectors, codebook, live, iterations)
+
+
+def with_eight_bits(vectors: Tensor, found: Clustering, dtype: torch.dtype) -> Clustering:
+    """A clustering of the vectors (n, d) with its codebook rounded to 8 bits, and each vector with the centroid that is
+    nearest then; those that are zero keep the first. `dtype`: in which the codebook will be kept."""
+    codebook = as_stored(found.codebook.to(dtype), 8, None).type_as(vectors)
+    return _coded(vectors, codebook, vectors.any(1), found.iterations)
 
 
 def _coded(vectors: Tensor, codebook: Tensor, live: Tensor, iterations: int) -> Clustering:

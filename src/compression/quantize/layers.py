@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .members import Dequantize, Members
 from .read_only import ADVICE, DequantizedWeight, watch
+from .stored_codebook import as_stored, check_codebook_bits, eight_bit_scale, stored_values
 from .subvectors import bits_per_code, from_subvectors
 from .watch import KeptWeight, SeenCodes, is_ordinary, must_be_plain
 
@@ -35,6 +36,7 @@ class QuantizedLayer(nn.Module):
         codebook: parameter (k, d).
         codes_matrix: buffer (R, m) int32, values below k.
         codebook_scale: buffer () float32, a power of two: what files divide the codebook by; only where they do.
+        codebook_bits: of a value of the codebook in files, 16 or 8 (`stored_codebook`).
         weight_shape: shape of the dequantized weight.
         quantized_kind: the type of the dense module, with the parameter's name where that is not `weight`.
     """
@@ -44,10 +46,11 @@ class QuantizedLayer(nn.Module):
         codebook: Tensor
         codes_matrix: Tensor
         codebook_scale: Tensor
+        codebook_bits: int
         weight_shape: tuple[int, ...]
         _rebuild: ClassVar[Any]
 
-    def _set_up(self, weight: Tensor, d: int, k: int, kind: str, scale: float) -> None:
+    def _set_up(self, weight: Tensor, d: int, k: int, kind: str, scale: float, codebook_bits: int) -> None:
         """Make room for codes and codebook of a weight; the values come from `set_codes` or a file."""
         bits_per_code(k)
         row = weight.shape[1:].numel()
@@ -65,7 +68,8 @@ class QuantizedLayer(nn.Module):
         self.register_buffer(
             "codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device)
         )
-        self.has_scale = scale != 1
+        self.codebook_bits = check_codebook_bits(codebook_bits)
+        self.has_scale = scale != 1 and codebook_bits == 16
         if self.has_scale:
             self.register_buffer("codebook_scale", torch.tensor(scale, dtype=torch.float32, device=weight.device))
         self.channels_last = False
@@ -120,15 +124,20 @@ class QuantizedLayer(nn.Module):
         return self._dequantize(self.codebook)
 
     def dequantize_stored(self) -> Tensor:
-        """The weight with the codebook rounded to 16-bit floats; the gradient passes the rounding unchanged."""
-        return self._dequantize(_rounded(self.codebook, self._buffers.get("codebook_scale")))
+        """The weight with the codebook as it comes back from a file; the gradient passes the rounding unchanged."""
+        rounded = as_stored(self.codebook, self.codebook_bits, self._buffers.get("codebook_scale"))
+        if torch.is_grad_enabled() or must_be_plain():  # what is traced with gradients is the same as without
+            rounded = self.codebook + (rounded - self.codebook).detach()
+        return self._dequantize(rounded)
 
     def stored_codebook(self) -> Tensor:
-        """The codebook as a file stores it, (k, d) 16-bit floats; `codebook_scale`, where there is one, times that is
-        the codebook."""
-        scale = self._buffers.get("codebook_scale")
-        codebook = self.codebook.detach()
-        return (codebook if scale is None else codebook / scale).to(torch.float16)
+        """The codebook as a file stores it, (k, d) float16 or int8; times `stored_scale`, where there is one, it is the
+        codebook."""
+        return stored_values(self.codebook.detach(), self.codebook_bits, self._buffers.get("codebook_scale"))
+
+    def stored_scale(self) -> Tensor | None:
+        """() float32: what a file multiplies the stored codebook by; None: nothing."""
+        return eight_bit_scale(self.codebook) if self.codebook_bits == 8 else self._buffers.get("codebook_scale")
 
     def _dequantize(self, codebook: Tensor) -> Tensor:
         if self._has_zeros:  # blocks that were pruned stay pruned
@@ -170,11 +179,11 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight to compute with; it cannot be written into.
 
-        Training: dequantized anew. Evaluation: dequantized from the codebook as a file stores it (16-bit floats), so
-        that what is measured is what is saved, and kept while codebook and codes do not change.
+        Training: dequantized anew. Evaluation: dequantized from the codebook as a file stores it, so that what is
+        measured is what is saved, and kept while codebook and codes do not change.
         """
         if torch.jit.is_scripting():
-            as_trained = self.training or self.has_scale
+            as_trained = self.training or self.has_scale or self.codebook_bits == 8
             return _scripted(self.codebook, self.codes_matrix, as_trained).view(self.weight_shape)
         else:
             return self.computed()
@@ -226,7 +235,7 @@ class QuantizedLayer(nn.Module):
         return {**plain_state(super()), "_kept": None, "_seen": None, "_members": None}  # which `forget` makes anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"codebook_bits": 16, **state})  # pickles of before do not say it
         self.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -235,7 +244,8 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """What the module says of itself, and how its weight is quantized."""
         own = super().extra_repr()
-        return f"{own}{', ' if own else ''}k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}"
+        bits = "" if self.codebook_bits == 16 else f", codebook_bits={self.codebook_bits}"
+        return f"{own}{', ' if own else ''}k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}{bits}"
 
 
 def plain_state(parent: Any) -> dict[str, Any]:
@@ -248,16 +258,6 @@ def _some_are_zero(codebook: Tensor) -> bool:
     with torch.no_grad():
         zero = (codebook == 0).all(1)
         return bool(zero.any() and not zero.all())
-
-
-def _rounded(codebook: Tensor, scale: Tensor | None) -> Tensor:
-    """The codebook as it comes back from a file; the gradient passes unchanged."""
-    rounded = (codebook if scale is None else codebook / scale).to(torch.float16).type_as(codebook)
-    if scale is not None:
-        rounded = rounded * scale
-    if torch.is_grad_enabled() or must_be_plain():  # what is traced with gradients is the same as without
-        return codebook + (rounded - codebook).detach()
-    return rounded
 
 
 def _scripted(codebook: Tensor, codes: Tensor, as_trained: bool) -> Tensor:

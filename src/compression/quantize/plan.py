@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...common.errors import PlanError
+from .stored_codebook import check_codebook_bits
 from .subvector_size import BlockRule, subvector_size
 from .subvectors import bits_per_code, clamp_centroids
 from .weights import WeightPlace, find_weight, matrices, why_dense
@@ -26,11 +27,13 @@ class LayerSpec:
     k_means_n_iters: int | None = None
     subvector_size: int | None = None
     large_subvectors: bool | None = None
+    codebook_bits: int | None = None
 
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """How a network is quantized (`model.compression_parameters`)."""
+    """How a network is quantized (`model.compression_parameters`); without `codebook_bits` 16, or what pays where the
+    settings are chosen for a size."""
 
     k: int = 256
     k_means_type: str = "src"
@@ -39,12 +42,13 @@ class QuantizationSpec:
     ignored_modules: Sequence[str] = ()
     layer_specs: Mapping[str, LayerSpec] = field(default_factory=dict)
     k_means_tolerance: float = 0.0
+    codebook_bits: int | None = None
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is quantized: subvector length d, centroids k, the clustering, and what its codebook is multiplied
-    by as it comes from a file (`sixteen_bits`)."""
+    """How one layer is quantized: subvector length d, centroids k, the clustering, what its codebook is clustered in
+    units of (`sixteen_bits`), and the bits of each of the codebook's values in files (`stored_codebook`)."""
 
     name: str
     d: int
@@ -53,6 +57,7 @@ class LayerPlan:
     k_means_n_iters: int
     k_means_tolerance: float = 0.0
     scale: float = 1.0
+    codebook_bits: int = 16
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,7 @@ def _plan_layer(place: WeightPlace, spec: QuantizationSpec, own: LayerSpec) -> t
         k_means_type=own.k_means_type or spec.k_means_type,
         k_means_n_iters=spec.k_means_n_iters if own.k_means_n_iters is None else own.k_means_n_iters,
         k_means_tolerance=spec.k_means_tolerance,
+        codebook_bits=check_codebook_bits(own.codebook_bits or spec.codebook_bits or 16),
     )
     return layer, note
 
@@ -236,7 +242,7 @@ def _tied_otherwise(places: Mapping[str, WeightPlace], layers: Mapping[str, Laye
     for name, layer in layers.items():
         for other in users[id(places[name].parameter)]:
             twin = layers.get(other)
-            if twin is None or (twin.d, twin.k) != (layer.d, layer.k):
+            if twin is None or (twin.d, twin.k, twin.codebook_bits) != (layer.d, layer.k, layer.codebook_bits):
                 user = other if places[other].below else f"{other}.weight"
                 reasons[name] = f"shares its weight with {user}, which is not quantized alike"
     return reasons

@@ -56,15 +56,26 @@ def clamp_centroids(k: int, n_subvectors: int) -> int:
     return min(k, limit) if limit >= 2 else 0
 
 
-CODEBOOK_BITS = 16
-"""Of a value of a codebook."""
 SCALE_BITS = 32
 """Of the scale of a codebook that has one."""
 
 
-def bits_of(n_subvectors: int, d: int, k: int, scale: float = 1.0) -> int:
-    """Bits of a quantized weight: codes, codebook, and the codebook's scale where it is not 1."""
-    return n_subvectors * bits_per_code(k) + k * d * CODEBOOK_BITS + SCALE_BITS * (scale != 1)
+def bits_of(n_subvectors: int, d: int, k: int, scale: float = 1.0, codebook_bits: int = 16) -> int:
+    """Bits of a quantized weight: codes and codebook.
+
+    Args:
+        n_subvectors: of the weight.
+        d: length of each.
+        k: centroids.
+        scale: of a codebook of 16-bit values.
+        codebook_bits: of each of the codebook's values, 16 or 8.
+    """
+    return n_subvectors * bits_per_code(k) + codebook_size(k * d, codebook_bits, scale != 1)
+
+
+def codebook_size(n_values: int, codebook_bits: int, has_scale: bool) -> int:
+    """Bits of a codebook: its values, and its scale where it has one, as those of 8-bit values always do."""
+    return n_values * codebook_bits + SCALE_BITS * (has_scale or codebook_bits == 8)
 
 
 def bits_per_code(k: int) -> int:

@@ -13,6 +13,7 @@ Shapes: n subvectors of length d, k centroids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..assign import assign
 from ..revive import revive
 from ..sixteen_bits import largest_size
+from ..stored_codebook import as_stored
 
 Floats = NDArray[np.float64]
 
@@ -36,7 +38,7 @@ UPDATES = 8
 
 
 def distortions(vectors: Tensor, ks: Sequence[int], generator: torch.Generator) -> Floats:
-    """About the distortion of all `vectors` with k centroids, for every k.
+    """About the distortion of all `vectors` with k centroids, for every k, with codebooks of 16-bit and 8-bit values.
 
     Args:
         vectors: (n, d) of a weight, finite.
@@ -44,16 +46,18 @@ def distortions(vectors: Tensor, ks: Sequence[int], generator: torch.Generator) 
         generator: draws the sample and how centroids split.
 
     Returns:
-        (len(ks),) sums of squares of what is lost, never rising.
+        (2, len(ks)) sums of squares of what is lost, never rising, with 16 bits and with 8, which lose no less.
     """
     n, d = vectors.shape
     size = largest_size(vectors)
     if not size:
-        return np.zeros(len(ks))
+        return np.zeros((2, len(ks)))
     if n <= SAMPLE:
         ready = vectors.float().cpu() / size
-        lost = np.array([one for one, _ in _grown(ready, ready[:0], max(ks), generator).values()])
-        return _falling(n * size**2 * lost[[k.bit_length() - 1 for k in ks]])
+        all_of_them = np.array(
+            [(one.own, one.own + one.rounded) for one in _grown(ready, ready[:0], max(ks), generator).values()]
+        )
+        return _falling(n * size**2 * all_of_them[[k.bit_length() - 1 for k in ks]].T)
     s = min(SAMPLE, n // 2)
     drawn = _some(n, 2 * s, generator).to(vectors.device)
     ready = vectors[drawn].float().cpu() / size
@@ -62,12 +66,13 @@ def distortions(vectors: Tensor, ks: Sequence[int], generator: torch.Generator) 
     last = max(grown)
     found = []
     for k in ks:
-        own, other = grown[min(k, last)]
-        limit, share = (own + other) / 2, (other - own) / (other + own) if own else 0.0
+        one = grown[min(k, last)]
+        limit, share = (one.own + one.other) / 2, (one.other - one.own) / (one.other + one.own) if one.own else 0.0
         if k > last:
             limit, share = limit * (k / last) ** (-2 / d), share * k / last
-        found.append(limit * (1 - min(share * s / n, 1.0)))
-    return _falling(n * size**2 * np.array(found))
+        lost = limit * (1 - min(share * s / n, 1.0))
+        found.append((lost, lost + one.rounded))  # of which steps of 8 bits do not lose less with more centroids
+    return _falling(n * size**2 * np.array(found).T)
 
 
 def _some(n: int, few: int, generator: torch.Generator) -> Tensor:
@@ -79,15 +84,29 @@ def _some(n: int, few: int, generator: torch.Generator) -> Tensor:
 
 def _falling(values: Floats) -> Floats:
     """With more centroids nothing more is lost, whatever the sample says."""
-    return np.minimum.accumulate(values)
+    return np.minimum.accumulate(values, axis=1)
 
 
-def _grown(vectors: Tensor, others: Tensor, most: int, generator: torch.Generator) -> dict[int, tuple[float, float]]:
-    """Codebooks of 1, 2, 4, ..., `most` centroids, each grown from the one before: mean squared error per vector of
-    `vectors`, which it is grown on, and of `others` (0 where there are none)."""
+@dataclass(frozen=True)
+class _Grown:
+    """What a grown codebook loses, mean squared errors per vector.
+
+    Attributes:
+        own: of the vectors that it is grown on.
+        other: of others, 0 where there are none.
+        rounded: what its rounding to 8 bits adds.
+    """
+
+    own: float
+    other: float
+    rounded: float
+
+
+def _grown(vectors: Tensor, others: Tensor, most: int, generator: torch.Generator) -> dict[int, _Grown]:
+    """Codebooks of 1, 2, 4, ..., `most` centroids, each grown from the one before, on `vectors`."""
     codebook = vectors.mean(0, keepdim=True)
     codes, distances = assign(vectors, codebook)
-    found = {1: (float(distances.double().mean()), _tried(others, codebook))}
+    found = {1: _looked_at(vectors, others, codebook, distances)}
     k = 1
     while 2 * k <= most:
         # half way towards and away from one of its members: the two halves lie across the cluster's spread
@@ -106,10 +125,16 @@ def _grown(vectors: Tensor, others: Tensor, most: int, generator: torch.Generato
             revive(updated, vectors, distances, counts)
             codebook = updated
         codes, distances = assign(vectors, codebook)
-        found[k] = (float(distances.double().mean()), _tried(others, codebook))
+        found[k] = _looked_at(vectors, others, codebook, distances)
     return found
 
 
+def _looked_at(vectors: Tensor, others: Tensor, codebook: Tensor, distances: Tensor) -> _Grown:
+    """What a codebook loses; `distances` are those of the vectors to its centroids."""
+    own, rounded = float(distances.double().mean()), as_stored(codebook, 8, None)
+    return _Grown(own=own, other=_tried(others, codebook), rounded=max(_tried(vectors, rounded) - own, 0.0))
+
+
 def _tried(vectors: Tensor, codebook: Tensor) -> float:
-    """Mean squared error of vectors that a codebook was not grown on."""
+    """Mean squared error of vectors with the nearest centroids."""
     return float(assign(vectors, codebook)[1].double().mean()) if vectors.shape[0] else 0.0

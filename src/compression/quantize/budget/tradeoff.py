@@ -19,7 +19,7 @@ from ..plan import LayerPlan, LayerSpec, Plan, QuantizationSpec, make_plan, spec
 from ..weights import WeightPlace
 from .choose import Choice, Chooser, Options
 from .loss import Floats, Losses
-from .options import WeightOptions, measured, pairs_for, with_option
+from .options import WeightOptions, measured, settings_for, with_option
 from .wanted import Budget, megabytes
 
 
@@ -31,6 +31,7 @@ class PredictedLayer:
         name: of the weight, of a tied one the first.
         d: subvector length.
         k: centroids.
+        codebook_bits: of a value of the codebook.
         bits: of codes and codebook.
         distortion: about the sum of squares that will be lost.
         loss: what that costs the network.
@@ -41,6 +42,7 @@ class PredictedLayer:
     name: str
     d: int
     k: int
+    codebook_bits: int
     bits: int
     distortion: float
     loss: float
@@ -158,7 +160,7 @@ class Tradeoff:
 
     @cached_property
     def _of_settings(self) -> Choice:
-        options = [weight.number_of(weight.own.d, weight.own.k) for weight in self.weights]
+        options = [weight.number_of(weight.own) for weight in self.weights]
         return Choice(
             options=tuple(options),
             bits=sum(int(weight.bits[option]) for weight, option in zip(self.weights, options, strict=True)),
@@ -174,14 +176,15 @@ class Tradeoff:
         chosen: dict[str, LayerPlan] = {}
         layers = []
         for weight, losses, option in zip(self.weights, self._losses, choice.options, strict=True):
-            d, k = weight.settings[option]
+            d, k, codebook_bits = setting = weight.settings[option]
             for name in weight.names:
-                chosen[name] = with_option(self.plan.layers[name], name, d, k, self.own.get(name))
+                chosen[name] = with_option(self.plan.layers[name], name, setting, self.own.get(name))
             layers.append(
                 PredictedLayer(
                     name=weight.names[0],
                     d=d,
                     k=k,
+                    codebook_bits=codebook_bits,
                     bits=int(weight.bits[option]),
                     distortion=float(weight.distortion[option]),
                     loss=float(losses[option]),
@@ -259,7 +262,7 @@ def measure(
     for name, place in places.items():
         tied.setdefault(id(place.parameter), []).append(name)
     weights = [
-        _weight_options(tuple(names), places, plan, own, seed)
+        _weight_options(tuple(names), places, plan, own, spec.codebook_bits, seed)
         for names in bar(list(tied.values()), "sizes", None, show_progress, "layer")
     ]
     quantized = [places[names[0]].parameter for names in tied.values()]
@@ -273,8 +276,9 @@ def _weight_options(
     places: Mapping[str, WeightPlace],
     plan: Plan,
     own: Mapping[str, LayerSpec],
+    codebook_bits: int | None,
     seed: int,
 ) -> WeightOptions:
     place, planned = places[names[0]], plan.layers[names[0]]
     given = next((own[name] for name in names if name in own), None)
-    return measured(names, place, planned, pairs_for(place, planned, given), seed)
+    return measured(names, place, planned, settings_for(place, planned, given, codebook_bits), seed)

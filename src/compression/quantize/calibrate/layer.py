@@ -1,4 +1,5 @@
-"""Quantizing one weight with the moments of its inputs: a clustering, then the steps of `steps`, then 16-bit values."""
+"""Quantizing one weight with the moments of its inputs: a clustering, then the steps of `steps`, then 16-bit or 8-bit
+values."""
 
 from __future__ import annotations
 
@@ -77,10 +78,11 @@ def quantize_layer(
     for name, step in STEPS:
         state = step(target, state)
         lost.append((name, state.loss / power))
-    state = round_codebook(target, state)
+    state = round_codebook(target, state, plan.codebook_bits, weight.dtype)
+    first = first if plan.codebook_bits == 16 else round_codebook(target, first, plan.codebook_bits, weight.dtype)
     if first.loss < state.loss:
         state = first
-    lost.append(("16 bits", state.loss / power))
+    lost.append(("rounded", state.loss / power))
     codes = torch.empty(vectors.shape[0], dtype=torch.int64, device=device)
     codes[layout.to(device).flatten()] = state.codes.flatten()
     distortion = float((vectors - state.codebook[codes]).square().sum(1).double().mean())

@@ -5,7 +5,7 @@ Shapes: B blocks of R rows, C columns, P places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,10 @@ class Moments:
 class MomentSums:
     """Sums of one weight's inputs.
 
+    Products of a batch are 32-bit floats, and are added in double precision, so that it makes no difference in which
+    order, or by how many processes: where two centroids are as good as each other, the last bit would decide, and with
+    it all that comes later.
+
     Args:
         weight: the dense one as (B, R, C), on the device where sums are kept.
     """
@@ -42,11 +46,11 @@ class MomentSums:
     def __init__(self, weight: Tensor) -> None:
         n_blocks, n_rows, n_columns = weight.shape
         self._weight = weight
-        self._hessian = weight.new_zeros(n_blocks, n_columns, n_columns)
-        self._cross = torch.zeros_like(weight)
+        self._hessian = weight.new_zeros(n_blocks, n_columns, n_columns, dtype=torch.float64)
+        self._cross = torch.zeros_like(weight, dtype=torch.float64)
         self._sum = weight.new_zeros(n_blocks, n_columns, dtype=torch.float64)
         self._outputs = weight.new_zeros(2, n_blocks, n_rows, dtype=torch.float64)
-        self._counts = weight.new_zeros(n_blocks)
+        self._counts = weight.new_zeros(n_blocks, dtype=torch.float64)
 
     def outputs(self, blocks: slice, inputs: Tensor) -> Tensor:
         """What some blocks of the weight, without bias, make of inputs (g, P, C): (blocks, P, R)."""
@@ -60,36 +64,37 @@ class MomentSums:
             inputs: x (g, P, C), g 1 or the number of these blocks.
             dense: W y (blocks, P, R) at the same places; None: y is x.
         """
-        _accumulate(self._hessian[blocks], inputs.transpose(1, 2), inputs)
+        self._hessian[blocks] += inputs.transpose(1, 2) @ inputs
         outputs = self.outputs(blocks, inputs)
         if dense is not None:
-            _accumulate(self._cross[blocks], (dense - outputs).transpose(1, 2), inputs)
+            self._cross[blocks] += (dense - outputs).transpose(1, 2) @ inputs
             outputs = dense
         self._sum[blocks] += inputs.sum(1).double()
         self._outputs[0, blocks] += outputs.sum(1).double()
         self._outputs[1, blocks] += outputs.square().sum(1).double()
         self._counts[blocks] += inputs.shape[1]
 
+    def add_over(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add what other processes summed.
+
+        Args:
+            total: sums a tensor over all of them.
+        """
+        for sums in (self._hessian, self._cross, self._sum, self._outputs, self._counts):
+            sums.copy_(total(sums))
+
     def moments(self) -> Moments:
         """The means of what was added."""
-        n = self._counts.clamp_min(1)
+        n, kept = self._counts.clamp_min(1), self._weight.dtype
         mean, square = (sums / n[:, None] for sums in self._outputs)
         return Moments(
-            hessian=self._hessian / n[:, None, None],
-            cross=self._cross / n[:, None, None],
-            mean=(self._sum / n[:, None]).to(self._hessian.dtype),
+            hessian=(self._hessian / n[:, None, None]).to(kept),
+            cross=(self._cross / n[:, None, None]).to(kept),
+            mean=(self._sum / n[:, None]).to(kept),
             output_mean=mean,
             output_variance=(square - mean.square()).clamp_min(0),
             count=int(self._counts.max()),
         )
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (B, M, C) += left (g, M, P) @ right (g, P, C), each g 1 or B."""
-    if left.shape[0] == right.shape[0] == total.shape[0]:
-        total.baddbmm_(left, right)
-    else:
-        total += left @ right
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:

@@ -69,15 +69,27 @@ def output_statistics(weight: Tensor, hessian: Tensor, mean: Tensor) -> Statisti
 
 def seen_by(inputs: Iterable[Sequence[Tensor]]) -> Statistics | None:
     """Mean and variance over all (N, C, ...) that are given, those of one batch at a time; None: there were none."""
-    sums: Tensor | None = None
-    for given in inputs:
-        for values in given:
-            channels = values.float().transpose(0, 1).flatten(1)
-            variance, mean = (one.double() for one in torch.var_mean(channels, dim=1, correction=0))
-            n = channels.shape[1]
-            own = n * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
-            sums = own if sums is None else sums + own
-    if sums is None:
-        return None
+    sums = added([sums_of(given) for given in inputs])
+    return None if sums is None else statistics(sums)
+
+
+def sums_of(inputs: Sequence[Tensor]) -> Tensor | None:
+    """(3, C) float64: count, sum and sum of squares of all (N, C, ...); None: there are none."""
+    found = []
+    for values in inputs:
+        channels = values.float().transpose(0, 1).flatten(1)
+        variance, mean = (one.double() for one in torch.var_mean(channels, dim=1, correction=0))
+        found.append(channels.shape[1] * torch.stack([torch.ones_like(mean), mean, variance + mean.square()]))
+    return added(found)
+
+
+def added(sums: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum of what is there; None: nothing is."""
+    there = [one for one in sums if one is not None]
+    return sum(there[1:], start=there[0]) if there else None
+
+
+def statistics(sums: Tensor) -> Statistics:
+    """Of what `sums_of` summed."""
     mean = sums[1] / sums[0]
     return Statistics(mean=mean, variance=(sums[2] / sums[0] - mean.square()).clamp_min(0))

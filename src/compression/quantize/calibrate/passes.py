@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ....common.errors import DataError, UserError
+from ....common.memory import is_out_of_memory
+from .live import LiveTensors
 from .norms import norms_of
 from .uses import Use, Watcher
 
 Run = Callable[[nn.Module, Any], object]
 """Runs a network on a batch."""
+Key = tuple[str, bool]
+"""The name of a weight or batch norm, and whether it is a norm."""
 
 
 class _SeenAll(BaseException):
@@ -38,6 +43,16 @@ class Item:
     calls: int = 0
     follows: str | None = None
 
+    @property
+    def key(self) -> Key:
+        """Which it is."""
+        return self.name, self.calls > 0
+
+    @property
+    def happens_once(self) -> bool:
+        """Whether a pass comes to it no more than once."""
+        return (self.calls or len(self.uses)) == 1
+
 
 @dataclass(frozen=True)
 class Taken:
@@ -45,6 +60,31 @@ class Taken:
 
     paired: bool
     values: Tensor
+
+
+def telling(run: Run) -> Run:
+    """A run whose errors say that the network failed on what it was calibrated with.
+
+    Raises:
+        DataError: instead of what the network raises, unless memory ran out.
+    """
+
+    def run_and_tell(model: nn.Module, batch: Any) -> object:
+        try:
+            return run(model, batch)
+        except Exception as error:
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            said = next(iter(str(error).splitlines()), "")
+            raise DataError(
+                f"calibration: the network fails on its inputs{_shape_of(batch)}: {type(error).__name__}: {said}"
+            ) from error
+
+    return run_and_tell
+
+
+def _shape_of(batch: Any) -> str:
+    return f" of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else ""
 
 
 @contextmanager
@@ -59,7 +99,9 @@ def inspectable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def order_of(model: nn.Module, weights: dict[str, Tensor], run: Run, batch: Any) -> list[Item]:
+def order_of(
+    model: nn.Module, weights: dict[str, Tensor], run: Run, batch: Any, live: LiveTensors | None = None
+) -> list[Item]:
     """Weights and batch norms in the order in which a pass comes to them; those that it does not reach are left out.
 
     Args:
@@ -67,8 +109,9 @@ def order_of(model: nn.Module, weights: dict[str, Tensor], run: Run, batch: Any)
         weights: parameters of the model, by name.
         run: runs it.
         batch: what on.
+        live: counts what the pass needs.
     """
-    items: dict[tuple[str, bool], Item] = {}
+    items: dict[Key, Item] = {}
     last: list[tuple[str, Tensor, int]] = []
 
     def used(use: Use) -> None:
@@ -88,9 +131,14 @@ def order_of(model: nn.Module, weights: dict[str, Tensor], run: Run, batch: Any)
 
         return hook
 
+    def each(out: Any) -> None:
+        if live is not None:
+            live.made(out)
+            live.count()
+
     hooks = [norm.register_forward_pre_hook(reached(name)) for name, norm in norms_of(model).items()]
     try:
-        with Watcher(weights.items(), used, came_out):
+        with Watcher(weights.items(), used, came_out, each):
             run(model, batch)
     finally:
         for hook in hooks:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ..members import Members
+from ..stored_codebook import as_stored
 from .target import State, Target, sums_by_code
 
 LLOYD_UPDATES = 15
 """Of the weighted start."""
 CG_STEPS = 10
 """Of the least squares; later ones gain next to nothing."""
+ROUNDINGS = 2
+"""Of a codebook to 8 bits, after the first."""
 CHUNK = 1 << 22
 """Scores of vectors and centroids that are held at a time."""
 
@@ -153,7 +156,29 @@ def _dot(one: Tensor, other: Tensor) -> float:
     return float((one.cpu().double() * other.cpu().double()).sum())
 
 
-def round_codebook(target: Target, state: State) -> State:
-    """The codebook as 16-bit floats hold it, and codes that are best for it; the loss may rise by what is rounded."""
-    rounded = state.codebook.to(torch.float16).to(state.codebook.dtype)
-    return recode(target, target.state(rounded, state.codes))
+def round_codebook(target: Target, state: State, bits: int = 16, dtype: torch.dtype = torch.float32) -> State:
+    """The codebook as files hold it, and codes that are best for it; the loss may rise by what is rounded.
+
+    The steps of 8 bits are coarse enough for other codes, and these for another codebook.
+
+    Args:
+        target: of the weight.
+        state: any.
+        bits: of a value of the codebook, 16 or 8.
+        dtype: in which the codebook will be kept.
+    """
+    found = _rounded(target, state, bits, dtype)
+    if bits == 16:
+        return found
+    for _ in range(ROUNDINGS):
+        again = _rounded(target, least_squares(target, found), bits, dtype)
+        if again.loss >= found.loss:
+            break
+        found = again
+    return found
+
+
+def _rounded(target: Target, state: State, bits: int, dtype: torch.dtype) -> State:
+    kept = state.codebook if bits == 16 else state.codebook.to(dtype)
+    codebook = as_stored(kept, bits, None).to(state.codebook.dtype)
+    return recode(target, target.state(codebook, state.codes))

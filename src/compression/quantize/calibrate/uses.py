@@ -161,6 +161,7 @@ class Watcher(TorchDispatchMode):
         weights: by name.
         before: is told of each use.
         after: is told of the name and the output.
+        each: is told of what every operator returns, whatever it is.
     """
 
     def __init__(
@@ -168,12 +169,13 @@ class Watcher(TorchDispatchMode):
         weights: Iterable[tuple[str, Tensor]],
         before: Callable[[Use], None],
         after: Callable[[str, Tensor], None] | None = None,
+        each: Callable[[Any], None] | None = None,
     ) -> None:
         super().__init__()
         self._weights: dict[int, list[tuple[str, Tensor]]] = {}
         for name, weight in weights:
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
-        self._before, self._after = before, after
+        self._before, self._after, self._each = before, after, each
         self._chosen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,6 +186,8 @@ class Watcher(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if use is not None and self._after is not None:
             self._after(use.name, out)
+        if self._each is not None:
+            self._each(out)
         if torch.Tag.dynamic_output_shape in func.tags or "nms" in func.name():
             self._chosen = True
         return out
@@ -194,6 +198,8 @@ class Watcher(TorchDispatchMode):
             found = self._find(weight, weight.shape[1:].numel(), weight.shape[0])
             if found is None or found[1].shape != weight.shape or found[1].stride() != weight.stride():
                 return None
+            if inputs.shape[1] != (weight.shape[0] if transposed else weight.shape[1] * groups):
+                return None  # it will fail
             axes = weight.dim() - 2
             convolution = Convolution(
                 kernel=tuple(weight.shape[2:]),
@@ -213,6 +219,8 @@ class Watcher(TorchDispatchMode):
         else:
             return None
         found = self._find(turned, turned.shape[0], turned.shape[1])
+        if inputs.shape[-1] != turned.shape[0]:
+            return None  # it will fail
         if found is None or not found[1].is_contiguous() or turned.stride(0) != 1 or turned.shape[0] > turned.stride(1):
             return None
         return self._made(found, turned.shape[1], inputs.reshape(-1, inputs.shape[-1]), None)

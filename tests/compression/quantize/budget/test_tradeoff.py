@@ -18,7 +18,7 @@ from src.compression.quantize.budget.options import allowed_sizes
 from src.compression.quantize.budget.tradeoff import Tradeoff, measure
 from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.compress import build_quantized, compress, with_scales
-from src.compression.quantize.kmeans import cluster
+from src.compression.quantize.kmeans import cluster, with_eight_bits
 from src.compression.quantize.plan import LayerSpec, Plan, QuantizationSpec
 from src.compression.quantize.weights import matrices
 from src.model_files.size import ModelSize, model_size
@@ -206,11 +206,15 @@ def test_subvectors_hold_whole_kernels_or_equal_parts() -> None:
 def test_estimates_are_near_the_distortion_of_a_clustering(n, d, ks) -> None:
     draw = stream(0, "vectors")
     vectors = torch.randn(n, d, generator=draw) * torch.linspace(0.5, 2, d)
-    found = distortions(vectors, [1 << bits for bits in range(1, 13)], stream(0, "estimate"))
-    assert all(later <= earlier for earlier, later in itertools.pairwise(found))
+    found, rounded = distortions(vectors, [1 << bits for bits in range(1, 13)], stream(0, "estimate"))
+    for one in (found, rounded):
+        assert all(later <= earlier for earlier, later in itertools.pairwise(one))
+    assert (rounded >= found).all()
     for k in ks:
-        real = n * cluster("src", vectors, k, 200, stream(0, "real")).distortion
-        assert found[k.bit_length() - 2] == pytest.approx(real, rel=0.1)
+        real = cluster("src", vectors, k, 200, stream(0, "real"))
+        assert found[k.bit_length() - 2] == pytest.approx(n * real.distortion, rel=0.1)
+        real = with_eight_bits(vectors, real, torch.float32)
+        assert rounded[k.bit_length() - 2] == pytest.approx(n * real.distortion, rel=0.1)
 
 
 def test_estimates_scale_with_the_values() -> None:
