@@ -201,6 +201,16 @@ def test_calibration_keeps_what_the_network_computes(kind: str) -> None:
     assert float((ours - wanted).norm()) < 0.5 * float((theirs - wanted).norm())
 
 
+def test_a_wanted_size_is_spent_as_calibration_says() -> None:
+    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 3
+    _, report = pqf.compress(net(), X, calibration=images, ratio=7, k_means_n_iters=2, show_progress=False)
+    assert 7 <= report.size.ratio < 7.2
+    assert any("are chosen for ratio 7 by what losing them changes" in note for note in report.notes)
+    assert report.outputs_lost is not None
+    with pytest.raises(DataError, match=r"inputs of layer 'body\.0' are not finite"):
+        pqf.compress(net(), X, calibration=images / 0, ratio=7, **FAST)
+
+
 def test_calibration_without_inputs_or_with_values_that_are_not_finite_is_one_message() -> None:
     with pytest.raises(DataError, match="calibration: there are no inputs"):
         pqf.compress(net(), X, calibration=[], **FAST)
