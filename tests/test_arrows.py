@@ -57,6 +57,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "settings",
         "compression",
         "architectures.architecture",
+        "architectures.detector_outputs",
         "model_files",
         "tasks.workers",
     ),

@@ -15,7 +15,8 @@ from src.common.errors import PlanError
 from src.common.randomness import stream
 from src.compression.quantize.budget.distortion import distortions
 from src.compression.quantize.budget.options import allowed_sizes
-from src.compression.quantize.budget.tradeoff import Budget, Tradeoff, measure
+from src.compression.quantize.budget.tradeoff import Tradeoff, measure
+from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.compress import build_quantized, compress, with_scales
 from src.compression.quantize.kmeans import cluster, with_eight_bits
 from src.compression.quantize.plan import LayerSpec, Plan, QuantizationSpec
