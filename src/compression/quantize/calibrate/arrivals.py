@@ -213,13 +213,9 @@ class _Pass:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, inputs: arrive((name, True), None, inputs[0])
 
-        def each(out: Any) -> None:
-            self.work.check()
-            self.live.made(out)
-
         for name, norm in norms_of(self._model).items():
             norm.register_forward_pre_hook(hook(name))
-        with self._state(), Watcher(self._weights.items(), used, each=each):
+        with self._state(), Watcher(self._weights.items(), used, each=self.live.made, by=self.work.let_do):
             self._run(self._model)
 
 

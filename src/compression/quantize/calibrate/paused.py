@@ -2,7 +2,8 @@
 
 Each piece of work has a thread of its own, but only ever one thread of all runs: whoever lets a piece of work go on
 waits until it stands still again, or ends. So nothing has to be safe for threads, and no result depends on when they
-run.
+run. What takes memory and processors is done for the work by whoever waits, so that no thread has memory, helpers or
+handles of libraries of its own.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch.utils import _python_dispatch
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 PATIENCE = 10.0
 """Seconds that work gets to notice that it has to end; after them its thread is left alone, and ends with the
@@ -39,6 +41,9 @@ class PausedWork(Generic[T]):
         self._work = work
         self._may_go, self._stands = threading.Semaphore(0), threading.Semaphore(0)
         self._shown: T | None = None
+        self._task: Callable[[], Any] | None = None
+        self._done: Any = None
+        self._failed: Exception | None = None
         self._error: BaseException | None = None
         self._ending = False
         self.has_ended = False
@@ -60,18 +65,34 @@ class PausedWork(Generic[T]):
         """
         if self.has_ended:
             return None
-        self._may_go.release()
-        self._stands.acquire()
+        self._switch()
+        while self._task is not None:
+            task, self._task = self._task, None
+            try:
+                self._done = task()
+            except Exception as failure:
+                self._failed = failure
+            del task
+            self._switch()
         shown, self._shown = self._shown, None
         error, self._error = self._error, None
         if error is not None:
             raise error
         return shown
 
-    def check(self) -> None:
-        """Called by the work wherever it may end early."""
-        if self._ending:
-            raise _Ended
+    def let_do(self, task: Callable[[], R]) -> R:
+        """Called by the work: have something done in the thread of whoever waits.
+
+        Raises:
+            Exception: what the task raised.
+        """
+        self._task = task
+        self._wait()
+        done, self._done = self._done, None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        return cast(R, done)
 
     def close(self) -> None:
         """End it, wherever it stands or runs."""
@@ -80,17 +101,30 @@ class PausedWork(Generic[T]):
             self._may_go.release()
             self._thread.join(PATIENCE)
 
-    def _stand(self, shown: T) -> None:
-        self.check()
-        self._shown = shown
+    def _switch(self) -> None:
+        """Let the work run, and wait for it."""
+        self._may_go.release()
+        self._stands.acquire()
+
+    def _wait(self) -> None:
+        """Let the one who waits run, and wait."""
+        self._check()
         self._stands.release()
         self._may_go.acquire()
-        self.check()
+        self._check()
+
+    def _check(self) -> None:
+        if self._ending:
+            raise _Ended
+
+    def _stand(self, shown: T) -> None:
+        self._shown = shown
+        self._wait()
 
     def _body(self) -> None:
         self._may_go.acquire()
         try:
-            self.check()
+            self._check()
             self._work(self._stand)
         except _Ended:
             pass

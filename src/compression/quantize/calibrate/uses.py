@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,6 +163,7 @@ class Watcher(TorchDispatchMode):
         before: is told of each use.
         after: is told of the name and the output.
         each: is told of what every operator returns, whatever it is.
+        by: runs what an operator does, and returns what that returns.
     """
 
     def __init__(
@@ -170,12 +172,13 @@ class Watcher(TorchDispatchMode):
         before: Callable[[Use], None],
         after: Callable[[str, Tensor], None] | None = None,
         each: Callable[[Any], None] | None = None,
+        by: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:
         super().__init__()
         self._weights: dict[int, list[tuple[str, Tensor]]] = {}
         for name, weight in weights:
             self._weights.setdefault(weight.untyped_storage().data_ptr(), []).append((name, weight))
-        self._before, self._after, self._each = before, after, each
+        self._before, self._after, self._each, self._by = before, after, each, by
         self._chosen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,7 +186,8 @@ class Watcher(TorchDispatchMode):
         use = self._use(func, args)
         if use is not None:
             self._before(use)
-        out = func(*args, **(kwargs or {}))
+        run = partial(func, *args, **(kwargs or {}))
+        out = run() if self._by is None else self._by(partial(_below_autograd, run))
         if use is not None and self._after is not None:
             self._after(use.name, out)
         if self._each is not None:
@@ -239,6 +243,13 @@ class Watcher(TorchDispatchMode):
     ) -> Use:
         name, _, first = found
         return Use(name, first, first + n_rows, inputs, convolution, not self._chosen)
+
+
+def _below_autograd(run: Callable[[], Any]) -> Any:
+    """Run an operator without what notes gradients and views, as a mode's own thread does: that is done there."""
+    notes = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(notes):
+        return run()
 
 
 def _each(values: Sequence[int], axes: int) -> tuple[int, ...]:

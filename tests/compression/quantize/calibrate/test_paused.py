@@ -57,6 +57,33 @@ def test_an_error_reaches_the_one_who_waits_and_the_thread_is_gone() -> None:
     assert threading.active_count() == before
 
 
+def test_what_it_lets_do_is_done_by_the_one_who_waits() -> None:
+    caught: list[str] = []
+
+    def fail() -> None:
+        raise LookupError("a task's own")
+
+    def work(stand: Callable[[int], None]) -> None:
+        try:
+            one.let_do(fail)
+        except LookupError as error:
+            caught.append(str(error))
+        stand(int(one.let_do(lambda: threading.current_thread() is threading.main_thread())))
+        one.let_do(stop)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    one = begun(work)
+    assert one.go_on() == 1
+    assert caught == ["a task's own"]
+    with pytest.raises(KeyboardInterrupt):  # as where a signal comes while it is done
+        one.go_on()
+    assert not one.has_ended
+    one.close()
+    assert one.has_ended
+
+
 def test_closing_cleans_up_behind_the_work_even_where_it_catches_errors() -> None:
     before, left = threading.active_count(), []
 
