@@ -251,10 +251,6 @@ def _info_of(model: nn.Module) -> ModelInfo:
     return found if isinstance(found, ModelInfo) else ModelInfo()
 
 
-def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:
-    return None if found is None else {name: steps[-1][1] for name, steps in found.lost.items()}
-
-
 def _chosen(
     model: nn.Module, sized: Sized, batches: Sequence[Any], seed: int, device: Any, show_progress: bool
 ) -> Plan:
@@ -269,6 +265,10 @@ def _chosen(
         show_progress=show_progress,
     )
     return sized.by(losses).plan()
+
+
+def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:
+    return None if found is None else {name: steps[-1][1] for name, steps in found.lost.items()}
 
 
 def _calibrated(

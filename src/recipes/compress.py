@@ -125,8 +125,8 @@ def compress_network(
         run: the run.
         plan: for the network.
         model: the dense network.
-        images: batches that the network is calibrated with, the same on every process, and that say what a wanted size
-            is best spent on: (B, 3, H, W), or lists of images as detectors take them; None: there are none.
+        images: batches that the network is calibrated with, and that say what a wanted size is best spent on, the same
+            on every process: (B, 3, H, W), or lists of images as detectors take them; None: there are none.
     """
     if plan.sized is not None and images is not None:
         quantization = chosen_by_photos(run, plan.sized, model, images)

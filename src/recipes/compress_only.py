@@ -15,7 +15,7 @@ from ..run.agreement import digest_of, first_here
 from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
-from ..run.open_run import Job, open_run
+from ..run.open_run import open_run
 from ..settings import Settings
 from .compress import compress_network, plan_compression, report_size
 from .data import images_of_folder
@@ -39,7 +39,7 @@ def compress_only(settings: Settings) -> int:
         settings = _without_calibration(settings)
     weights = weights_source(settings)
     if settings.compression.plan:
-        return show_plan(settings, architecture, weights, lambda job: _shown(job, architecture))
+        return show_plan(settings, architecture, weights)
     with open_run(settings) as run:
         torch.manual_seed(settings.seed)  # random starting weights; everything else draws from streams of its own
         with first_here(run.engine):
@@ -69,9 +69,3 @@ def example(settings: Settings, architecture: Architecture) -> Tensor:
 def _without_calibration(settings: Settings) -> Settings:
     """What the settings come to where there are no images."""
     return settings.model_copy(update={"calibration": settings.calibration.model_copy(update={"use": False})})
-
-
-def _shown(job: Job, architecture: Architecture) -> Sequence[Any] | None:
-    """The images that say what matters to the network."""
-    images = images_of_folder(job.settings, architecture, job.engine.is_main)
-    return None if images is None else images.read(job.engine.is_main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,18 @@ from ..run.compression_specs import budget_of, outlook, tradeoff_of
 from ..run.open_run import Job
 from ..run.processes import processes
 from ..settings import Settings
+from ..tasks.calibration import ImagesToShow
+from .data import images_of_folder
 from .initial_model import starting_model
 from .specs import quantization_spec
 
 COLUMNS = ("bytes", "megabytes", "ratio", "loss", "share lost")
 OF_WEIGHTS = "sum of squares of the weights"
 
-Images = Callable[[Job], Sequence[Any] | None]
-"""Batches that show what matters to the network; None: there are none."""
 
-
-def show_plan(settings: Settings, architecture: Architecture, weights: str | Path, images: Images) -> int:
+def show_plan(settings: Settings, architecture: Architecture, weights: str | Path) -> int:
     """Log the plan for the network of `weights`, and write the curve where `compression.plan` names a file; returns the
-    exit status. With photos the loss is that of the network's outputs.
-
-    Args:
-        settings: of the run.
-        architecture: of the network.
-        weights: where they are.
-        images: reads the photos.
+    exit status. With `calibration.images` the loss is that of the network's outputs for them.
 
     Raises:
         SettingsError: the network is compressed already, or nothing can draw the curve.
@@ -52,6 +45,7 @@ def show_plan(settings: Settings, architecture: Architecture, weights: str | Pat
     figure = _figure() if file is not None and file.suffix.lower() == ".png" else None
     with processes(settings) as engine:
         job = Job(settings=settings, engine=engine)
+        images = images_of_folder(settings, architecture, engine.is_main)
         torch.manual_seed(settings.seed)  # random starting weights
         start = starting_model(settings, architecture, weights, architecture.n_classes, engine.is_main)
         if start.compressed is not None:
@@ -62,17 +56,16 @@ def show_plan(settings: Settings, architecture: Architecture, weights: str | Pat
     return 0
 
 
-def _tradeoff(job: Job, model: nn.Module, images: Images) -> Tradeoff:
+def _tradeoff(job: Job, model: nn.Module, images: ImagesToShow | None) -> Tradeoff:
     """What each plan would cost, by photos where there are some."""
     settings, engine = job.settings, job.engine
     wanted = budget_of(settings.compression, "compression.")
     tradeoff = tradeoff_of(model, quantization_spec(settings), settings.seed, show_progress=engine.is_main)
     if wanted is not None:
         tradeoff.plan_for(wanted)  # what is impossible is told before photos are read
-    shown = images(job)
-    if shown is None:
+    if images is None:
         return tradeoff
-    return tradeoff.with_losses(losses_by_photos(job, tradeoff, model, shown))
+    return tradeoff.with_losses(losses_by_photos(job, tradeoff, model, images.read(engine.is_main)))
 
 
 def _show(settings: Settings, tradeoff: Tradeoff, file: Path | None, figure: Any) -> None:

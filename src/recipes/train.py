@@ -174,7 +174,7 @@ def learn_from_teacher(
         CheckpointError: its file cannot be read, or is compressed.
     """
     given, source = run.settings.distillation, teacher_source(run.settings, architecture.task)
-    if not given.weight:
+    if not given.weight or not run.settings.epochs:
         return None
     why = why_not or (_nothing_to_teach(run.settings, architecture, start, weights) if source is None else "")
     if why and not any(key.startswith("distillation.") for key in explicit_keys(run.settings)):
@@ -207,6 +207,8 @@ def learn_from_teacher(
 
 def _nothing_to_teach(settings: Settings, architecture: Architecture, start: StartingModel, weights: str | Path) -> str:
     """Why the network that the run starts from is no teacher; empty: it is one."""
+    if not settings.model.use_compression:
+        return "model.use_compression is False, and the network that is trained would be its own teacher"
     if start.compressed is not None:
         return f"{weights} is a compressed model, which does not hold the dense network to learn from"
     if weights == "none":

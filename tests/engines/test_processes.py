@@ -89,7 +89,7 @@ def test_exchanges(found: dict) -> None:
             2.5,
             [[8.25, 8.25], [8.25, 8.25]],
         ]  # those of process 1
-        assert result["plan"] == [[4, 16, 100], [1, 2, 5]]  # that of process 0
+        assert result["plan"] == [[4, 16, 8, 100], [1, 2, 16, 5]]  # that of process 0
         assert result["scalar"] == 5.0
 
 

@@ -206,6 +206,7 @@ def test_teachers_that_are_none_are_one_error_each_before_anything_is_written(
         (timms, ("0.485, 0.456, 0.406 and 0.229, 0.224, 0.225", "dataloader.mean", "the same preprocessing")),
         (["--model.weights", "none"], ("model.weights is none", "nothing to teach", "--distillation.weight 0")),
         (["--model.new_head", "True"], ("model.new_head", "nothing to teach")),
+        (["--model.use_compression", "False"], ("model.use_compression is False", "its own teacher")),
         (["--distillation.features", "1", "--distillation.stages", "[tail]"], ("no module 'tail'", "body")),
     ]
     for given, words in cases:

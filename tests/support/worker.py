@@ -23,7 +23,7 @@ from src.compression.permute.channels import ChannelGroup
 from src.compression.permute.groups import Group
 from src.compression.permute.permute import GroupResult, group_row, permute
 from src.compression.quantize.compress import compress
-from src.compression.quantize.plan import LayerPlan, Plan, make_plan
+from src.compression.quantize.plan import LayerPlan, LayerSpec, Plan, make_plan
 from src.engines import choosing
 from src.engines.batch_norm import join_batch_norms
 from src.engines.engine import Engine
@@ -110,7 +110,8 @@ def digest(tensors) -> str:
 def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict:
     """Permute, code and fine-tune; what came out, on every process the same."""
     model = network()
-    plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"]))
+    eight = {"6": LayerSpec(codebook_bits=8)}
+    plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"], layers=eight))
 
     def search(part: nn.Module, groups: list[Group], numbers: list[int]) -> list[GroupResult]:  # noqa: ARG001 (of a protocol)
         return permute(part, groups, plan.sizes, seed=3, show_progress=False)
@@ -248,14 +249,15 @@ def exchanges(engine: Engine) -> dict:
         torch.full((2, 2), 7.25 + rank, requires_grad=True),
     ]
     engine.broadcast(sent, source=1)
-    own = {"a": LayerPlan("a", 4 << rank, 16 >> rank, "src", 100 - rank), "b": LayerPlan("b", 1, 2, "kmeans", 5)}
+    first = LayerPlan("a", 4 << rank, 16 >> rank, "src", 100 - rank, codebook_bits=8 << rank)
+    own = {"a": first, "b": LayerPlan("b", 1, 2, "kmeans", 5)}
     plan = agreed(engine, Plan(layers=own, notes=()))
     engine.barrier()
     return {
         "sums": sums,
         "rows": rows,
         "sent": [tensor.tolist() for tensor in sent],
-        "plan": [[one.d, one.k, one.k_means_n_iters] for one in plan.layers.values()],
+        "plan": [[one.d, one.k, one.codebook_bits, one.k_means_n_iters] for one in plan.layers.values()],
         "scalar": engine.sum(torch.tensor(2.5)).item(),
     }
 

@@ -11,7 +11,7 @@ quantized weights, and one batch's outputs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from ....common.errors import DataError
 from ....common.progress import bar
 from ..calibrate.inputs import moved
 from ..calibrate.norms import Statistics, move_norm, norms_of, seen_by, statistics_of
-from ..calibrate.passes import inspectable
+from ..calibrate.passes import inspectable, order_of
 from ..calibrate.uses import Use, Watcher
 from ..compress import places_of
 from ..plan import Plan
@@ -108,6 +108,7 @@ def changes(
     dense, changed = (copy.deepcopy(model).eval().to(device) for _ in range(2))
     weights = {name: place.parameter.detach() for name, place in places_of(changed, plan).items()}
     norms = _Norms(dense, changed)
+    behind = _norms_behind(dense, plan, outputs, moved(batches[0], device)) if len(batches) else {}
     steps = bar(range(len(batches) * len(trials)), "sensitivities", None, show_progress, "pass")
     with torch.no_grad():
         for given in batches:
@@ -121,7 +122,7 @@ def changes(
                 weight = weights[trial.name]
                 own = weight.clone()
                 weight.copy_(trial.codebook[trial.codes.long()].view(weight.shape))
-                with norms.corrected():
+                with norms.corrected(behind[trial.name]):
                     now = list(tensors_of(outputs(changed, batch)))
                 weight.copy_(own)
                 found.sums[number] += len(wanted[0]) * _change(found.kind, wanted, now)
@@ -156,14 +157,18 @@ class _Norms:
             yield
 
     @contextmanager
-    def corrected(self) -> Iterator[None]:
-        """Meanwhile the changed network runs on the same batch, once."""
+    def corrected(self, names: Set[str]) -> Iterator[None]:
+        """Meanwhile the changed network runs on the same batch, once.
+
+        Args:
+            names: of the norms that may see something else; the others are as in the dense network.
+        """
         calls = dict.fromkeys(self._dense, 0)
 
         def correct(name: str, norm: Any, inputs: tuple[Tensor, ...]) -> None:
             then = self._seen[name][calls[name]] if calls[name] < len(self._seen[name]) else None
             calls[name] += 1
-            now = seen_by([inputs[:1]])
+            now = seen_by([inputs[:1]]) if name in names else None
             same = then is None or now is None or _same(then, now)
             if then is not None and now is not None and not same:
                 move_norm(norm, self._dense[name], then, now)
@@ -173,6 +178,22 @@ class _Norms:
 
         with _hooked(self._changed, correct):
             yield
+
+
+def _norms_behind(dense: nn.Module, plan: Plan, outputs: Outputs, batch: Any) -> dict[str, Set[str]]:
+    """The batch norms that a pass comes to after each weight, for the first time or again; of a weight that may be used
+    unseen, as an embedding is, all."""
+    places = places_of(dense, plan)
+    everything: Set[str] = norms_of(dense).keys()
+    behind = dict.fromkeys(places, everything)
+    with inspectable():
+        weights = {name: place.parameter.detach() for name, place in places.items()}
+        items = order_of(dense, weights, outputs, batch)
+    for number, item in enumerate(items):
+        if not item.calls and places[item.name].is_convolution:
+            later = {one.name for one in items[number:] if one.calls}
+            behind[item.name] = later | {one.name for one in items[:number] if one.calls > 1}
+    return behind
 
 
 def _same(one: Statistics, other: Statistics) -> bool:

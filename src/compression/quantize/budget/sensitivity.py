@@ -95,7 +95,14 @@ def _trial(weight: WeightOptions, plan: LayerPlan, parameter: Tensor, seed: int,
     """The weight quantized alone."""
     d, k = _measurable(weight)
     how = replace(
-        plan, d=d, k=k, scale=weight.scale, k_means_type="kmeans", k_means_n_iters=ITERATIONS, k_means_tolerance=0.0
+        plan,
+        d=d,
+        k=k,
+        codebook_bits=16,
+        scale=weight.scale,
+        k_means_type="kmeans",
+        k_means_n_iters=ITERATIONS,
+        k_means_tolerance=0.0,
     )
     values = parameter.detach().to(device)
     found = cluster_weight(values, how, stream(seed, "quantized alone", plan.name, d, k))
