@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ....common.randomness import stream
-from ..calibrate.inputs import count
+from ..calibrate.inputs import BATCH, count
 from ..compress import cluster_weight, places_of
 from ..plan import LayerPlan
 from ..sixteen_bits import energies
@@ -82,13 +82,17 @@ def losses_by_inputs(
 
 
 def first_inputs(batches: Sequence[Any], most: int = INPUTS) -> list[Any]:
-    """The first batches, with about so many inputs."""
+    """Batches of the first inputs, about so many; tensors of one size in equal parts of at most `BATCH`, whatever the
+    batches were, as statistics of a few inputs say little."""
     chosen: list[Any] = []
     for batch in batches:
         if count(chosen) >= most:
             break
         chosen.append(batch)
-    return chosen
+    if not chosen or not all(isinstance(one, Tensor) and one.shape[1:] == chosen[0].shape[1:] for one in chosen):
+        return chosen
+    whole = torch.cat(chosen)[:most]
+    return list(whole.tensor_split(-(-len(whole) // BATCH)))
 
 
 def _trial(weight: WeightOptions, plan: LayerPlan, parameter: Tensor, seed: int, device: torch.device) -> Trial:

@@ -12,8 +12,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from src.architectures.detector_outputs import batch_outputs, detector_outputs
 from src.common.errors import DataError
-from src.compression.quantize.budget.changes import ENERGY, KL, Trial, changes
+from src.compression.quantize.budget.changes import ENERGY, KL, Trial, changes, tensors_of
 from src.compression.quantize.budget.loss import Losses, disturbance
 from src.compression.quantize.budget.sensitivity import INPUTS, first_inputs, losses_by_inputs
 from src.compression.quantize.budget.tradeoff import Tradeoff, measure
@@ -21,6 +22,7 @@ from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.compress import compress
 from src.compression.quantize.plan import QuantizationSpec
 from src.model_files.size import model_size
+from tests.support import detectors
 
 TINY = 2.0**-10
 
@@ -215,10 +217,31 @@ def test_what_cannot_be_told_is_one_message(known) -> None:
         losses(net, tradeoff, outputs=lambda net, x: net(x)[net(x) > net(x).mean()])
 
 
+@pytest.mark.parametrize("make", [detectors.retinanet, detectors.fasterrcnn])
+def test_a_detector_is_judged_by_its_heads_not_by_the_boxes_that_it_chooses(make) -> None:
+    torch.manual_seed(0)
+    model = make(5).eval()
+    images = [torch.rand(3, height, 80, generator=torch.Generator().manual_seed(height)) for height in (64, 70)]
+    ready = model.transform(images)[0].tensors
+    given, wanted = batch_outputs(model, images), detector_outputs(model, ready)
+    assert all(torch.equal(one, other) for one, other in zip(tensors_of(given), wanted, strict=True))
+    tradeoff = measure(model, QuantizationSpec(k=4, k_means_n_iters=2), model_size(model).bits, show_progress=False)
+    found = losses(model, tradeoff, [images], outputs=batch_outputs)
+    assert found.unit == ENERGY
+    usual = [found.sensitivities[weight.names[0]] * weight.power for weight in tradeoff.weights]
+    assert sum(one > 0.1 * float(np.median(usual)) for one in usual) > 0.7 * len(usual)  # most were seen to matter
+
+
 def test_so_many_inputs_are_shown() -> None:
-    batches = torch.zeros(1000, 1).split(60)
-    assert sum(map(len, first_inputs(batches))) == 300 > INPUTS
-    assert first_inputs([{"x": torch.zeros(5, 1)}] * 3, 6) == [{"x": pytest.approx(torch.zeros(5, 1))}] * 2
+    given = torch.arange(1000.0)[:, None]
+    for size in (1, 60, 1000):
+        shown = first_inputs(given.split(size))
+        assert [len(batch) for batch in shown] == [64] * 4
+        assert torch.equal(torch.cat(shown), given[:INPUTS])
+    assert [len(batch) for batch in first_inputs(given[:65].split(64))] == [33, 32]
+    assert len(first_inputs([{"x": given[:5]}] * 3, 6)) == 2
+    assert len(first_inputs([[given[:5], given[:4]]] * 9, 4)) == 2
+    assert first_inputs([]) == []
 
 
 def test_the_disturbance_rises_and_is_the_distortion_where_little_is_lost() -> None:
