@@ -288,6 +288,20 @@ def test_what_a_network_computed_from_its_weights_in_evaluation_is_computed_anew
     assert not model.training
 
 
+def test_codebooks_of_8_bit_values_by_hand(tmp_path: Path) -> None:
+    model, report = pqf.compress(net(), X, codebook_bits=8, layer_specs={"head": {"codebook_bits": 16}}, **FAST)
+    bits = {layer.name: layer.codebook_bits for layer in report.layers}
+    assert bits.pop("head") == 16
+    assert set(bits.values()) == {8}
+    assert report.size.codebooks < pqf.compress(net(), X, **FAST)[1].size.codebooks
+    for name in ("model.pth", "model.safetensors"):
+        pqf.save(model, tmp_path / name)
+        loaded = pqf.load(tmp_path / name, net())
+        pqf.save(loaded, tmp_path / f"again {name}")
+        assert torch.equal(loaded.body[0].weight, model.eval().body[0].weight)
+        assert "codebook bits" in str(pqf.inspect(loaded))
+
+
 def test_a_wanted_size_chooses_the_settings() -> None:
     dense = net()
     _, report = pqf.compress(net(), X, size="3KB", k_means_n_iters=2, show_progress=False)
@@ -302,6 +316,7 @@ def test_a_wanted_size_chooses_the_settings() -> None:
         ({"ratio": 0.5}, "ratio = 0.5: expected a number, above 1"),
         ({"size": 3000, "ratio": 8}, "size or ratio, not both"),
         ({"sise": 3000}, "did you mean size"),
+        ({"codebook_bits": 7}, "codebook_bits = 7: expected one of 16, 8"),
     ):
         with pytest.raises(SettingsError) as error:
             pqf.compress(dense, X, show_progress=False, **wrong)

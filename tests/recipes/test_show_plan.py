@@ -151,6 +151,11 @@ def test_without_matplotlib_a_picture_is_refused_before_any_work(
         (["--compression.ratio", "1"], ["compression.ratio", "above 1"]),
         (["--compression.ratio", "many"], ["compression.ratio", "a number"]),
         (["--compression.size", "2KB", "--compression.ratio", "8"], ["compression.ratio", "not both"]),
+        (["--model.compression_parameters.codebook_bits", "7"], ["codebook_bits = 7: expected one of 16, 8"]),
+        (
+            ["--model.compression_parameters.layer_specs.head.codebook_bits", "many"],
+            ["layer_specs.head.codebook_bits = 'many': expected one of 16, 8"],
+        ),
         (["--compression.plan", "curve.pdf"], ["compression.plan", ".csv or .png"]),
         (["--compression.size", "1KB"], ["compression.size", "1,024 bytes", "smaller", "times smaller) to"]),
         (["--compression.size", "1GB"], ["compression.size", "1,073,741,824 bytes", "larger", "times smaller) to"]),

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from .norms import wide
+
+STRIPS, LEAST_STRIP = 8, 256
+"""Into how many strips of columns H is cut, and how wide each is at least: it is symmetric, so a little more than half
+of it is computed."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,10 @@ class MomentSums:
     def __init__(self, weight: Tensor) -> None:
         n_blocks, n_rows, n_columns = weight.shape
         self._weight = weight
-        self._hessian = weight.new_zeros(n_blocks, n_columns, n_columns, dtype=torch.float64)
-        self._cross = torch.zeros_like(weight, dtype=torch.float64)
-        self._sum = weight.new_zeros(n_blocks, n_columns, dtype=torch.float64)
-        self._outputs = weight.new_zeros(2, n_blocks, n_rows, dtype=torch.float64)
-        self._counts = weight.new_zeros(n_blocks, dtype=torch.float64)
+        zeros = partial(torch.zeros, device=weight.device, dtype=wide(weight.new_empty(0)).dtype)
+        self._hessian, self._cross = zeros(n_blocks, n_columns, n_columns), zeros(n_blocks, n_rows, n_columns)
+        self._sum, self._outputs = zeros(n_blocks, n_columns), zeros(2, n_blocks, n_rows)
+        self._counts = zeros(n_blocks)
 
     def outputs(self, blocks: slice, inputs: Tensor) -> Tensor:
         """What some blocks of the weight, without bias, make of inputs (g, P, C): (blocks, P, R)."""
@@ -64,15 +70,24 @@ class MomentSums:
             inputs: x (g, P, C), g 1 or the number of these blocks.
             dense: W y (blocks, P, R) at the same places; None: y is x.
         """
-        self._hessian[blocks] += inputs.transpose(1, 2) @ inputs
+        self._add_squares(self._hessian[blocks], inputs)
         outputs = self.outputs(blocks, inputs)
         if dense is not None:
             self._cross[blocks] += (dense - outputs).transpose(1, 2) @ inputs
             outputs = dense
-        self._sum[blocks] += inputs.sum(1).double()
-        self._outputs[0, blocks] += outputs.sum(1).double()
-        self._outputs[1, blocks] += outputs.square().sum(1).double()
+        self._sum[blocks] += inputs.sum(1)
+        self._outputs[0, blocks] += outputs.sum(1)
+        self._outputs[1, blocks] += outputs.square().sum(1)
         self._counts[blocks] += inputs.shape[1]
+
+    @staticmethod
+    def _add_squares(hessian: Tensor, inputs: Tensor) -> None:
+        """Add products to H, on and above the diagonal: strip by strip, what is left of it is left out."""
+        n_columns = inputs.shape[2]
+        step = max(LEAST_STRIP, -(-n_columns // STRIPS))
+        for start in range(0, n_columns, step):
+            strip = inputs[:, :, start : start + step].transpose(1, 2)
+            hessian[:, start : start + step, start:] += strip @ inputs[:, :, start:]
 
     def add_over(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add what other processes summed.
@@ -86,9 +101,10 @@ class MomentSums:
     def moments(self) -> Moments:
         """The means of what was added."""
         n, kept = self._counts.clamp_min(1), self._weight.dtype
+        upper = (self._hessian / n[:, None, None]).to(kept).triu()
         mean, square = (sums / n[:, None] for sums in self._outputs)
         return Moments(
-            hessian=(self._hessian / n[:, None, None]).to(kept),
+            hessian=upper + upper.triu(1).transpose(1, 2),
             cross=(self._cross / n[:, None, None]).to(kept),
             mean=(self._sum / n[:, None]).to(kept),
             output_mean=mean,

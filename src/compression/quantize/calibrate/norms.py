@@ -26,6 +26,11 @@ class Statistics:
     variance: Tensor
 
 
+def wide(values: Tensor) -> Tensor:
+    """In double precision, where the device has it: Apple's MPS has not."""
+    return values if values.device.type == "mps" else values.double()
+
+
 def norms_of(model: nn.Module) -> dict[str, _BatchNorm]:
     """Its batch norms with running statistics, by name, each once."""
     return {
@@ -45,11 +50,11 @@ def move_norm(norm: _BatchNorm, dense: _BatchNorm, before: Statistics, after: St
         before, after: what the dense and the quantized network show them.
     """
     mean, variance = statistics_of(dense)
-    ratio = (after.variance.double() + norm.eps) / (before.variance.double() + norm.eps)
-    moved = after.mean.double() + (mean.double() - before.mean.double()) * ratio.sqrt()
+    ratio = (wide(after.variance) + norm.eps) / (wide(before.variance) + norm.eps)
+    moved = wide(after.mean) + (wide(mean) - wide(before.mean)) * ratio.sqrt()
     new_mean, new_variance = statistics_of(norm)
     new_mean.copy_(moved)
-    new_variance.copy_(((variance.double() + norm.eps) * ratio - norm.eps).clamp_min(0))
+    new_variance.copy_(((wide(variance) + norm.eps) * ratio - norm.eps).clamp_min(0))
 
 
 def statistics_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -62,8 +67,8 @@ def statistics_of(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def output_statistics(weight: Tensor, hessian: Tensor, mean: Tensor) -> Statistics:
     """Of what a weight (B, R, C) without bias makes of inputs with moments H (B, C, C) and mean (B, C)."""
-    first = torch.einsum("brc,bc->br", weight.double(), mean.double()).flatten()
-    second = torch.einsum("brc,brc->br", (weight @ hessian).double(), weight.double()).flatten()
+    first = torch.einsum("brc,bc->br", wide(weight), wide(mean)).flatten()
+    second = torch.einsum("brc,brc->br", wide(weight @ hessian), wide(weight)).flatten()
     return Statistics(mean=first, variance=(second - first.square()).clamp_min(0))
 
 
@@ -74,11 +79,11 @@ def seen_by(inputs: Iterable[Sequence[Tensor]]) -> Statistics | None:
 
 
 def sums_of(inputs: Sequence[Tensor]) -> Tensor | None:
-    """(3, C) float64: count, sum and sum of squares of all (N, C, ...); None: there are none."""
+    """(3, C): count, sum and sum of squares of all (N, C, ...); None: there are none."""
     found = []
     for values in inputs:
         channels = values.float().transpose(0, 1).flatten(1)
-        variance, mean = (one.double() for one in torch.var_mean(channels, dim=1, correction=0))
+        variance, mean = (wide(one) for one in torch.var_mean(channels, dim=1, correction=0))
         found.append(channels.shape[1] * torch.stack([torch.ones_like(mean), mean, variance + mean.square()]))
     return added(found)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ....common.randomness import stream
 from .arrivals import Arrivals
 from .moments import Moments, MomentSums
-from .norms import Statistics, added, statistics, sums_of
+from .norms import Statistics, added, statistics, sums_of, wide
 from .passes import Item, Taken
 from .reading import Reading
 from .sharing import Processes
@@ -79,7 +79,7 @@ class Samples:
         found = []
         for arrivals in (self._dense, self._quantized):
             own = added(arrivals.given(item, number, sums_of) for number in self._own)
-            sums = self._processes.sum(running.new_zeros(3, len(running), dtype=torch.float64) if own is None else own)
+            sums = self._processes.sum(wide(running.new_zeros(3, len(running))) if own is None else own)
             if not bool(sums[0].all()):
                 return None
             found.append(statistics(sums))

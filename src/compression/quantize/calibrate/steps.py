@@ -23,9 +23,8 @@ CHUNK = 1 << 22
 """Scores of vectors and centroids that are held at a time."""
 
 
-def better(target: Target, state: State, codebook: Tensor, codes: Tensor) -> State:
+def better(state: State, proposed: State) -> State:
     """The proposal, where its loss is lower, else `state`."""
-    proposed = target.state(codebook, codes)
     return proposed if proposed.loss < state.loss else state
 
 
@@ -44,7 +43,7 @@ def weighted_start(target: Target, state: State, updates: int = LLOYD_UPDATES) -
         means = sums_by_code(weights * vectors, codes, k) / total.clamp_min(torch.finfo(total.dtype).tiny)
         codebook = _keep_zero(target, torch.where(total > 0, means, codebook))
     codes = _nearest(vectors, weights, codebook, pruned)
-    return better(target, state, codebook, codes.view(state.codes.shape))
+    return better(state, target.state(codebook, codes.view(state.codes.shape)))
 
 
 def _nearest(vectors: Tensor, weights: Tensor, codebook: Tensor, pruned: Tensor | None) -> Tensor:
@@ -77,15 +76,14 @@ def feedback(target: Target, state: State) -> State:
         if e < n_columns:
             error = aim[:, :, a:e] - state.codebook[chosen]
             carried[:, :, e:].baddbmm_(error, factor[:, a:e, e:])
-    return better(target, state, state.codebook, codes)
+    return better(state, target.state(state.codebook, codes))
 
 
 def recode(target: Target, state: State) -> State:
     """One sweep of coordinate descent: every subvector takes the centroid that is best given all others of its row."""
     aim, hessian, d = target.aim, target.hessian, target.d
     codebook, codes = state.codebook, state.codes.clone()
-    error = aim - state.weight()
-    slope = error @ hessian
+    error, slope = aim - state.weight(), state.slope.clone()
     for number in range(target.m):
         a, e = number * d, (number + 1) * d
         own = hessian[:, a:e, a:e]
@@ -105,7 +103,7 @@ def recode(target: Target, state: State) -> State:
             full = torch.zeros_like(error[:, :, a:e])
             full[block, row] = change
             slope.baddbmm_(full, hessian[:, a:e])
-    return better(target, state, codebook, codes)
+    return better(state, target.state(codebook, codes, slope))
 
 
 def _pinned(target: Target, chosen: Tensor, number: int) -> Tensor:
@@ -135,21 +133,23 @@ def least_squares(target: Target, state: State, steps: int = CG_STEPS) -> State:
 
     h = target.hessian.diagonal(dim1=1, dim2=2)
     scale = gathered(h[:, None].expand(target.aim.shape)).clamp_min(torch.finfo(h.dtype).tiny)
-    residual = gathered((target.aim - state.weight()) @ target.hessian)
+    slope, residual = state.slope, gathered(state.slope)
     ready = residual / scale
     direction, gain = ready, _dot(residual, ready)
     found = codebook
     for _ in range(steps):
-        image = gathered(direction[state.codes].flatten(2) @ target.hessian)
+        change = direction[state.codes].flatten(2) @ target.hessian
+        image = gathered(change)
         curvature = _dot(direction, image)
         if curvature <= 0 or gain <= 0:
             break
         length = gain / curvature
         found, residual = found + length * direction, residual - length * image
+        slope = slope - length * change
         ready = residual / scale
         earlier, gain = gain, _dot(residual, ready)
         direction = ready + (gain / earlier) * direction
-    return better(target, state, found, state.codes)
+    return better(state, target.state(found, state.codes, slope))
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

@@ -29,11 +29,13 @@ HARDER = 10.0
 
 @dataclass(frozen=True)
 class State:
-    """A codebook (k, d), codes (B, R, m) and their loss."""
+    """A codebook (k, d), codes (B, R, m) and their loss; and (W* - Ŵ) H (B, R, C), its slope, with which most steps
+    begin."""
 
     codebook: Tensor
     codes: Tensor
     loss: float
+    slope: Tensor
 
     def weight(self) -> Tensor:
         """Ŵ (B, R, C)."""
@@ -67,20 +69,21 @@ class Target:
         """M (B, C, C), upper triangular with H = M Mᵀ."""
         return upper_factor(self.hessian)
 
-    def loss(self, codebook: Tensor, codes: Tensor) -> float:
-        """Of a codebook (k, d) and codes (B, R, m)."""
+    def state(self, codebook: Tensor, codes: Tensor, slope: Tensor | None = None) -> State:
+        """A codebook (k, d) and codes (B, R, m) with their loss; `slope` where it is known."""
         error = self.aim - codebook[codes].flatten(2)
-        return quadratic(error, self.hessian)
-
-    def state(self, codebook: Tensor, codes: Tensor) -> State:
-        """Both with their loss."""
-        return State(codebook=codebook, codes=codes, loss=self.loss(codebook, codes))
+        slope = error @ self.hessian if slope is None else slope
+        return State(codebook=codebook, codes=codes, loss=summed_products(error, slope), slope=slope)
 
 
 def quadratic(matrix: Tensor, hessian: Tensor) -> float:
     """sum_b tr(A H Aᵀ) for A (B, R, C) and H (B, C, C), summed in double precision."""
-    total = torch.einsum("brc,brc->br", matrix @ hessian, matrix)
-    return float(total.cpu().double().sum())
+    return summed_products(matrix @ hessian, matrix)
+
+
+def summed_products(one: Tensor, other: Tensor) -> float:
+    """Of the values (B, R, C) of two tensors, those of a row in their own precision, all rows in double precision."""
+    return float(torch.einsum("brc,brc->br", one, other).cpu().double().sum())
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
