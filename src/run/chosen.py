@@ -29,7 +29,7 @@ FILE = "budget.json"
 
 
 def losses_by_photos(job: Job, tradeoff: Tradeoff, model: nn.Module, images: Sequence[Any]) -> Losses:
-    """What distortions of the weights cost the outputs of a network; each process shows it its share of the photos.
+    """What distortions of the weights cost the outputs of a network; the processes share the photos.
 
     Args:
         job: what is done, by which processes.
@@ -44,12 +44,12 @@ def losses_by_photos(job: Job, tradeoff: Tradeoff, model: nn.Module, images: Seq
     return losses_by_inputs(
         model,
         tradeoff,
-        first_inputs(images)[engine.rank :: engine.world_size],
+        first_inputs(images),
         outputs=batch_outputs,
         seed=job.settings.seed,
         device=engine.device,
         show_progress=engine.is_main,
-        gather=engine.gather,
+        processes=engine,
     )
 
 

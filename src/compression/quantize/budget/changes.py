@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ....common.errors import DataError
 from ....common.progress import bar
-from ..calibrate.inputs import moved
+from ..calibrate.inputs import count, moved
 from ..calibrate.norms import Statistics, move_norm, norms_of, seen_by, statistics_of
 from ..calibrate.passes import inspectable, order_of
 from ..calibrate.uses import Use, Watcher
@@ -34,6 +34,8 @@ from ..plan import Plan
 Outputs = Callable[[nn.Module, Any], object]
 """What of a network's outputs for a batch is compared: tensors, in lists and dicts of any depth."""
 
+CHUNK = 1 << 22
+"""Values of outputs that are compared at a time."""
 KL, ENERGY = "KL divergence", "share of the outputs' energy"
 """How outputs are compared."""
 
@@ -89,7 +91,8 @@ def changes(
 
     Where all outputs are scores of at least two classes, (N, C) or (N, C, height, width), with as many classes, that is
     the Kullback-Leibler divergence of the classes that they predict, mean over positions and outputs, per input in
-    nats. Else it is the sum of squares of the difference as a share of the output's own, mean over outputs.
+    nats. Else it is the sum of squares of the difference as a share of the output's own around its mean, mean over
+    outputs.
 
     Args:
         model: the dense network; it is copied, not changed.
@@ -112,7 +115,7 @@ def changes(
     steps = bar(range(len(batches) * len(trials)), "sensitivities", None, show_progress, "pass")
     with torch.no_grad():
         for given in batches:
-            batch = moved(given, device)
+            batch, n = moved(given, device), count([given])
             with norms.watched():
                 wanted = list(tensors_of(outputs(dense, batch)))
             if not wanted or not all(bool(one.isfinite().all()) for one in wanted):
@@ -125,16 +128,16 @@ def changes(
                 with norms.corrected(behind[trial.name]):
                     now = list(tensors_of(outputs(changed, batch)))
                 weight.copy_(own)
-                found.sums[number] += len(wanted[0]) * _change(found.kind, wanted, now)
+                found.sums[number] += n * _change(found.kind, wanted, now)
                 next(steps)
-            found.count += len(wanted[0])
+            found.count += n
     steps.close()
     return found
 
 
 NOTHING = (
-    "calibration: the network's outputs hold no floating-point values, so how much they change cannot be told; choose "
-    "without photos"
+    "calibration: the network's outputs hold no floating-point values, so how much they change cannot be told; without "
+    "calibration a wanted size is spent by what weights lose"
 )
 
 
@@ -233,24 +236,36 @@ def _change(kind: str, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> flo
     if [one.shape for one in wanted] != [one.shape for one in given]:
         raise DataError(
             "calibration: the shapes of the network's outputs depend on its values, as those of a detector's boxes do, "
-            "so how much they change cannot be told; choose without photos"
+            "so how much they change cannot be told; without calibration a wanted size is spent by what weights lose"
         )
     compare = _divergence if kind == KL else _lost_energy
-    return sum(compare(_precise(one), _precise(other)) for one, other in zip(wanted, given, strict=True)) / len(wanted)
+    return sum(compare(*pair) for pair in zip(wanted, given, strict=True)) / len(wanted)
 
 
-def _precise(values: Tensor) -> Tensor:
-    """In double precision, which some devices do not have."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
+def _pieces(wanted: Tensor, given: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in double precision, some inputs at a time; some devices do not have it."""
+    step = max(1, CHUNK // max(1, wanted[:1].numel())) if wanted.dim() else 1
+    for pair in zip(wanted.split(step), given.split(step), strict=True) if wanted.dim() else [(wanted, given)]:
+        one, other = ((values.cpu() if values.device.type == "mps" else values).double() for values in pair)
+        yield one, other
 
 
 def _divergence(wanted: Tensor, given: Tensor) -> float:
-    wanted, given = F.log_softmax(wanted, 1), F.log_softmax(given, 1)
-    return float(F.kl_div(given, wanted, reduction="none", log_target=True).sum(1).mean())
+    """Mean over inputs and positions."""
+    total = 0.0
+    for one, other in _pieces(wanted, given):
+        one, other = F.log_softmax(one, 1), F.log_softmax(other, 1)
+        total += float(F.kl_div(other, one, reduction="sum", log_target=True))
+    return total * wanted.shape[1] / wanted.numel()
 
 
 def _lost_energy(wanted: Tensor, given: Tensor) -> float:
-    return float((given - wanted).square().sum() / wanted.square().sum().clamp_min(torch.finfo(torch.float64).tiny))
+    lost = energy = 0.0
+    middle = float(wanted.float().mean())  # scores of rare things have a large bias, which says nothing
+    for one, other in _pieces(wanted, given):
+        lost += float((other - one).square().sum())
+        energy += float((one - middle).square().sum())
+    return lost / energy if energy else float(lost > 0)
 
 
 def _why_not_finite(dense: nn.Module, plan: Plan, outputs: Outputs, batch: Any) -> str:

@@ -2,7 +2,8 @@
 
 The sum of squares that a weight loses says little of what the network loses: before a batch norm the size of a weight
 means nothing, and some layers matter more than others. So each weight is quantized alone, and what that changes of the
-outputs is measured (`changes`). Losses of single weights are then added up (`loss`).
+outputs is measured (`changes`). Of that, calibrating leaves a part, which the inputs of a weight decide (`gain`).
+Losses of single weights are then added up (`loss`).
 
 The quantization is a quick one (`ITERATIONS` of k-means), with the d and k of the settings; where these take hardly
 anything of a weight's energy, or nearly all of it, with others (`MEASURABLE`), as outputs that do not change, or change
@@ -13,7 +14,7 @@ energy: of a weight that hardly matters, rounding and chance are all that is see
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ....common.randomness import stream
-from ..calibrate.inputs import count
+from ..calibrate.inputs import BATCH, count
+from ..calibrate.sharing import Alone, Processes
 from ..compress import cluster_weight, places_of
 from ..plan import LayerPlan
 from ..sixteen_bits import energies
 from .changes import Outputs, Trial, call, changes
+from .gain import gains
 from .loss import Losses, disturbance
 from .options import WeightOptions
 from .tradeoff import Tradeoff
@@ -41,8 +44,6 @@ ITERATIONS = 10
 FLOOR = 0.01
 """Share of the usual change."""
 
-Rows = list[list[Any]]
-
 
 def losses_by_inputs(
     model: nn.Module,
@@ -53,19 +54,19 @@ def losses_by_inputs(
     seed: int = 0,
     device: torch.device | str | None = None,
     show_progress: bool = True,
-    gather: Callable[[Rows], Rows] = list,
+    processes: Processes | None = None,
 ) -> Losses:
     """Measure what the distortion of every weight costs the network.
 
     Args:
         model: the dense network; it is copied, not changed.
         tradeoff: of the network.
-        batches: of inputs, without labels; all are shown: see `first_inputs`.
+        batches: of inputs, without labels, the same in all processes; all are shown: see `first_inputs`.
         outputs: what of the outputs is compared.
         seed: of the run.
         device: where to compute; None: where the network is.
         show_progress: show a progress bar.
-        gather: rows of this process -> those of all, of which each has other batches.
+        processes: that share the work; None: this one does all.
 
     Raises:
         DataError: outputs are not finite, or cannot be compared (`changes`).
@@ -76,19 +77,36 @@ def losses_by_inputs(
         _trial(weight, tradeoff.plan.layers[weight.names[0]], places[weight.names[0]].parameter, seed, place)
         for weight in tradeoff.weights
     ]
-    own = changes(model, tradeoff.plan, trials, batches, outputs=outputs, device=place, show_progress=show_progress)
-    kind, by_trial = _together(gather([[own.kind, own.count, own.sums]]), len(trials))
-    return Losses(_sensitivities(tradeoff.weights, trials, by_trial), kind, by_disturbance=True)
+    team = processes or Alone()
+    own = changes(
+        model,
+        tradeoff.plan,
+        trials,
+        batches[team.rank :: team.world_size],
+        outputs=outputs,
+        device=place,
+        show_progress=show_progress,
+    )
+    kind, by_trial = _together(team.gather([[own.kind, own.count, own.sums]]), len(trials))
+    mine = [trial.name for trial in trials][team.rank :: team.world_size]
+    left = gains(model, tradeoff.plan, mine, batches, outputs=outputs, seed=seed, device=place)
+    left = dict(team.gather(list(left.items())))
+    by_weight = _sensitivities(tradeoff.weights, trials, by_trial)
+    return Losses({name: value * left[name] for name, value in by_weight.items()}, kind, by_disturbance=True)
 
 
 def first_inputs(batches: Sequence[Any], most: int = INPUTS) -> list[Any]:
-    """The first batches, with about so many inputs."""
+    """Batches of the first inputs, about so many; tensors of one size in equal parts of at most `BATCH`, whatever the
+    batches were, as statistics of a few inputs say little."""
     chosen: list[Any] = []
     for batch in batches:
         if count(chosen) >= most:
             break
         chosen.append(batch)
-    return chosen
+    if not chosen or not all(isinstance(one, Tensor) and one.shape[1:] == chosen[0].shape[1:] for one in chosen):
+        return chosen
+    whole = torch.cat(chosen)[:most]
+    return list(whole.tensor_split(-(-len(whole) // BATCH)))
 
 
 def _trial(weight: WeightOptions, plan: LayerPlan, parameter: Tensor, seed: int, device: torch.device) -> Trial:
@@ -124,7 +142,7 @@ def _measurable(weight: WeightOptions) -> tuple[int, int]:
     return d, k
 
 
-def _together(rows: Rows, n_trials: int) -> tuple[str, list[float]]:
+def _together(rows: Sequence[Any], n_trials: int) -> tuple[str, list[float]]:
     """How outputs were compared, and the mean change by each trial, from the rows of all processes."""
     kind = next((str(kind) for kind, _, _ in rows if kind), "")
     inputs = sum(number for _, number, _ in rows)
