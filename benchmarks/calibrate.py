@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,16 @@ from torch import Tensor, nn
 
 from src.compression.permute.auto import groups_by_following
 from src.compression.permute.permute import SearchSpec, permute
-from src.compression.quantize.budget.tradeoff import Budget
+from src.compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
+from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.calibrate.calibrate import calibrate
 from src.compression.quantize.compress import candidate_distortion, compress
-from src.compression.quantize.plan import Plan, QuantizationSpec, make_plan
+from src.compression.quantize.plan import LayerPlan, Plan, QuantizationSpec, make_plan
+from src.compression.quantize.subvectors import bits_of
 from src.compression.quantize.weights import matrices
 from src.model_files.norm_estimation import retake_norms
 from src.model_files.size import model_size
-from src.run.compression_specs import plan_for
+from src.run.compression_specs import sized_for
 
 from .photos import Subject, answers, lite0_imagenet, resnet18_cifar10, scores
 from .report import machine, print_machine, print_table, write_json
@@ -68,8 +70,12 @@ def quantized_bits(dense: nn.Module, bits: int, plan: Plan) -> int:
 
 
 def _other_bits(dense: nn.Module, plan: Plan) -> int:
-    planned = {id(place.parameter): place.parameter for place in matrices(dense) if place.name in plan.layers}
-    return model_size(dense).bits - sum(32 * weight.numel() for weight in planned.values())
+    return model_size(dense).bits - sum(32 * weight.numel() for weight, _ in _weights_and_layers(dense, plan))
+
+
+def _weights_and_layers(dense: nn.Module, plan: Plan) -> list[tuple[Tensor, LayerPlan]]:
+    """None of these networks has tied weights."""
+    return [(place.parameter, plan.layers[place.name]) for place in matrices(dense) if place.name in plan.layers]
 
 
 def run(subject: Subject, spec: QuantizationSpec, way: str, size: int | None, search: str | None) -> dict[str, Any]:
@@ -116,22 +122,19 @@ def run(subject: Subject, spec: QuantizationSpec, way: str, size: int | None, se
 
 
 def _chosen(subject: Subject, spec: QuantizationSpec, plan: Plan, size: int | None) -> Plan:
-    """Settings of each weight for a number of bits of all of them."""
-    model = copy.deepcopy(subject.model)
-    bits = 8 * -(-size // 8) if size is not None else _settings_bits(model, plan)
+    """Settings of each weight for a number of bits of all of them, by what photos show of their changes."""
+    model = subject.model
+    bits = size
+    if bits is None:
+        bits = sum(
+            bits_of(weight.numel() // layer.d, layer.d, layer.k, 1.0)
+            for weight, layer in _weights_and_layers(model, plan)
+        )
     budget = Budget(size=(_other_bits(model, plan) + bits) // 8)
-    return plan_for(model, spec, budget, 0, show_progress=False)
-
-
-def _settings_bits(model: nn.Module, plan: Plan) -> int:
-    quantized = compress(copy.deepcopy(model), _quick(plan), show_progress=False)[0]
-    return quantized_bits(model, model_size(quantized).bits, plan)
-
-
-def _quick(plan: Plan) -> Plan:
-    """The same sizes without a search for centroids."""
-    layers = {name: replace(layer, k_means_n_iters=0) for name, layer in plan.layers.items()}
-    return replace(plan, layers=layers)
+    _, sized = sized_for(model, spec, budget, 0, show_progress=False)
+    assert sized is not None, "there is a budget"
+    losses = losses_by_inputs(model, sized.tradeoff, first_inputs(subject.calibration), show_progress=False)
+    return sized.by(losses).plan()
 
 
 def _permuted(model: nn.Module, plan: Plan, search: str, example: Tensor) -> None:

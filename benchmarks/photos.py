@@ -97,7 +97,7 @@ def lite0_imagenet(photos: Path | None, count: int, iterations: int) -> Subject:
     """EfficientNet-Lite0 from its package, its 33 weights that are matrices (1x1 convolutions and the last layer).
 
     Args:
-        photos: folder with one folder per class of ImageNet; every second photo calibrates, the others are scored.
+        photos: folder with one folder per class of ImageNet; one half, drawn, is scored, the other one calibrates.
         count: photos that calibrate, at most.
         iterations: of the clustering.
     """
@@ -112,8 +112,9 @@ def lite0_imagenet(photos: Path | None, count: int, iterations: int) -> Subject:
     else:
         files = _files(photos)
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-        shown, _ = _photos(files[0::2][:count], 256, 224, mean, std)
-        scored, labels = _photos(files[1::2], 256, 224, mean, std)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+        scored, labels = _photos([files[number] for number in order[: len(files) // 2]], 256, 224, mean, std)
+        shown, _ = _photos([files[number] for number in order[len(files) // 2 :][:count]], 256, 224, mean, std)
     kernels = tuple(place.name for place in matrices(model) if place.kernel_area > 1)
     spec = QuantizationSpec(k_means_n_iters=iterations, ignored_modules=kernels)
     settings = {f"d = 4, k = {k}": replace(spec, k=k) for k in (256, 128, 64)}

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .architectures.detector_outputs import batch_outputs
 from .common.errors import CheckpointError, SettingsError
 from .compression.permute.auto import groups_by_following
 from .compression.permute.binding import AnyGroup, bind
 from .compression.permute.channels import ChannelGroup
 from .compression.permute.groups import Group, check_function
 from .compression.permute.permute import permute
+from .compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
 from .compression.quantize.calibrate.calibrate import Calibration, calibrate
 from .compression.quantize.calibrate.inputs import batches_of, count, few_inputs
 from .compression.quantize.compress import candidate_distortion, check_weights
@@ -43,7 +45,7 @@ from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
 from .model_files.report import Report
 from .model_files.size import model_size
-from .run.compression_specs import budget_of, plan_for, quantization_of, search_of
+from .run.compression_specs import Sized, budget_of, quantization_of, search_of, sized_for
 from .settings import BudgetSettings, ModelSettings
 from .settings.keywords import budget_settings, model_settings
 
@@ -72,8 +74,9 @@ def compress(
         example_inputs: what it is called with, once, to find the channels that may be permuted. None: it is only
             quantized, unless `permutations` lists groups.
         calibration: inputs of the kind that the network will see, without labels, a thousand if possible: what the
-            weights make of these is kept, and batch norms adjusted. A tensor, a loader or any iterable of batches; of
-            pairs (inputs, labels) the first item is taken. All are held in memory.
+            weights make of these is kept, and batch norms adjusted; a wanted size is spent on what matters most to
+            the outputs for them. A tensor, a loader or any iterable of batches; of pairs (inputs, labels) the first
+            item is taken. All are held in memory.
         seed: of all random choices.
         device: where to cluster; None: where the weights are.
         show_progress: show progress bars where there is a terminal.
@@ -90,28 +93,26 @@ def compress(
     """
     given, wanted = model_settings(settings), budget_settings(settings)
     _check_dense(model)
-    plan = plan_for(model, quantization_of(given), budget_of(wanted), seed, show_progress=show_progress)
+    batches = None if calibration is None else batches_of(calibration)
+    plan, sized = sized_for(model, quantization_of(given), budget_of(wanted), seed, show_progress=show_progress)
     check_weights(model, plan)
     search = search_of(given)
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
     bind(model, found, search.reshapes)
     if example_inputs is not None:
         _check_by_hand(model, found, search.reshapes, seed, example_inputs)
+    if sized is not None and batches is not None:
+        plan = _chosen(model, sized, batches, seed, device, show_progress)
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
-    finished, outputs_lost = None, None
-    if calibration is not None:
-        finished, more = _calibrated(model, plan, calibration, seed, device, show_progress)
-        finished.put_norms(model)
-        outputs_lost = next(reversed(finished.lost_after().values()), None)
-        notes += more
+    finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
     info = ModelInfo(settings=_known(given, wanted, seed), permutations=applied(found, permuted, search.reshapes))
     _keep_info(model, replace(info, outputs_lost=_outputs_lost(finished)))
-    report = Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*plan.notes, *notes), outputs_lost)
-    return model, report
+    said = (*plan.notes, *notes, *more)
+    return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), said, outputs_lost)
 
 
 def groups(model: nn.Module, example_inputs: Inputs, *, seed: int = 0) -> list[ChannelGroup]:
@@ -250,18 +251,37 @@ def _info_of(model: nn.Module) -> ModelInfo:
     return found if isinstance(found, ModelInfo) else ModelInfo()
 
 
+def _chosen(
+    model: nn.Module, sized: Sized, batches: Sequence[Any], seed: int, device: Any, show_progress: bool
+) -> Plan:
+    """The plan that costs the outputs for some inputs least within a wanted size."""
+    losses = losses_by_inputs(
+        model,
+        sized.tradeoff,
+        first_inputs(batches),
+        outputs=batch_outputs,
+        seed=seed,
+        device=device,
+        show_progress=show_progress,
+    )
+    return sized.by(losses).plan()
+
+
 def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:
     return None if found is None else {name: steps[-1][1] for name, steps in found.lost.items()}
 
 
 def _calibrated(
-    model: nn.Module, plan: Plan, given: Tensor | Iterable[Any], seed: int, device: Any, show_progress: bool
-) -> tuple[Calibration, list[str]]:
-    """Codebooks and codes of the plan's weights, and what to say of them."""
-    batches = batches_of(given)
+    model: nn.Module, plan: Plan, batches: Sequence[Any] | None, seed: int, device: Any, show_progress: bool
+) -> tuple[Calibration | None, float | None, list[str]]:
+    """Codebooks and codes of the plan's weights, the share of the outputs' energy that they lose, and what to say of
+    them; batch norms of the network are put right."""
+    if batches is None:
+        return None, None, []
     found = calibrate(model, plan, batches, seed=seed, device=device, show_progress=show_progress)
-    n = count(batches)
-    return found, [found.summary(n), *filter(None, [few_inputs(n)]), *found.notes()]
+    found.put_norms(model)
+    lost, n = next(reversed(found.lost_after().values()), None), count(batches)
+    return found, lost, [found.summary(n), *filter(None, [few_inputs(n)]), *found.notes()]
 
 
 __all__ = ["Inspection", "Report", "call", "compress", "dequantize", "groups", "inspect", "load", "save"]

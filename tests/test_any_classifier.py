@@ -61,6 +61,19 @@ def test_its_files_are_evaluated_to_the_figures_of_the_run(
     assert accuracy == pytest.approx(results["best"], abs=0.006)
 
 
+def test_a_training_spends_a_wanted_size_by_its_own_images(
+    small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    flags = [*training(4, 0, 20, 2), *SIZES, "--model.arch", OWN, "--model.weights", "none", "--epochs", "1"]
+    flags += ["--dataloader.imagenet_path", str(small_images), "--output_path", str(output), "--recipe", "best"]
+    flags += ["--compression.ratio", "7", "--model.compression_parameters.layer_specs", "{}"]
+    flags += ["--model.compression_parameters.ignored_modules", "[]", "--calibration.use", "True"]
+    assert train_resnet.main(flags) == 0
+    assert "chosen for compression.ratio 7 by what losing them changes" in capsys.readouterr().out
+    assert json.loads((output / "results.json").read_text())["ratio"] >= 7
+
+
 def test_a_file_that_names_code_runs_it_only_where_the_user_says_the_same(
     run: Path, small_images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -201,6 +201,16 @@ def test_calibration_keeps_what_the_network_computes(kind: str) -> None:
     assert float((ours - wanted).norm()) < 0.5 * float((theirs - wanted).norm())
 
 
+def test_a_wanted_size_is_spent_as_calibration_says() -> None:
+    images = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 3
+    _, report = pqf.compress(net(), X, calibration=images, ratio=7, k_means_n_iters=2, show_progress=False)
+    assert 7 <= report.size.ratio < 7.2
+    assert any("are chosen for ratio 7 by what losing them changes" in note for note in report.notes)
+    assert report.outputs_lost is not None
+    with pytest.raises(DataError, match=r"inputs of layer 'body\.0' are not finite"):
+        pqf.compress(net(), X, calibration=images / 0, ratio=7, **FAST)
+
+
 def test_calibration_without_inputs_or_with_values_that_are_not_finite_is_one_message() -> None:
     with pytest.raises(DataError, match="calibration: there are no inputs"):
         pqf.compress(net(), X, calibration=[], **FAST)
@@ -278,6 +288,20 @@ def test_what_a_network_computed_from_its_weights_in_evaluation_is_computed_anew
     assert not model.training
 
 
+def test_codebooks_of_8_bit_values_by_hand(tmp_path: Path) -> None:
+    model, report = pqf.compress(net(), X, codebook_bits=8, layer_specs={"head": {"codebook_bits": 16}}, **FAST)
+    bits = {layer.name: layer.codebook_bits for layer in report.layers}
+    assert bits.pop("head") == 16
+    assert set(bits.values()) == {8}
+    assert report.size.codebooks < pqf.compress(net(), X, **FAST)[1].size.codebooks
+    for name in ("model.pth", "model.safetensors"):
+        pqf.save(model, tmp_path / name)
+        loaded = pqf.load(tmp_path / name, net())
+        pqf.save(loaded, tmp_path / f"again {name}")
+        assert torch.equal(loaded.body[0].weight, model.eval().body[0].weight)
+        assert "codebook bits" in str(pqf.inspect(loaded))
+
+
 def test_a_wanted_size_chooses_the_settings() -> None:
     dense = net()
     _, report = pqf.compress(net(), X, size="3KB", k_means_n_iters=2, show_progress=False)
@@ -292,6 +316,7 @@ def test_a_wanted_size_chooses_the_settings() -> None:
         ({"ratio": 0.5}, "ratio = 0.5: expected a number, above 1"),
         ({"size": 3000, "ratio": 8}, "size or ratio, not both"),
         ({"sise": 3000}, "did you mean size"),
+        ({"codebook_bits": 7}, "codebook_bits = 7: expected one of 16, 8"),
     ):
         with pytest.raises(SettingsError) as error:
             pqf.compress(dense, X, show_progress=False, **wrong)

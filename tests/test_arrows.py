@@ -23,7 +23,7 @@ ENTRIES = (
 # `a.b` allows that module and what is below it.
 REGISTRIES = (
     "architectures", "compression.finetune.registry", "compression.permute.registry", "compression.quantize.registry",
-    "engines.registry", "tasks.coco.backends", "tasks.sources",
+    "engines.registry", "tasks.augmentation_names", "tasks.coco.backends", "tasks.sources",
 )  # fmt: skip
 """What there is, by name; nothing in them is imported before it is asked for."""
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -50,13 +50,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model_files.entropy": ("model_files.bit_packing",),
     "model_files.rans": ("model_files.bit_packing",),
     "settings": ("common", *REGISTRIES),
-    "tasks": ("common", "engines.engine", "compression.finetune.task"),
+    "tasks": ("common", "engines.engine", "compression.finetune.task", "compression.finetune.distillation"),
     "run": (
         "common",
         "engines",
         "settings",
         "compression",
         "architectures.architecture",
+        "architectures.detector_outputs",
         "model_files",
         "tasks.workers",
     ),

@@ -26,7 +26,8 @@ Unknown keys are errors that name the nearest known key; files written for the o
 command does not read may stand in its file. Of the settings of a layer, the more special one wins:
 
 1. `ignored_modules`: the layer stays as it is;
-2. `layer_specs.<layer>`: `k`, `k_means_type`, `k_means_n_iters`, `subvector_size` (linear and 1x1), `large_subvectors`;
+2. `layer_specs.<layer>`: `k`, `k_means_type`, `k_means_n_iters`, `subvector_size` (linear and 1x1), `large_subvectors`,
+   `codebook_bits`;
 3. the general key. At last k is clamped to the largest power of two with four subvectors per centroid.
 
 The tables are made from the program itself (`make docs`). "Read by" says which commands read a key, where not all do: T

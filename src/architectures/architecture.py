@@ -40,6 +40,8 @@ class Architecture:
         image_size: side of the images that it is made for.
         rows_per_class, more_rows: the head has rows_per_class * classes + more_rows rows.
         sizes_by_classes: whether it can be built for any number of classes.
+        normalisation: mean and standard deviation per channel of the images that the published weights were trained on,
+            on the scale 0 to 1; None: not known.
         download: whether to show progress -> the published weights, where they do not come from `weights_url`.
     """
 
@@ -61,6 +63,7 @@ class Architecture:
     rows_per_class: int = 1
     more_rows: int = 0
     sizes_by_classes: bool = True
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     download: Callable[[bool], dict[str, Tensor]] | None = None
 
     def published_weights(self, progress: bool = True) -> dict[str, Tensor]:

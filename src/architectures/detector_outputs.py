@@ -7,6 +7,7 @@ for fixed boxes; so that is what a permutation must leave as it is, and what sho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -67,3 +68,17 @@ def detector_outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 def _maps(features: Any) -> dict[str, Tensor]:
     """A backbone without a pyramid gives one map."""
     return {"0": features} if isinstance(features, Tensor) else features
+
+
+def batch_outputs(model: nn.Module, batch: Any) -> object:
+    """What a network gives for a batch of its inputs: one of torchvision's detectors what its heads give for the images
+    (3, H, W) as it prepares them itself, any other what it returns.
+
+    Args:
+        model: the network.
+        batch: inputs; a dict holds keyword arguments.
+    """
+    if is_detector(model):
+        net: Any = model
+        return detector_outputs(model, net.transform(list(batch))[0].tensors)
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)

@@ -114,6 +114,7 @@ def _torchvision(name: str, own_name: str) -> Architecture:
         groups=None,
         build_frozen=frozen(build, 0.0 if own_name in _FROZEN_WITHOUT_EPS else None) if task == "detection" else None,
         image_size=_side_of_torchvision(best),
+        normalisation=_normalisation(None if best is None else best.transforms()),
         download=None if best is None or task == "detection" else partial(_torchvision_weights, builder, best),
     )
     return with_heads(architecture)
@@ -142,6 +143,12 @@ def _side_of_torchvision(weights: Any) -> int:
     return int(found[0]) if isinstance(found, list | tuple) and found else 224
 
 
+def _normalisation(source: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation that torchvision's transforms, or timm's description of weights, say."""
+    mean, std = getattr(source, "mean", None), getattr(source, "std", None)
+    return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))
+
+
 def _timm(name: str) -> Architecture:
     try:
         import timm
@@ -166,6 +173,7 @@ def _timm(name: str) -> Architecture:
             head="",
             groups=None,
             image_size=int(size[-1]),
+            normalisation=_normalisation(config),
             download=lambda _progress: _timm_weights(name, own_name),
         )
     )

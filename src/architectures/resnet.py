@@ -25,6 +25,9 @@ SEMI_SUPERVISED_URL = (
 )
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of its images."""
+
 CLASSIFIER = ((), (), (), ("fc",))
 
 
@@ -85,6 +88,7 @@ def _resnet(name: str, constructor: Callable[..., nn.Module], url: str, licence:
         head="fc",
         groups=resnet_groups,
         licence=licence,
+        normalisation=IMAGENET,
     )
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..compression.permute.binding import AnyGroup
 from ..compression.permute.channels import ChannelGroup
+from ..compression.permute.groups import Group, resolve
 from ..compression.permute.permute import GroupResult
 from ..compression.quantize.compress import LayerResult
 from ..compression.quantize.plan import DenseWeight
 from .metadata import OUTPUTS_LOST, AppliedPermutation, ModelInfo
-from .stored_places import read_rows, stored
+from .stored_places import apply_stored, read_rows, stored
 
 FILE_NAME = "compression.json"
 
@@ -116,9 +118,17 @@ def read_outputs_lost(report: Path) -> dict[str, float] | None:
 def read_permutations(report: Path) -> tuple[AppliedPermutation, ...] | None:
     """The permutations that a report lists; None where it is missing or does not name all layers."""
     try:
-        groups = json.loads(report.read_text(encoding="utf-8"))["groups"]
+        return permutations_in(report.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def permutations_in(text: str) -> tuple[AppliedPermutation, ...] | None:
+    """The permutations that the text of a report lists; None where it does not name all layers."""
+    try:
+        groups = json.loads(text)["groups"]
         return tuple(_read(group) for group in groups if group["permutation"] is not None)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
         return None
 
 
@@ -140,3 +150,19 @@ def known_of_run(model_file: Path) -> ModelInfo:
         return ModelInfo()
     report = model_file.parent.parent / FILE_NAME
     return ModelInfo(permutations=read_permutations(report), outputs_lost=read_outputs_lost(report))
+
+
+def permute_alike(model: nn.Module, permutations: Sequence[AppliedPermutation]) -> None:
+    """Apply permutations to the dense network that they were found for, in place; its function stays.
+
+    Raises:
+        GroupError: it is another network.
+    """
+    layers = [Group(p.parents, p.children) for p in permutations if p.places is None]
+    reshapes = {name: shape for p in permutations for name, shape in p.reshapes.items()}
+    resolved = iter(resolve(model, layers, reshapes))
+    for one in permutations:
+        if one.places is None:
+            next(resolved).apply(one.permutation)
+        else:
+            apply_stored(model, one.places, one.permutation, one.n_blocks)

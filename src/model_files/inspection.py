@@ -12,20 +12,19 @@ import torch
 from torch import nn
 
 from ..common.errors import CheckpointError, GroupError
-from ..compression.permute.groups import Group, resolve
 from ..compression.quantize.layers import QuantizedLayer, dense_type, own_tensors
 from ..compression.quantize.placing import dense_name
 from ..compression.quantize.plan import DenseWeight, dense_notes
 from ..compression.quantize.subvectors import Layer, bits_per_code, codebook_size
 from ..compression.quantize.weights import SUFFIX, matrices, why_dense
 from .building import build_and_load
+from .compression_report import permute_alike
 from .inspected import Inspection, Row
-from .metadata import AppliedPermutation, ModelInfo
+from .metadata import ModelInfo
 from .norms import is_folded_norm
 from .open_model_file import OpenModelFile, open_model_file, state_for
 from .pth import is_compressed, read_tensors
 from .size import model_size, tensor_bits
-from .stored_places import apply_stored
 
 
 def examine(path: Path, dense: Path | None = None, arch: str | None = None) -> Inspection:
@@ -139,24 +138,13 @@ def _dense_permuted_alike(path: Path, opened: OpenModelFile) -> tuple[nn.Module,
     permutations = opened.info.permutations
     if permutations is None:
         return model, ["the permutations that were applied are not known: the dense network is compared as it is"]
-    _apply(model, permutations, path)
+    try:
+        permute_alike(model, permutations)
+    except GroupError as error:
+        raise CheckpointError(f"--against: {path} cannot be permuted like the quantized network: {error}") from error
     return model, [
         f"{len(permutations)} permutations were applied to the dense network before it was compared"
     ] if permutations else []
-
-
-def _apply(model: nn.Module, permutations: tuple[AppliedPermutation, ...], path: Path) -> None:
-    layers = [Group(p.parents, p.children) for p in permutations if p.places is None]
-    reshapes = {name: shape for p in permutations for name, shape in p.reshapes.items()}
-    try:
-        resolved = iter(resolve(model, layers, reshapes))
-        for applied in permutations:
-            if applied.places is None:
-                next(resolved).apply(applied.permutation)
-            else:
-                apply_stored(model, applied.places, applied.permutation, applied.n_blocks)
-    except GroupError as error:
-        raise CheckpointError(f"--against: {path} cannot be permuted like the quantized network: {error}") from error
 
 
 def _compared(row: Row, quantized: nn.Module, dense: nn.Module) -> Row:

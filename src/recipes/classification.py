@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,14 +11,27 @@ from ..architectures.architecture import Architecture, n_outputs
 from ..common.log import log
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
-from ..run.agreement import first_here
+from ..run.agreement import check_same, first_here
 from ..run.expected import verdict
+from ..run.inputs import unlabelled_folder
 from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
+from ..tasks import unlabelled
 from ..tasks.classification import check_batch_norms, check_classes
-from .data import classification_task, images_fingerprint, images_to_calibrate, read_images
+from ..tasks.images import BadFiles, check_images, unreadable_error
+from ..tasks.unlabelled import Unlabelled, read_unlabelled
+from .data import (
+    SAME_IMAGES,
+    check_together,
+    classification_task,
+    images_fingerprint,
+    images_to_calibrate,
+    part_name,
+    read_images,
+    warn_of_skipped,
+)
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
-from .train import Prepared, train
+from .train import Prepared, learn_from_teacher, train
 
 
 def train_classification(settings: Settings) -> int:
@@ -32,7 +46,9 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     model = start.model
     check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE)
     side = run.settings.dataloader.image_size
-    task = classification_task(run, train_images, validation)
+    more = _images_without_labels(run)
+    task = classification_task(run, train_images, validation, more)
+    task.distillation = learn_from_teacher(run, architecture, start, weights, torch.zeros(1, 3, side, side))
     joined = run.settings.sync_batch_norm and run.engine.world_size > 1  # its norms see the images of all processes
     if run.settings.epochs and not joined:
         check_batch_norms(model, task, side)
@@ -41,10 +57,37 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         task=task,
         example=torch.randn(2, 3, side, side),
         results={},
-        images_digest=images_fingerprint(train_images, validation),
+        images_digest=images_fingerprint(train_images, validation, *([] if more is None else [more.index])),
         compressed=start.compressed,
         calibration=images_to_calibrate(run, train_images, task.unreadable) if start.compressed is None else None,
+        distillation=task.distillation,
     )
+
+
+def _images_without_labels(run: Run) -> Unlabelled | None:
+    """The images of `distillation.images`, checked like those of `read_images`; None where there are to be none.
+
+    Raises:
+        SettingsError: the folder is not there, or the processes see other images.
+        DataError: it holds no image, or some cannot be read.
+    """
+    folder, settings, engine = unlabelled_folder(run.settings), run.settings, run.engine
+    if folder is None:
+        return None
+    found, data = read_unlabelled(folder), settings.dataloader
+    check_same(engine, f"the list of images in {folder}", found.paths, SAME_IMAGES)
+
+    def check(share: slice) -> BadFiles:
+        own = replace(found, paths=found.paths[share], labels=found.labels[share])
+        return check_images(own, data.verify_images, engine.is_main, resize=data.resize, part=part_name(engine))
+
+    bad = dict(check_together(engine, found.paths, check))
+    kept = [path for path in found.paths if path not in bad]
+    if bad and not (data.skip_unreadable and kept):
+        raise unreadable_error(list(bad.items()), unlabelled.KEY)
+    warn_of_skipped(list(bad.items()), folder, engine.is_main)
+    per_batch = settings.distillation.images_per_batch or data.batch_size
+    return Unlabelled(replace(found, paths=kept, labels=found.labels[: len(kept)]), per_batch)
 
 
 def evaluate_classification(settings: Settings) -> int:

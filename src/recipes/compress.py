@@ -23,7 +23,8 @@ from ..model_files.compression_report import FILE_NAME, read_settings, report_te
 from ..model_files.size import model_size
 from ..run.calibrated import calibrated
 from ..run.calibration_report import report_calibration
-from ..run.compression_specs import budget_of, plan_for
+from ..run.chosen import chosen_by_photos
+from ..run.compression_specs import Sized, budget_of, sized_for
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings, given_on_command_line
@@ -40,7 +41,8 @@ class CompressionPlan:
         groups: of layers or channels that share a permutation.
         search: how their permutations are searched.
         seed: of all random choices.
-        notes: what a reader should know.
+        notes: what a reader should know, besides those of `quantization`.
+        sized: where a size is wanted: what is needed to choose for it with photos.
     """
 
     quantization: Plan
@@ -48,6 +50,7 @@ class CompressionPlan:
     search: SearchSpec
     seed: int
     notes: tuple[str, ...] = ()
+    sized: Sized | None = None
 
 
 def plan_compression(
@@ -66,19 +69,20 @@ def plan_compression(
         GroupError: a group does not fit, or would change the network's function.
     """
     wanted = budget_of(settings.compression, "compression.")
-    quantization = plan_for(model, quantization_spec(settings), wanted, settings.seed)
+    quantization, sized = sized_for(model, quantization_spec(settings), wanted, settings.seed)
     check_weights(model, quantization)
     plan = CompressionPlan(
         quantization=quantization,
         groups=(),
         search=search_spec(settings, architecture),
         seed=settings.seed,
+        sized=sized,
     )
     groups, found_notes = _groups(settings, architecture, model, example)
     bind(model, groups, plan.search.reshapes)
     by_layers = [group for group in groups if isinstance(group, Group)]
     check_function(model, by_layers, example, plan.search.reshapes, settings.seed, architecture.outputs)
-    return replace(plan, groups=groups, notes=(*quantization.notes, *found_notes))
+    return replace(plan, groups=groups, notes=tuple(found_notes))
 
 
 def _groups(
@@ -121,11 +125,15 @@ def compress_network(
         run: the run.
         plan: for the network.
         model: the dense network.
-        images: batches that the network is calibrated with, the same on every process: (B, 3, H, W), or lists of images
-            as detectors take them; None: it is not.
+        images: batches that the network is calibrated with, and that say what a wanted size is best spent on, the same
+            on every process: (B, 3, H, W), or lists of images as detectors take them; None: there are none.
     """
-    plan = replace(plan, quantization=agreed(run.engine, plan.quantization))
-    for text in plan.notes:
+    if plan.sized is not None and images is not None:
+        quantization = chosen_by_photos(run, plan.sized, model, images)
+    else:
+        quantization = agreed(run.engine, plan.quantization)
+    plan = replace(plan, quantization=quantization)
+    for text in (*quantization.notes, *plan.notes):
         note(text)
     permuted = _permute(run, plan, model)
     log.info("%s", _permutation_summary(permuted))

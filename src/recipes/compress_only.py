@@ -30,8 +30,8 @@ EXAMPLES = 2
 def compress_only(settings: Settings) -> int:
     """Permute and quantize a network and write it, with a report of what was lost; returns the exit status.
 
-    With `calibration.images` it is calibrated with these images. With `compression.plan` it is only said what would be
-    done.
+    With `calibration.images` it is calibrated with these images, and a wanted size spent on what matters to its outputs
+    for them. With `compression.plan` it is only said what would be done.
     """
     architecture = find(settings.model.arch)
     settings = with_current_names(settings, architecture)

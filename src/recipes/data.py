@@ -29,6 +29,7 @@ from ..tasks.detection import Detection
 from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
 from ..tasks.loading import LoaderSpec
 from ..tasks.sources import prepare
+from ..tasks.unlabelled import Unlabelled
 
 AT_A_TIME = 2
 """Images that a detector sees at a time, at most, where nothing says how many it can be trained on."""
@@ -111,8 +112,11 @@ def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
         log.warning("skipped %s unreadable images of %s: %s", f"{len(bad):,}", folder, names)
 
 
-def classification_task(job: Job, train: ImageFolderIndex | None, validation: ImageFolderIndex) -> Classification:
-    """The task with the loader settings of the file; without `train` it can only validate."""
+def classification_task(
+    job: Job, train: ImageFolderIndex | None, validation: ImageFolderIndex, more: Unlabelled | None = None
+) -> Classification:
+    """The task with the loader settings of the file; without `train` it can only validate, `more` are trained on
+    too."""
     data = job.settings.dataloader
     images = ImageSpec(
         resize=data.resize,
@@ -122,8 +126,13 @@ def classification_task(job: Job, train: ImageFolderIndex | None, validation: Im
         mean=data.mean,
         std=data.std,
         channels_last=job.settings.channels_last,
+        crop=data.crop,
+        augmentation=data.augmentation,
     )
-    return Classification(job.engine, train, validation, images, loader_spec(job))
+    smoothing = job.settings.label_smoothing
+    return Classification(
+        job.engine, train, validation, images, loader_spec(job), label_smoothing=smoothing, unlabelled=more
+    )
 
 
 def loader_spec(job: Job) -> LoaderSpec:

@@ -38,10 +38,11 @@ from ..tasks.coco.classes import (
 from ..tasks.coco.data import CocoSplit, require_masks
 from ..tasks.coco.metrics import WORDS, read_results, write_results
 from ..tasks.detection import Detection, Scores, score
+from ..tasks.distilled_detection import DetectionDistillation, why_nothing_is_learnt
 from .data import detection_task, images_to_calibrate, read_splits, splits_fingerprint
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .pictures import Pictures
-from .train import Prepared, train
+from .train import Prepared, learn_from_teacher, train
 
 EXAMPLE_SIDE = 64
 """Pixels of the images that permutations are tried on: the smallest of which a pyramid's levels all have something
@@ -83,6 +84,9 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     train_split, validation = (with_outputs(split, outputs, n_classes, NEW_HEAD_ADVICE) for split in splits)
     _configure(model, settings)
     task = detection_task(run, model, train_split, validation)
+    why_not = why_nothing_is_learnt(model, architecture.name)
+    learned = learn_from_teacher(run, architecture, start, weights, None, why_not)
+    task.distillation = None if learned is None else DetectionDistillation(learned)
     joined = settings.sync_batch_norm and engine.world_size > 1  # its norms see the images of all processes
     if settings.epochs and not joined:
         _check_batch_norms(model, task, train_split)
@@ -95,6 +99,7 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
         compressed=start.compressed,
         calibration=images_to_calibrate(run, train_split, task.unreadable) if start.compressed is None else None,
         files={FILE_NAME: outputs_text(splits, outputs)},
+        distillation=learned,
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from ..architectures.architecture import Architecture
+from ..common.errors import SettingsError
+from ..common.log import note
 from ..compression.finetune.loop import FinetuneSpec
 from ..compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from ..compression.permute.permute import SearchSpec
@@ -91,6 +93,7 @@ def finetune_spec(settings: Settings, world_size: int, show_progress: bool = Tru
             learning_rate=factor * settings.learning_rate,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
+            codebook_learning_rate=settings.codebook_learning_rate,
         ),
         lr_scheduler=ScheduleSpec(**{**scheduler, "min_lr": factor * settings.lr_scheduler.min_lr}),
         amp=settings.amp,
@@ -98,4 +101,26 @@ def finetune_spec(settings: Settings, world_size: int, show_progress: bool = Tru
         log_every_n_steps=settings.log_every_n_steps,
         checkpoint_every_n_steps=settings.checkpoint_every_n_steps,
         show_progress=show_progress,
+        accumulate=settings.accumulate,
+        clip_gradients=settings.clip_gradients,
+        ema=settings.ema,
+        early_stopping=settings.early_stopping,
     )
+
+
+def check_accumulation(settings: Settings, batches: int) -> None:
+    """Say which of the `batches` of an epoch make up no whole step of the optimizer.
+
+    Raises:
+        SettingsError: there are fewer than a step has.
+    """
+    each = settings.accumulate
+    if not settings.epochs or not batches % each:
+        return
+    if each > batches:
+        raise SettingsError(
+            f"accumulate: a step of {each:,} batches is longer than an epoch, which has {batches:,} here; use at most "
+            f"{batches:,}"
+        )
+    left = batches % each
+    note(f"accumulate: the last step of each epoch is made of {left} instead of {each} batches, as it has {batches:,}")

@@ -59,7 +59,7 @@ def _digests(batch: Any) -> Iterator[str]:
         yield f"{tuple(batch.shape)} {batch.dtype} {tensor_digest(batch)}"
     elif isinstance(batch, Mapping):
         yield from _digests([part for pair in sorted(batch.items()) for part in pair])
-    elif isinstance(batch, list | tuple):
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         yield f"{len(batch)} parts"
         for part in batch:
             yield from _digests(part)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..compression.permute.results import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
-from ..compression.quantize.budget.tradeoff import Budget, Prediction, Tradeoff, measure, megabytes
+from ..compression.quantize.budget.loss import Losses
+from ..compression.quantize.budget.tradeoff import Prediction, Tradeoff, measure
+from ..compression.quantize.budget.wanted import Budget, megabytes
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.subvector_size import BlockRule
 from ..model_files.size import model_size
@@ -47,56 +49,67 @@ def budget_of(wanted: BudgetSettings, prefix: str = "") -> Budget | None:
     return Budget(size=wanted.size, ratio=wanted.ratio, prefix=prefix)
 
 
-def tradeoff_of(
-    model: nn.Module,
-    spec: QuantizationSpec,
-    seed: int,
-    *,
-    sensitivities: Mapping[str, float] | None = None,
-    show_progress: bool = True,
-) -> Tradeoff:
+def tradeoff_of(model: nn.Module, spec: QuantizationSpec, seed: int, *, show_progress: bool = True) -> Tradeoff:
     """What each plan of a dense network would cost, counted as everywhere else, and about what it would lose.
 
     Raises:
         PlanError: layers cannot be quantized as asked, or at all.
     """
-    dense_bits = model_size(model).bits
-    return measure(model, spec, dense_bits, seed=seed, sensitivities=sensitivities, show_progress=show_progress)
+    return measure(model, spec, model_size(model).bits, seed=seed, show_progress=show_progress)
 
 
-def plan_for(
-    model: nn.Module,
-    spec: QuantizationSpec,
-    budget: Budget | None,
-    seed: int,
-    *,
-    sensitivities: Mapping[str, float] | None = None,
-    show_progress: bool = True,
-) -> Plan:
-    """How every weight of a dense network is quantized: as the settings say, or so that it has the wanted size.
+@dataclass(frozen=True)
+class Sized:
+    """A wanted size of a network, and what can be done with each of its weights.
+
+    Attributes:
+        budget: the wanted size; the network can have it.
+        tradeoff: of the network.
+    """
+
+    budget: Budget
+    tradeoff: Tradeoff
+
+    def by(self, losses: Losses) -> Sized:
+        """The same with other losses."""
+        return replace(self, tradeoff=self.tradeoff.with_losses(losses))
+
+    def plan(self) -> Plan:
+        """The plan that loses least within the size; its last note says so."""
+        found = self.tradeoff.plan_for(self.budget)
+        text = f"block length and centroids of {len(found.layers)} weights are chosen for {self.budget}"
+        if found.unit:
+            text += " by what losing them changes"
+        note = f"{text}: {outlook(found)} (as set: {outlook(self.tradeoff.of_settings())})"
+        return replace(found.plan, notes=(*found.plan.notes, note))
+
+
+def sized_for(
+    model: nn.Module, spec: QuantizationSpec, budget: Budget | None, seed: int, *, show_progress: bool = True
+) -> tuple[Plan, Sized | None]:
+    """How every weight of a dense network is quantized: as the settings say, or so that it has the wanted size and
+    loses least of the weights' energy; and what is needed to choose for that size otherwise.
 
     Args:
         model: the dense network.
         spec: what the settings say.
         budget: the wanted size.
         seed: of all random choices.
-        sensitivities: what a unit of distortion of a weight costs the network, by name; where there is none, 1.
         show_progress: show a progress bar.
 
     Raises:
         PlanError: layers cannot be quantized as asked, or the network cannot have such a size.
     """
     if budget is None:
-        return make_plan(model, spec)
-    tradeoff = tradeoff_of(model, spec, seed, sensitivities=sensitivities, show_progress=show_progress)
-    found = tradeoff.plan_for(budget)
-    text = f"block length and centroids of {len(found.layers)} weights are chosen for {budget}: {outlook(found)}"
-    return replace(found.plan, notes=(*found.plan.notes, f"{text} (as set: {outlook(tradeoff.of_settings())})"))
+        return make_plan(model, spec), None
+    sized = Sized(budget, tradeoff_of(model, spec, seed, show_progress=show_progress))
+    return sized.plan(), sized
 
 
 def outlook(found: Prediction) -> str:
     """Size and predicted loss of a plan, in a few words."""
-    return f"{megabytes(found.bits)}, {found.ratio:.2f}x smaller, about {100 * found.share:.2f} % lost"
+    lost = f"a {found.unit} of about {found.loss:.3g}" if found.unit else f"about {100 * found.share:.2f} % lost"
+    return f"{megabytes(found.bits)}, {found.ratio:.2f}x smaller, {lost}"
 
 
 def search_of(model: ModelSettings, reshapes: Mapping[str, tuple[int, ...]] | None = None) -> SearchSpec:

@@ -17,18 +17,19 @@ from .agreement import flat
 WITHOUT_INFLUENCE = (
     "calibration.images", "calibration.memory", "calibration.num_workers", "checkpoint_every_n_steps",
     "dataloader.coco_path", "dataloader.imagenet_path", "dataloader.num_workers", "dataloader.source",
-    "dataloader.verify_images", "device", "engine", "evaluation.detections", "evaluation.per_category",
-    "evaluation.visualized_images", "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite",
-    "recipe", "resume", "resume_with_changes", "visualize",
+    "dataloader.verify_images", "device", "distillation.images", "distillation.teacher", "engine",
+    "evaluation.detections", "evaluation.per_category", "evaluation.visualized_images", "expected.",
+    "log_every_n_steps", "model.weights", "output_path", "overwrite", "recipe", "resume", "resume_with_changes",
+    "visualize",
 )  # fmt: skip
 """Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
 hold that counts."""
 PROCESSES, WEIGHTS, IMAGES = "(processes)", "(starting weights)", "(training and validation images)"
-CALIBRATION = "(calibration images)"
-OF_THE_NETWORK = ("model.", "compression.", "seed", "optimizer", WEIGHTS)
+CALIBRATION, TEACHER = "(calibration images)", "(teacher's weights)"
+OF_THE_NETWORK = ("model.", "compression.", "seed", "optimizer", "codebook_learning_rate", "ema", WEIGHTS)
 """Keys that cannot change in a run: its network, or the kind of its checkpoints, was made with them."""
 OF_THE_SCHEDULE = (
-    "epochs", "learning_rate", "lr_scheduler.", "scale_learning_rate", "dataloader.batch_size", PROCESSES,
+    "accumulate", "epochs", "learning_rate", "lr_scheduler.", "scale_learning_rate", "dataloader.batch_size", PROCESSES,
 )  # fmt: skip
 
 

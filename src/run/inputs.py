@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from .. import architectures
@@ -13,6 +14,10 @@ from ..settings.reach import COMPRESS, DETECTION, TRAIN
 from ..tasks.sources import BY_TASK, Sources, check
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
+TEACHERS = (
+    "expected a dense network's file of the architecture that is trained, or the name of an architecture with weights "
+    "of its own"
+)
 DATA = {
     "classification": ("dataloader.imagenet_path", "Set it to the folder that holds train/ and val/."),
     "detection": ("dataloader.coco_path", "Set it to the folder that holds annotations/, train2017/ and val2017/."),
@@ -43,6 +48,14 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
         require(settings, "output_path")
         if compressed:
             calibration_folder(settings)
+        warmup = settings.lr_scheduler.warmup
+        if warmup > settings.epochs > 0:
+            raise SettingsError(
+                f"lr_scheduler.warmup: {warmup:g} epochs of warm-up are more than the training has (epochs: "
+                f"{settings.epochs}); use fewer, or a part of one such as 0.1"
+            )
+        teacher_source(settings, task)
+        unlabelled_folder(settings)
     elif task == DETECTION and settings.evaluation.detections is not None:
         detections_file(settings)
     else:
@@ -79,6 +92,47 @@ def calibration_folder(settings: Settings) -> Path | None:
     folder = find(require(settings, "calibration.images"), "calibration.images", "Expected a folder with images")
     if not folder.is_dir():
         raise SettingsError(f"calibration.images: {folder} is a file, expected a folder with images")
+    return folder
+
+
+def teacher_source(settings: Settings, task: str) -> Path | str | None:
+    """What `distillation.teacher` names: a file, or else an architecture; None: the network that is compressed.
+
+    Raises:
+        SettingsError: it is neither.
+    """
+    given = settings.distillation.teacher
+    if given is None or not settings.distillation.weight:
+        return None
+    named = require(settings, "distillation.teacher")
+    is_path = named.endswith((".pth", ".pt", ".safetensors"))
+    with suppress(SettingsError):
+        file = find(named, "distillation.teacher")
+        if file.is_file():
+            return file
+        is_path = is_path or named != file.name  # a folder, which may happen to be called like an architecture
+    if is_path:
+        raise SettingsError(f"distillation.teacher: there is no file {named}; {TEACHERS}")
+    try:
+        architectures.check(named, task)
+    except SettingsError as error:
+        said = str(error).removeprefix("model.arch: ")
+        raise SettingsError(f"distillation.teacher: there is no file {named}, and as an architecture {said}") from error
+    return named
+
+
+def unlabelled_folder(settings: Settings) -> Path | None:
+    """The folder of `distillation.images`; None where none is given, or nothing is learnt from it.
+
+    Raises:
+        SettingsError: it is not there, or no folder.
+    """
+    if settings.distillation.images is None or not settings.distillation.weight:
+        return None
+    given = require(settings, "distillation.images")
+    folder = find(given, "distillation.images", "Expected a folder with images")
+    if not folder.is_dir():
+        raise SettingsError(f"distillation.images: {folder} is a file, expected a folder with images")
     return folder
 
 

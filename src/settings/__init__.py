@@ -2,6 +2,7 @@
 
 from .checks import explicit_keys, given_on_command_line, ineffective, is_placeholder, require, to_yaml, value_of
 from .data_schema import DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
+from .finetune_schema import DistillationSettings
 from .help import help_text
 from .load import from_command_line, load
 from .model_schema import BudgetSettings, CompressionSettings, GroupSettings, LayerSpec, ModelSettings, PermutationSpec
@@ -11,6 +12,7 @@ __all__ = [
     "BudgetSettings",
     "CompressionSettings",
     "DataSettings",
+    "DistillationSettings",
     "EvaluationSettings",
     "ExpectedSettings",
     "GroupSettings",

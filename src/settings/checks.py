@@ -15,6 +15,7 @@ from ..compression.finetune.registry import OPTIMIZERS, SCHEDULES
 from ..compression.permute.registry import SEARCHES
 from ..engines.registry import ENGINES
 from .data_schema import CalibrationSettings
+from .finetune_schema import DistillationSettings
 from .keys import LAYER, Path, walk
 from .model_schema import CompressionSettings
 from .overrides import locate
@@ -114,7 +115,7 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
         budget = ["compression.size", "compression.ratio"]
-        yield "model.use_compression is False", [*compression, *search, *budget]
+        yield "model.use_compression is False", [*compression, *search, *budget, "codebook_learning_rate"]
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
     else:
@@ -124,11 +125,28 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
         by = "size" if wanted.size is not None else "ratio"
         yield f"compression.{by} chooses it", [f"model.compression_parameters.{key}" for key in CHOSEN_BY_SIZE]
     yield from _without_effect_on_calibration(settings, job)
+    yield from _of_distillation(settings)
+    if settings.dataloader.crop == "random_resized":
+        yield "dataloader.crop is random_resized", ["dataloader.crop_padding"]
     yield f"engine {settings.engine} is one process", ENGINES.unread(settings.engine)
     expected, values = settings.expected, ("accuracy", "box_ap", "mask_ap")
     # where one was set to null on purpose, the check was switched off, and its tolerance with it
     if all(getattr(expected, name) is None and name not in expected.model_fields_set for name in values):
         yield "no expected value is set", ["expected.tolerance"]
+
+
+def _of_distillation(settings: Settings) -> Iterator[tuple[str, list[str]]]:
+    given = settings.distillation
+    if not given.weight:
+        unused = [key for key in DistillationSettings.model_fields if key != "weight"]
+        yield "distillation.weight is 0", [f"distillation.{key}" for key in unused]
+        return
+    if not given.labels:
+        yield "distillation.labels is 0, so that labels are not learnt from", ["label_smoothing"]
+    if not given.features:
+        yield "distillation.features is 0", ["distillation.stages"]
+    if given.images is None:
+        yield "distillation.images is not set", ["distillation.images_per_batch"]
 
 
 def _without_effect_on_calibration(settings: Settings, job: str | None) -> Iterator[tuple[str, list[str]]]:

@@ -11,7 +11,8 @@ from pydantic import (
     field_validator,
 )
 
-from .names import BackendName, ScheduleName, SourceName
+from ..tasks.augmentation_names import AUGMENTATIONS
+from .names import AugmentationName, BackendName, ScheduleName, SourceName, told
 from .read_by import COCO, COMPRESSION, EVALUATION, IMAGES_IN_FOLDERS, TRAINING
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Size, Text, Whole
@@ -82,6 +83,20 @@ class DataSettings(Section):
     )
     crop_padding: Annotated[Natural, TRAINING, IMAGES_IN_FOLDERS] = Field(
         0, description="Pixels of padding on every side before the random training crop."
+    )
+    crop: Annotated[Literal["random", "random_resized"], TRAINING, IMAGES_IN_FOLDERS] = Field(
+        "random",
+        description=(
+            "Training crop: random, of image_size out of the image scaled to resize; or random_resized, of 8 to 100 % "
+            "of the image's area scaled to image_size, which helps long trainings on many images."
+        ),
+    )
+    augmentation: Annotated[tuple[AugmentationName, ...], TRAINING, IMAGES_IN_FOLDERS] = Field(
+        (),
+        description=(
+            "What is done to training images after crop and flip, one after the other; it helps long trainings on few "
+            f"images. {told(AUGMENTATIONS)}"
+        ),
     )
     min_size: Annotated[Positive | None, COCO] = Field(
         None,
@@ -154,6 +169,13 @@ class SchedulerSettings(Section):
     milestones: tuple[Natural, ...] = Field((), description="Rising epochs at which the rate falls (multistep).")
     last_epoch: Annotated[Whole, Ge(-1)] = Field(
         -1, description="Last step already done (cosine: batches, multistep: epochs); -1: none."
+    )
+    warmup: RealFromZero = Field(
+        0.0,
+        description=(
+            "Epochs, or a part of one, in which the rate rises step by step to what the schedule says; it helps where "
+            "the first steps of a high rate undo what was there."
+        ),
     )
 
     @field_validator("milestones")

@@ -13,9 +13,10 @@ from pydantic import (
 )
 
 from .data_schema import CalibrationSettings, DataSettings, EvaluationSettings, ExpectedSettings, SchedulerSettings
+from .finetune_schema import DistillationSettings
 from .model_schema import BudgetSettings, ModelSettings
 from .names import EngineName, OptimizerName
-from .read_by import COCO, COMPRESSING, EVALUATION, TRAINING, WITH_DATA, WRITES_A_FOLDER
+from .read_by import COCO, COMPRESSING, EVALUATION, IMAGES_IN_FOLDERS, TRAINING, WITH_DATA, WRITES_A_FOLDER
 from .recipes import put_defaults, told
 from .section import Section
 from .values import Flag, Natural, Positive, Real, RealAboveZero, RealFromZero, Text
@@ -43,8 +44,53 @@ class Settings(Section):
     )
     momentum: Annotated[Real, Ge(0), Lt(1), TRAINING] = Field(0.9, description="Momentum (sgd).")
     weight_decay: Annotated[RealFromZero, TRAINING] = Field(0.0, description="Weight of the L2 penalty.")
+    codebook_learning_rate: Annotated[RealAboveZero, TRAINING] = Field(
+        1.0,
+        description=(
+            "Learning rate of codebooks as a multiple of learning_rate; below 1 it helps where the codes fit well "
+            "already and norms have most to learn."
+        ),
+    )
+    accumulate: Annotated[Positive, TRAINING] = Field(
+        1,
+        description=(
+            "Batches that make up one step of the optimizer; it helps where batches are small because memory is. What "
+            "is left at the end of an epoch makes up a step of its own."
+        ),
+    )
+    clip_gradients: Annotated[RealAboveZero | None, TRAINING] = Field(
+        None,
+        description=(
+            "Largest norm of a step's gradients together; longer ones are scaled down to it, which helps where single "
+            "batches throw a training back. null: no limit."
+        ),
+    )
+    ema: Annotated[Real, Ge(0), Lt(1), TRAINING] = Field(
+        0.0,
+        description=(
+            "Decay (such as 0.999) of the moving average of codebooks, norms and dense layers that is validated and "
+            "saved; it helps where the metric goes up and down between epochs. 0: none."
+        ),
+    )
+    early_stopping: Annotated[Natural, TRAINING] = Field(
+        0,
+        description=(
+            "Epochs without a better validation metric after which training ends; it helps with a plateau or constant "
+            "schedule and many epochs. 0: it goes on."
+        ),
+    )
     lr_scheduler: Annotated[SchedulerSettings, TRAINING] = Field(
         default_factory=SchedulerSettings, description="Learning rate schedule."
+    )
+    distillation: Annotated[DistillationSettings, TRAINING] = Field(
+        default_factory=DistillationSettings, description="Learning from the dense network."
+    )
+    label_smoothing: Annotated[Real, Ge(0), Lt(1), TRAINING, IMAGES_IN_FOLDERS] = Field(
+        0.0,
+        description=(
+            "Share of each label's weight that is spread over all classes; it helps long trainings on labels, some of "
+            "which are wrong."
+        ),
     )
     skip_initial_validation: Annotated[Flag, TRAINING] = Field(
         False, description="Do not validate before the first epoch."

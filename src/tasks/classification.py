@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader
 from ..common import progress
 from ..common.errors import DataError, SettingsError
 from ..common.memory import named_when_out_of_memory
+from ..compression.finetune.distillation import Distillation, watching
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
 from .batch_norms import check_lone_values
 from .images import KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
-from .transforms import Transform, training_transform, validation_transform
+from .transforms import Augmented, Transform, training_transform, validation_transform
+from .unlabelled import Unlabelled, with_unlabelled
 
 
 def check_classes(n_folders: int, n_outputs: int, key: str = KEY, advice: str = "") -> None:
@@ -53,6 +55,8 @@ class ImageSpec:
         horizontal_flip: mirror half of the training images.
         mean, std: of the three channels, on the scale 0 to 1.
         channels_last: hand the images to the network in this memory format.
+        crop: `random`, or `random_resized`, in training.
+        augmentation: names of what else is done to training images.
     """
 
     resize: int = 256
@@ -62,6 +66,15 @@ class ImageSpec:
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
     channels_last: bool = False
+    crop: str = "random"
+    augmentation: tuple[str, ...] = ()
+
+    def for_training(self) -> Transform:
+        """How training images are shown."""
+        how = (self.resize, self.image_size, self.crop_padding, self.horizontal_flip, list(self.mean), list(self.std))
+        if self.crop == "random" and not self.augmentation:
+            return training_transform(*how)
+        return Augmented(*how, resized_crop=self.crop == "random_resized", names=self.augmentation)
 
 
 def check_batch_norms(model: nn.Module, task: Classification, image_size: int) -> None:
@@ -93,10 +106,13 @@ class Classification:
         validation_index: validation images.
         images: how an image becomes what the network sees.
         loading: how images are loaded.
+        label_smoothing: share of a label's weight that is spread over all classes, in training.
+        unlabelled: images without labels that each training batch gets besides; None: none.
 
     Attributes:
         unreadable: reason by path of the files that turned out to be unreadable while loading.
         smallest_batch: images in the smallest training batch of a process.
+        distillation: what is learnt from another network; None: cross entropy alone.
     """
 
     metric_name = "accuracy"
@@ -108,6 +124,9 @@ class Classification:
         validation_index: ImageFolderIndex,
         images: ImageSpec,
         loading: LoaderSpec,
+        *,
+        label_smoothing: float = 0.0,
+        unlabelled: Unlabelled | None = None,
     ) -> None:
         if images.image_size > images.resize:
             raise SettingsError(
@@ -119,6 +138,8 @@ class Classification:
         self.amp_type = amp_type(loading.amp)
         self.memory_format = torch.channels_last if images.channels_last else torch.contiguous_format
         self.n_classes = len(validation_index.classes)
+        self.label_smoothing = label_smoothing
+        self.distillation: Distillation | None = None
         self._files = UnreadableFiles(loading.skip_unreadable, KEY)
         self.unreadable = self._files.reasons
         self._loading = (loading.batch_size, loading.num_workers, engine.device.type == "cuda")
@@ -133,13 +154,17 @@ class Classification:
         if train_index is not None:
             check_same_classes(train_index, validation_index)
             per_process = images_per_process(len(train_index), loading.batch_size, engine.world_size)
-            to_train = training_transform(
-                images.resize, images.image_size, images.crop_padding, images.horizontal_flip, images.mean, images.std
-            )
+            to_train = images.for_training()
             self._train_order = EpochOrder(len(train_index), loading.train_shuffle, *place, per_process)
-            self._train_loader = self._loader(train_index, to_train, self._train_order)
+            if unlabelled is None:
+                self._train_loader = self._loader(train_index, to_train, self._train_order)
+            else:
+                index, mixed = with_unlabelled(train_index, unlabelled, self._train_order, loading.batch_size)
+                dataset = ImageDataset(index, to_train, self.seed)
+                self._train_loader = make_loader(dataset, mixed, None, *self._loading[1:])
             self.steps_per_epoch = math.ceil(per_process / loading.batch_size)
             self.smallest_batch = per_process % loading.batch_size or loading.batch_size
+            self.smallest_batch += 0 if unlabelled is None else unlabelled.per_batch
 
     def _loader(self, index: ImageFolderIndex, transform: Transform, order: EpochOrder) -> DataLoader:
         return make_loader(ImageDataset(index, transform, self.seed), order, *self._loading)
@@ -157,20 +182,30 @@ class Classification:
         for batch in batches(self._train_loader):
             self.position += 1
             self._files.report(batch)
-            if len(batch) > 1 or (len(batch) == 1 and not batch.unreadable):
+            if batch.n_labelled and (len(batch) > 1 or not batch.unreadable):
                 yield batch
             elif self.engine.world_size > 1:  # the other processes would wait for this one's step for ever
                 raise self._files.error(batch)
 
     def training_loss(self, model: nn.Module, batch: Batch) -> StepLoss:
-        """Mean cross entropy of `model` on `batch`, and the percentage of the batch that it gets right."""
+        """Mean cross entropy of `model` on the labelled images of `batch`, or what `distillation` makes of that and of
+        the teacher's answers to all images; and the percentage of the labelled ones that it gets right."""
         images, labels = self._to_device(batch)
-        with torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None):
+        learned, n = self.distillation, batch.n_labelled  # the labelled ones come first
+        autocast = torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None)
+        with watching(model, () if learned is None else learned.stages) as seen, autocast:
             logits = model(images)
         self._check_outputs(logits)
-        loss = functional.cross_entropy(logits.float(), labels)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean() * 100
-        return StepLoss(loss, len(batch), {"accuracy": accuracy})
+        logits, labels = logits.float(), labels[:n]
+        accuracy = (logits.detach()[:n].argmax(1) == labels).float().mean() * 100
+        own = None
+        if learned is None or learned.spec.labels:
+            own = functional.cross_entropy(logits[:n], labels, label_smoothing=self.label_smoothing)
+        if learned is None:
+            assert own is not None
+            return StepLoss(own, len(batch), {"accuracy": accuracy})
+        loss, parts = learned.loss(images, logits, seen, own)
+        return StepLoss(loss, len(batch), {"accuracy": accuracy, **parts})
 
     def in_words(self, batch: Batch) -> str:
         """Which images are in the training batch that was taken last, and what makes batches smaller."""

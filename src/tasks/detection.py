@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -27,6 +28,7 @@ from ..engines.engine import Engine
 from .coco.data import KEY, CocoSplit, check_same_categories
 from .coco.loading import CocoDataset, DetectionBatch, EpochBatches, collate_detection, ratio_groups
 from .coco.metrics import CocoFigures, Detections, Kind, coco_figures
+from .distilled_detection import DetectionDistillation
 from .images import some
 from .loading import EpochOrder, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 
@@ -96,6 +98,7 @@ class Detection:
         metric_name: the metric that counts.
         unreadable: reason by path of the files that turned out to be unreadable while loading.
         smallest_batch: images in the smallest training batch; 0 without training images.
+        distillation: what is learnt from another network; None: the network's own losses alone.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Detection:
     ) -> None:
         self.metric_name = metric_name(validation.masks)
         self._memory_settings = memory_settings
+        self.distillation: DetectionDistillation | None = None
         self.engine, self.seed, self.show_progress = engine, loading.seed, loading.show_progress
         self.validation, self.backend = validation, backend
         self.amp_type = amp_type(loading.amp)
@@ -166,12 +170,15 @@ class Detection:
                 raise self._files.error(batch)
 
     def training_loss(self, model: nn.Module, batch: DetectionBatch) -> StepLoss:
-        """The sum of the network's losses on `batch`, and each by its name with `loss_total`."""
+        """The sum of the network's losses on `batch`, or what `distillation` makes of that and of the teacher's
+        answers; and each loss by its name with `loss_total`."""
         images, targets = self._images(batch), [self._to_device(target) for target in batch.targets]
         # torchvision draws the boxes to learn from out of torch's global generator: seeded, so that a step depends on
         # nothing before it
         torch.manual_seed(derived_seed(self.seed, "boxes to learn from", self._epoch, *batch.image_ids))
-        with torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None):
+        learned = self.distillation
+        autocast = torch.autocast(self.engine.device.type, dtype=self.amp_type, enabled=self.amp_type is not None)
+        with nullcontext() if learned is None else learned.watching(model) as seen, autocast:
             losses = model(images, targets)
         losses = {name: value.float() for name, value in losses.items()}
         if not any(len(target["boxes"]) for target in targets):
@@ -186,6 +193,9 @@ class Detection:
             losses = {name: value if torch.isfinite(value) else zero for name, value in losses.items()}
         total = torch.stack(list(losses.values())).sum()
         scalars = {name: value.detach() for name, value in losses.items()}
+        if learned is not None and seen is not None:
+            total, parts = learned.loss(seen, total)
+            scalars |= parts
         return StepLoss(total, len(batch), {**scalars, "loss_total": total.detach()})
 
     def in_words(self, batch: DetectionBatch) -> str:

@@ -22,6 +22,8 @@ from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
 from .transforms import Transform
 from .workers import CollateToShip, LoadingFailed, Shipped, broken_loader, prepare_worker
 
+NO_LABEL = -1
+"""In the place of an image's label."""
 PREFETCHED_PER_WORKER = 2
 LOADING_LESS = (
     "Use a smaller dataloader.batch_size or fewer dataloader.num_workers, or make the image smaller (and its objects "
@@ -102,7 +104,7 @@ class ImageDataset(Dataset):
 @dataclass(frozen=True)
 class Batch:
     """Images (N, 3, H, W) float32, labels (N,) int64, and the files of this batch that could not be read (not counted
-    in N)."""
+    in N). Images without a label come after the others, with `NO_LABEL`."""
 
     images: Tensor
     labels: Tensor
@@ -110,6 +112,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def n_labelled(self) -> int:
+        """Images that have a label; call it while the labels are on the CPU."""
+        return int((self.labels != NO_LABEL).sum())
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (the loader calls this for CUDA)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import functional
 
 from ..common.errors import DataError
+from .augmentations import drawing_from, made, random_resized_crop
 from .shapes import too_long
 
 Transform = Callable[[Image.Image, torch.Generator], Tensor]
@@ -24,6 +26,46 @@ def training_transform(
     """Short side to `resize`, `crop_padding` black pixels on each side, a random crop of `image_size`, a flip in half
     of all cases."""
     return partial(_augment, resize, image_size, crop_padding, horizontal_flip, list(mean), list(std))
+
+
+@dataclass
+class Augmented:
+    """A training transform with a crop or changes of torchvision's own; a `Transform`.
+
+    Attributes:
+        resize, image_size, crop_padding, horizontal_flip, mean, std: as for `training_transform`.
+        resized_crop: a crop of a random part of the image instead, which `resize` and `crop_padding` do not change.
+        names: of augmentations, in this order: those of the image, then those of the tensor.
+    """
+
+    resize: int
+    image_size: int
+    crop_padding: int
+    horizontal_flip: bool
+    mean: list[float]
+    std: list[float]
+    resized_crop: bool = False
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._of_image, self._of_tensor = made(self.names, "image"), made(self.names, "tensor")
+        self._crop = random_resized_crop(self.image_size)
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
+        """What the network sees of an RGB image."""
+        with drawing_from(generator):
+            if self.resized_crop:
+                image = self._crop(image)
+                if self.horizontal_flip and bool(torch.rand(()) < 0.5):
+                    image = functional.hflip(image)
+            else:
+                image = _crop(self.resize, self.image_size, self.crop_padding, self.horizontal_flip, image, generator)
+            for change in self._of_image:
+                image = change(image)
+            seen = functional.normalize(functional.to_tensor(image), self.mean, self.std)
+            for change in self._of_tensor:
+                seen = change(seen)
+        return seen
 
 
 def validation_transform(resize: int, image_size: int, mean: Sequence[float], std: Sequence[float]) -> Transform:
@@ -67,6 +109,13 @@ def _augment(
     image: Image.Image,
     generator: torch.Generator,
 ) -> Tensor:
+    image = _crop(resize, size, padding, flip, image, generator)
+    return functional.normalize(functional.to_tensor(image), mean, std)
+
+
+def _crop(
+    resize: int, size: int, padding: int, flip: bool, image: Image.Image, generator: torch.Generator
+) -> Image.Image:
     image = _resized(image, resize)
     if padding:
         image = functional.pad(image, [padding])
@@ -77,7 +126,7 @@ def _augment(
     image = functional.crop(image, top, left, size, size)
     if flip and flipped:
         image = functional.hflip(image)
-    return functional.normalize(functional.to_tensor(image), mean, std)
+    return image
 
 
 def _centre(

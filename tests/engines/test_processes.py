@@ -22,7 +22,7 @@ from tests.support import small_runs
 from tests.support.coco import small_coco
 from tests.support.helpers import quantized, spec
 from tests.support.launching import ENGINES, Finished, by_hand, free_port, launch
-from tests.support.worker import detection, exchanges, gradients, side_by_side, whole_run
+from tests.support.worker import detection, exchanges, gradients, side_by_side, taught, whole_run
 from tests.tasks.test_detection import network as detector
 from tests.test_entries import scalars
 
@@ -89,7 +89,7 @@ def test_exchanges(found: dict) -> None:
             2.5,
             [[8.25, 8.25], [8.25, 8.25]],
         ]  # those of process 1
-        assert result["plan"] == [[4, 16, 100], [1, 2, 5]]  # that of process 0
+        assert result["plan"] == [[4, 16, 8, 100], [1, 2, 16, 5]]  # that of process 0
         assert result["scalar"] == 5.0
 
 
@@ -128,6 +128,16 @@ def test_losses_and_codebooks_agree_with_one_process_and_the_joint_batch(found: 
         if name.endswith("codebook"):
             assert moved > 1e-3  # else the comparison would say nothing
     assert joint["rates"] == alone["rates"]
+
+
+def test_learning_from_a_teacher_with_all_tools_agrees_with_one_process(found: dict, images: Path) -> None:
+    together, alone = found["taught"], taught(SingleProcess(Launch(), torch.device("cpu")), images, 8, 4)
+    first, second = together["digests"]
+    assert first == second
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert together["rates"] == alone["rates"]
+    for name, tensor in alone["state"].items():
+        torch.testing.assert_close(together["state"][name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_every_validation_image_counts_once(found: dict, alone: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -17,8 +18,11 @@ from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import load_packed
 from src.model_files.pth import read_tensors
 from src.settings import load
+from src.tasks.calibration import CalibrationSpec, training_images
+from src.tasks.images import read_folder
 from tests.run.test_resume import at_step, stopped
 from tests.support.coco import small_coco
+from tests.support.launching import launch
 from tests.support.own_network import Net
 from tests.support.small_runs import training
 
@@ -93,10 +97,12 @@ def test_every_layer_keeps_its_outputs_and_not_its_weight(
         open_model_file(file, OWN).model.eval()
         for file in (start, *(path / "trained_models" / "0.pth" for path in (run, tmp_path / "plain")))
     )
-    x = torch.randn(32, 3, 16, 16)
+    spec = CalibrationSpec(batch_size=24, image_size=16, resize=20)
+    (x,) = training_images(read_folder(small_images, "train", False), spec, False, {}).read(False)
     with torch.no_grad():
         wanted = dense(x)
-        assert float((calibrated(x) - wanted).norm()) < 0.7 * float((clustered(x) - wanted).norm())
+        ours, theirs = (float((model(x) - wanted).norm()) for model in (calibrated, clustered))
+    assert ours < 0.7 * theirs
 
 
 def test_what_was_lost_is_shown_by_inspect_in_tensorboard_and_in_the_log(
@@ -192,6 +198,18 @@ def test_a_training_that_resumes_takes_everything_from_its_checkpoint(
         assert first.read_bytes() == second.read_bytes(), name
 
 
+@pytest.mark.slow
+def test_two_processes_calibrate_as_one_does(run: Path, start: Path, small_images: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--model.weights", str(start), "--dataloader.imagenet_path", str(small_images)]
+    flags += ["--recipe", "best", "--epochs", "0", "--output_path", str(tmp_path / "two")]
+    finished = launch("torchrun", ["-m", "src.train_classifier", *flags])
+    assert finished.status == 0, finished.text
+    assert "calibrated 5 weights with 24 inputs" in finished.text
+    one, two = (read_tensors(path / "trained_models" / "0.pth") for path in (run, tmp_path / "two"))
+    for name, tensor in one.items():
+        assert torch.allclose(tensor.float(), two[name].float(), atol=1e-3), name
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -226,6 +244,18 @@ def test_bad_input_is_one_message_before_anything_is_written(
     for word in words:
         assert word in error
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_too_little_memory_names_the_least(
+    start: Path, small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--recipe", "best", "--epochs", "0", "--calibration.memory"]
+    assert train(start, small_images, tmp_path / "run", *flags, "1KB") == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    least = re.search(r"the network needs (\d+) MiB .*calibration\.memory.*calibration\.batch_size", error)
+    assert least is not None
+    assert train(start, small_images, tmp_path / "run", *flags, f"{least[1]}MB") == 0
 
 
 def test_training_images_that_turn_out_to_be_unreadable_end_the_run_or_are_left_out(

@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import src.compress as command
+from src.compression.quantize.weights import SUFFIX
 from src.model_files.packed import load_packed
 from src.model_files.size import model_size
 from tests.support.own_network import Net
@@ -79,12 +81,54 @@ def test_the_curve_goes_into_a_file(flags: list[str], tmp_path: Path, capsys: py
     assert str(file) in capsys.readouterr().out
 
 
-def test_the_curve_as_a_picture(flags: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(draw.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return ["--calibration.images", str(folder), "--calibration.num_workers", "0", "--calibration.batch_size", "5"]
+
+
+def test_photos_say_what_a_size_is_spent_on(
+    flags: list[str], photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, wanted = tmp_path / "curve.csv", ["--compression.ratio", "7"]
+    assert command.main([*flags, *photos, *wanted, "--compression.plan", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.split()[:3] == ["layer", "d", "k"]]
+    assert lines[at].endswith("KL divergence")
+    losses = [float(line.split()[-1]) for line in lines[at + 1 : at + 6]]
+    assert float(lines[at + 6].split("a KL divergence of about ")[1]) == pytest.approx(sum(losses), rel=0.02)
+    rows = list(csv.DictReader(file.open()))
+    assert {row["unit of loss"] for row in rows} == {"KL divergence"}
+    assert [float(row["loss"]) for row in rows] == sorted((float(row["loss"]) for row in rows), reverse=True)
+    plan = {words[0]: words[1:3] for words in map(str.split, lines[at + 1 : at + 6])}
+    output = tmp_path / "out"
+    assert command.main([*flags, *photos, *wanted, "--output_path", str(output)]) == 0
+    assert "weights are chosen for compression.ratio 7 by what losing them changes" in capsys.readouterr().out
+    made = load_packed(output / "model.safetensors").layers
+    assert {name.removesuffix(SUFFIX): [str(layer.d), str(layer.k)] for name, layer in made.items()} == plan
+    assert json.loads((output / "results.json").read_text())["ratio"] >= 7
+
+
+def test_what_is_impossible_is_told_before_photos_are_shown(
+    flags: list[str], photos: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, word in (("1KB", "smaller than this network can be made: from"), ("1GB", "larger than this network")):
+        for how in (["--compression.plan", "True"], ["--output_path", str(tmp_path / "out")]):
+            assert command.main([*flags, *photos, "--compression.size", more, *how]) == 2
+            assert word in capsys.readouterr().err
+    assert not list(tmp_path.rglob("model.*"))
+
+
+def test_the_curve_as_a_picture(flags: list[str], photos: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    file = tmp_path / "curve.PNG"
-    assert command.main([*flags, "--compression.ratio", "8", "--compression.plan", str(file)]) == 0
-    with Image.open(file) as picture:
-        assert picture.size[0] > 500
+    for name, more in (("curve.PNG", []), ("photos.png", photos)):
+        file = tmp_path / name
+        assert command.main([*flags, *more, "--compression.ratio", "8", "--compression.plan", str(file)]) == 0
+        with Image.open(file) as picture:
+            assert picture.size[0] > 500
 
 
 def test_without_matplotlib_a_picture_is_refused_before_any_work(
@@ -107,6 +151,11 @@ def test_without_matplotlib_a_picture_is_refused_before_any_work(
         (["--compression.ratio", "1"], ["compression.ratio", "above 1"]),
         (["--compression.ratio", "many"], ["compression.ratio", "a number"]),
         (["--compression.size", "2KB", "--compression.ratio", "8"], ["compression.ratio", "not both"]),
+        (["--model.compression_parameters.codebook_bits", "7"], ["codebook_bits = 7: expected one of 16, 8"]),
+        (
+            ["--model.compression_parameters.layer_specs.head.codebook_bits", "many"],
+            ["layer_specs.head.codebook_bits = 'many': expected one of 16, 8"],
+        ),
         (["--compression.plan", "curve.pdf"], ["compression.plan", ".csv or .png"]),
         (["--compression.size", "1KB"], ["compression.size", "1,024 bytes", "smaller", "times smaller) to"]),
         (["--compression.size", "1GB"], ["compression.size", "1,073,741,824 bytes", "larger", "times smaller) to"]),

@@ -368,7 +368,8 @@ def test_a_run_of_a_wanted_size_resumes_with_the_plan_that_it_began_with(
     assert train_resnet.main([*SMALL, *paths(small_images, tmp_path / "whole"), *own]) == 0
     half_a_run(small_images, output, *own)
     report = json.loads((output / "compression.json").read_text())
-    planned = {layer["name"]: (layer["d"], layer["k"]) for layer in report["layers"]}
+    planned = {layer["name"]: (layer["d"], layer["k"], layer["codebook_bits"]) for layer in report["layers"]}
+    assert 8 in {bits for _, _, bits in planned.values()}  # which the checkpoint, of floats, does not say
     assert read_settings(output / "compression.json") == planned
     assert read_settings(output / "nothing.json") == {}
     arguments = [*SMALL, *paths(small_images, output), *own]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import resnet18
 
 from src import train_resnet
 from src.model_files.pth import read_tensors
@@ -36,12 +37,12 @@ FLAGS = [
 ]
 
 
-def arguments(images: Path, output: Path) -> list[str]:
-    return [*SMALL, *FLAGS, *paths(images, output)]
+def arguments(images: Path, output: Path, *more: str) -> list[str]:
+    return [*SMALL, *FLAGS, *paths(images, output), *more]
 
 
 def stopped(
-    engine: str, images: Path, output: Path, when: Callable[[], bool], number: signal.Signals
+    engine: str, images: Path, output: Path, when: Callable[[], bool], number: signal.Signals, *more: str
 ) -> tuple[int, str]:
     """Two processes under an engine; when the time has come the launcher (SIGTERM) or all of them (SIGKILL) get a
     signal."""
@@ -49,7 +50,7 @@ def stopped(
     mark = uuid.uuid4().hex
     with tempfile.TemporaryFile() as text:
         launcher = subprocess.Popen(
-            command(engine, ["-m", "src.train_resnet", *arguments(images, output)]),
+            command(engine, ["-m", "src.train_resnet", *arguments(images, output, *more)]),
             cwd=ROOT, env=environment({MARK: mark}), stdin=subprocess.DEVNULL, stdout=text, stderr=text,
         )  # fmt: skip
         try:
@@ -102,6 +103,28 @@ def test_a_launched_run_that_is_asked_to_stop_saves_and_resumes_exactly(
     assert "interrupted: the checkpoint is saved (" in text, text
     assert not (output / "results.json").exists()
     finished = launch("torchrun", ["-m", "src.train_resnet", *arguments(small_images, output)])
+    assert finished.status == 0, finished.text
+    assert finished.out.count("resume: resumes") == 1
+    check_like(output, whole, exactly=True)
+
+
+@pytest.mark.slow
+def test_a_launched_run_with_a_teacher_and_all_tools_resumes_exactly(small_images: Path, tmp_path: Path) -> None:
+    """Each process gets its own moving averages of running statistics back too."""
+    torch.manual_seed(0)
+    torch.save(resnet18(num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    more = [
+        *("--distillation.weight", "1", "--distillation.labels", "1", "--distillation.teacher"),
+        *(str(tmp_path / "teacher.pth"), "--distillation.images", str(small_images / "val")),
+        *("--ema", "0.9", "--accumulate", "2", "--clip_gradients", "1", "--lr_scheduler.warmup", "1.5"),
+        *("--codebook_learning_rate", "0.5", "--dataloader.augmentation", "[trivialaugment]"),
+    ]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    finished = launch("torchrun", ["-m", "src.train_resnet", *arguments(small_images, whole, *more)])
+    assert finished.status == 0, finished.text
+    stopped("torchrun", small_images, output, at_step(output, 2), signal.SIGTERM, *more)
+    assert not (output / "results.json").exists()
+    finished = launch("torchrun", ["-m", "src.train_resnet", *arguments(small_images, output, *more)])
     assert finished.status == 0, finished.text
     assert finished.out.count("resume: resumes") == 1
     check_like(output, whole, exactly=True)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import RunError
+from src.compression.finetune.distillation import Distillation, DistillationSpec
 from src.compression.finetune.loop import FinetuneSpec, finetune
 from src.compression.finetune.optimizers import OptimizerSpec, ScheduleSpec
 from src.compression.permute.channels import ChannelGroup
 from src.compression.permute.groups import Group
 from src.compression.permute.permute import GroupResult, group_row, permute
 from src.compression.quantize.compress import compress
-from src.compression.quantize.plan import LayerPlan, Plan, make_plan
+from src.compression.quantize.plan import LayerPlan, LayerSpec, Plan, make_plan
 from src.engines import choosing
 from src.engines.batch_norm import join_batch_norms
 from src.engines.engine import Engine
@@ -36,6 +37,7 @@ from src.tasks.coco.loading import CocoDataset, collate_detection
 from src.tasks.detection import Detection
 from src.tasks.images import read_folder
 from src.tasks.loading import LoaderSpec
+from src.tasks.unlabelled import Unlabelled, read_unlabelled
 from tests.support.channel_networks import DenseBlock, below, correlated
 from tests.support.coco import small_coco
 from tests.support.helpers import lively, quantized, spec
@@ -108,7 +110,8 @@ def digest(tensors) -> str:
 def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict:
     """Permute, code and fine-tune; what came out, on every process the same."""
     model = network()
-    plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"]))
+    eight = {"6": LayerSpec(codebook_bits=8)}
+    plan = make_plan(model, spec(8, "src", 4, ignored=["0", "14"], layers=eight))
 
     def search(part: nn.Module, groups: list[Group], numbers: list[int]) -> list[GroupResult]:  # noqa: ARG001 (of a protocol)
         return permute(part, groups, plan.sizes, seed=3, show_progress=False)
@@ -143,6 +146,21 @@ def whole_run(engine: Engine, images: Path, batch_size: int, norms: str) -> dict
     return {**figures, "quantized": quantized, "state": state, "tied": model[13].codebook is model[11].codebook}
 
 
+def taught(engine: Engine, images: Path, batch_size: int, per_batch: int) -> dict:
+    """Fine-tune with a teacher, images without labels and the usual tools; what came out, and the digests of all
+    processes."""
+    model = quantized(network(), spec(8, "src", 4, ignored=["0", "14"]), seed=3)
+    model = join_batch_norms(model, engine) if engine.world_size > 1 else model
+    task = classification(engine, images, batch_size, more=Unlabelled(read_unlabelled(images / "val"), per_batch))
+    task.distillation = Distillation(network(), DistillationSpec(weight=2.0, labels=0.5))
+    diary, optimizer = Diary(), OptimizerSpec("sgd", 0.05, 0.9, codebook_learning_rate=0.5)
+    tools = {"accumulate": 2, "clip_gradients": 0.5, "ema": 0.9}
+    how = FinetuneSpec(EPOCHS, optimizer, ScheduleSpec(min_lr=1e-3, warmup=1.5), **EVERY_STEP, **tools)
+    finetune(model.train(), task, how, engine, diary)
+    digests = engine.gather([digest(model.state_dict().values())])
+    return {"losses": diary.losses, "rates": diary.rates, "state": model.state_dict(), "digests": digests}
+
+
 def side_by_side(engine: Engine) -> list:
     """Permute a network in which channels of several groups stand side by side in one weight."""
     torch.manual_seed(0)
@@ -161,11 +179,14 @@ def _list(permutation: Tensor | None) -> list[int] | None:
     return None if permutation is None else permutation.tolist()
 
 
-def classification(engine: Engine, images: Path, batch_size: int, most: int | None = None) -> Classification:
+def classification(
+    engine: Engine, images: Path, batch_size: int, most: int | None = None, more: Unlabelled | None = None
+) -> Classification:
     training, validation = (read_folder(images, split, False) for split in ("train", "val"))
     validation = replace(validation, paths=validation.paths[:most], labels=validation.labels[:most])
     how = ImageSpec(resize=32, image_size=32, crop_padding=2, mean=[0.5] * 3, std=[0.25] * 3)
-    return Classification(engine, training, validation, how, LoaderSpec(batch_size, seed=5, show_progress=False))
+    loading = LoaderSpec(batch_size, seed=5, show_progress=False)
+    return Classification(engine, training, validation, how, loading, unlabelled=more)
 
 
 def detection(engine: Engine, coco: Path) -> Detection:
@@ -228,14 +249,15 @@ def exchanges(engine: Engine) -> dict:
         torch.full((2, 2), 7.25 + rank, requires_grad=True),
     ]
     engine.broadcast(sent, source=1)
-    own = {"a": LayerPlan("a", 4 << rank, 16 >> rank, "src", 100 - rank), "b": LayerPlan("b", 1, 2, "kmeans", 5)}
+    first = LayerPlan("a", 4 << rank, 16 >> rank, "src", 100 - rank, codebook_bits=8 << rank)
+    own = {"a": first, "b": LayerPlan("b", 1, 2, "kmeans", 5)}
     plan = agreed(engine, Plan(layers=own, notes=()))
     engine.barrier()
     return {
         "sums": sums,
         "rows": rows,
         "sent": [tensor.tolist() for tensor in sent],
-        "plan": [[one.d, one.k, one.k_means_n_iters] for one in plan.layers.values()],
+        "plan": [[one.d, one.k, one.codebook_bits, one.k_means_n_iters] for one in plan.layers.values()],
         "scalar": engine.sum(torch.tensor(2.5)).item(),
     }
 
@@ -331,6 +353,7 @@ def laws(folder: Path, images: Path) -> None:
     found["plain"] = {
         name: value for name, value in whole_run(engine, images, 4, "plain").items() if name in ("digests", "metrics")
     }
+    found["taught"] = taught(engine, images, 4, 2)
     found["side by side"] = engine.gather([side_by_side(engine)])
     found["one image"] = engine.gather([classification(engine, images, 4, most=1).validate(network(), "one image")])
     found["gradients"] = engine.gather([gradients(engine)])

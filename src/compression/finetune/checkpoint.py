@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ...common.errors import CheckpointError, RunError
 from ...engines.engine import Engine
+from .average import MovingAverage
 from .optimizers import Schedule
 from .outcome import Outcome
 
-MODEL, OPTIMIZER, STATISTICS = "model.", "optimizer.", "statistics."
+MODEL, OPTIMIZER, STATISTICS, AVERAGE = "model.", "optimizer.", "statistics.", "average."
 CODES = "codes_matrix"
 
 
@@ -30,7 +31,7 @@ class Position:
         epoch: epochs trained to their end.
         batch: batches of the next epoch that are done.
         validated: whether the metrics after `epoch` epochs are known.
-        step: optimizer steps in all, as logs count them.
+        step: batches in all, as logs count steps.
     """
 
     epoch: int = 0
@@ -67,6 +68,7 @@ class Training:
         optimizer: over its parameters.
         schedule: of the optimizer.
         scaler: of the loss.
+        average: of what the network was; None: it is not taken.
         position: how far it has come.
         outcome: what it reached so far.
     """
@@ -75,6 +77,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
+    average: MovingAverage | None = None
     position: Position = field(default_factory=Position)
     outcome: Outcome = field(default_factory=Outcome)
 
@@ -103,11 +106,13 @@ def take(training: Training, engine: Engine) -> Checkpoint:
                 numbers.setdefault(str(index), {})[key] = value
     if engine.world_size > 1:
         for rank in range(engine.world_size):
-            own = _statistics(training.model)
+            own = _statistics(training)
             engine.broadcast([own], rank)
             tensors[f"{STATISTICS}{rank}"] = own.cpu()
+    if training.average is not None:
+        tensors |= {f"{AVERAGE}{name}": tensor.cpu().clone() for name, tensor in training.average.values.items()}
     groups = [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in saved["param_groups"]]
-    values = {
+    values: dict[str, Any] = {
         "position": asdict(training.position),
         "outcome": training.outcome.as_values(),
         "schedule": training.schedule.state(),
@@ -115,6 +120,8 @@ def take(training: Training, engine: Engine) -> Checkpoint:
         "optimizer": {"numbers": numbers, "groups": groups},
         "processes": engine.gather([_random_states(engine.device)]),
     }
+    if training.average is not None:
+        values["averaged steps"] = training.average.steps
     return Checkpoint(tensors, values)
 
 
@@ -149,6 +156,10 @@ def restore(checkpoint: Checkpoint, training: Training, position: Position, *, s
             raise CheckpointError("resume: the checkpoint is that of another network")
         training.model.load_state_dict(found)
         _restore_optimizer(checkpoint, training.optimizer)
+        if training.average is not None:
+            training.average.steps = int(checkpoint.values["averaged steps"])
+            for name, average in training.average.values.items():
+                average.copy_(checkpoint.tensors[AVERAGE + name])
         training.position = position
         training.outcome = Outcome.of_values(checkpoint.values["outcome"])
         if same_schedule:
@@ -183,7 +194,7 @@ def restore_own(checkpoint: Checkpoint, training: Training, engine: Engine) -> N
         statistics = checkpoint.tensors.get(f"{STATISTICS}{engine.rank}")
         if statistics is not None and len(rows) == engine.world_size:
             place = 0
-            for buffer in _moving(training.model):
+            for buffer in _moving(training):
                 buffer.copy_(statistics[place : place + buffer.numel()].view(buffer.shape))
                 place += buffer.numel()
         _set_random_states(rows[engine.rank % len(rows)], engine.device)
@@ -191,13 +202,14 @@ def restore_own(checkpoint: Checkpoint, training: Training, engine: Engine) -> N
         raise _unfit(error) from error
 
 
-def _moving(model: nn.Module) -> list[Tensor]:
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+def _moving(training: Training) -> list[Tensor]:
+    own = [buffer for buffer in training.model.buffers() if buffer.is_floating_point()]
+    return own if training.average is None else own + training.average.statistics
 
 
-def _statistics(model: nn.Module) -> Tensor:
+def _statistics(training: Training) -> Tensor:
     """All running statistics one after the other, in double precision, which holds them exactly."""
-    parts = [buffer.detach().reshape(-1).double() for buffer in _moving(model)]
+    parts = [buffer.detach().reshape(-1).double() for buffer in _moving(training)]
     return torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float64)
 
 

@@ -6,52 +6,29 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...common.errors import RunError
+from ...common.log import log
 from ...common.memory import named_when_out_of_memory
 from ...common.progress import bar
 from ...engines.engine import Engine
+from .average import MovingAverage
 from .checkpoint import Position, Training, restore, restore_own, take
-from .gradients import GradientWatch, explain
 from .hooks import Keeper, NeverStop, NoCheckpoints, Recorder, Resumed, StopSignals
-from .optimizers import OptimizerSpec, Schedule, ScheduleSpec, make_optimizer
+from .optimizers import Schedule, make_optimizer
 from .outcome import Outcome
+from .spec import FinetuneSpec
+from .steps import Steps
 from .task import StepLoss, Task
 
 TIMED_STEPS = 10_000
 """The last steps, whose median duration is reported."""
-
-
-@dataclass(frozen=True)
-class FinetuneSpec:
-    """How a network is trained; the names are those of the settings.
-
-    Attributes:
-        epochs: passes over the training images; 0 only validates and saves.
-        optimizer: over every parameter that is not frozen.
-        lr_scheduler: of the learning rate.
-        amp: `fp16` scales the loss; the task computes it under autocast.
-        skip_initial_validation: do not validate before training.
-        log_every_n_steps: steps between figures.
-        checkpoint_every_n_steps: steps between two checkpoints within an epoch; 0: none.
-        show_progress: show progress bars.
-    """
-
-    epochs: int
-    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
-    lr_scheduler: ScheduleSpec = field(default_factory=ScheduleSpec)
-    amp: str = "none"
-    skip_initial_validation: bool = False
-    log_every_n_steps: int = 10
-    checkpoint_every_n_steps: int = 0
-    show_progress: bool = True
 
 
 def finetune(
@@ -84,9 +61,10 @@ def finetune(
         CheckpointError: `resumed` is the checkpoint of something else.
     """
     optimizer = make_optimizer(model, spec.optimizer)
-    schedule = Schedule(optimizer, spec.lr_scheduler, spec.epochs, task.steps_per_epoch)
+    schedule = Schedule(optimizer, spec.lr_scheduler, spec.epochs, task.steps_per_epoch, spec.accumulate)
     scaler = torch.amp.GradScaler(engine.device.type, enabled=spec.amp == "fp16")
-    training = Training(model, optimizer, schedule, scaler)
+    average = MovingAverage(model, spec.ema) if spec.ema else None
+    training = Training(model, optimizer, schedule, scaler, average)
     if resumed is not None:
         restore(resumed.checkpoint, training, _where(resumed, task), same_schedule=resumed.same_schedule)
     # the optimizer's state goes to the other processes before the parameters: the other way round they would differ
@@ -95,6 +73,8 @@ def finetune(
     trained = engine.wrap_model(model)
     if resumed is not None:
         restore_own(resumed.checkpoint, training, engine)
+    elif average is not None:  # the network may have got another process's values
+        average.restart()
     loop = _Loop(
         training=training,
         trained=trained,
@@ -136,14 +116,17 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.durations: deque[float] = deque(maxlen=TIMED_STEPS)
-        self.watch = GradientWatch(self.training.model)
+        self.steps = Steps(self.training, self.trained, self.optimizer, self.task, self.spec)
+        self.kept = self.training.position
 
     def run(self) -> Outcome:
         while True:
             if not self.training.position.validated:
                 self._validate()
-            if self.training.position.epoch >= self.spec.epochs:
+            if self.training.position.epoch >= self.spec.epochs or self._no_longer_better():
                 self._time()
+                if self.training.average is not None:  # what was validated and saved is what is handed back
+                    self.training.average.exchange()
                 return self.training.outcome
             with self.signals.deferred():
                 self._train_epoch()
@@ -151,9 +134,27 @@ class _Loop:
     def keep(self) -> None:
         self._time()
         self.keeper.keep(take(self.training, self.engine))
+        self.kept = self.training.position
 
     def _leave(self) -> None:
-        self.signals.leave(f"the checkpoint is saved ({self.training.position}); the same command resumes from it")
+        self.signals.leave(f"the checkpoint is saved ({self.kept}); the same command resumes from it")
+
+    def _no_longer_better(self) -> bool:
+        """Whether the metric did not rise for `early_stopping` epochs."""
+        epoch, outcome, patience = self.training.position.epoch, self.training.outcome, self.spec.early_stopping
+        if not patience or outcome.best_epoch is None or epoch - outcome.best_epoch < patience:
+            return False
+        log.info(
+            "early stopping: no better %s in %d epochs; the best was that of epoch %d",
+            self.task.metric_name,
+            patience,
+            outcome.best_epoch,
+        )
+        return True
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """In here the network has the moving averages, if they are taken."""
+        return nullcontext() if self.training.average is None else self.training.average.shown()
 
     def _time(self) -> None:
         if self.durations:
@@ -169,7 +170,10 @@ class _Loop:
         ) as batches:
             self._train_on(batches, epoch, done)
         self.engine.average_buffers(training.model)
-        self.recorder.model(epoch, training.model)
+        with self._averaged():
+            if training.average is not None:
+                self.engine.average_buffers(training.model)
+            self.recorder.model(epoch, training.model)
         training.position = Position(epoch, 0, False, epoch * task.steps_per_epoch)
         self.keep()
         if self.engine.world_size == 1 and self.signals.wanted:
@@ -178,34 +182,36 @@ class _Loop:
     def _train_on(self, batches: Iterator[Any], epoch: int, done: int) -> None:
         """Go through the batches of `epoch` of which `done` are behind."""
         training, task = self.training, self.task
-        first, started = True, time.perf_counter()
+        first, started, number = True, time.perf_counter(), 0
+        due = stop = False
         while (batch := self._next(batches)) is not None:
             with self.signals.undisturbed():
                 number = (epoch - 1) * task.steps_per_epoch + task.position
                 wanted = number % self.spec.log_every_n_steps == 0 or number == 1
                 rate = training.schedule.learning_rate
                 with named_when_out_of_memory(partial(task.in_words, batch)):
-                    loss = self._step(batch, number)
-                figures, n_images, stop = self._over_processes(loss) if wanted else ({}, 0, False)
-                if (figures and not math.isfinite(figures["loss"])) or (wanted and self.watch.first()):
-                    self._raise_not_finite(number)
+                    loss = self.steps.take(batch, number, task.position >= task.steps_per_epoch)
+                figures, n_images, asked = self._over_processes(loss) if wanted else ({}, 0, False)
+                if (figures and not math.isfinite(figures["loss"])) or (wanted and self.steps.spoilt):
+                    self.steps.fail(number)
                 took = time.perf_counter() - started
                 if not first or not done:  # the first step after a resume waits for the loader to start
                     self.durations.append(took)
                 if wanted:
                     self.recorder.step(number, {**figures, "learning_rate": rate, "images_per_second": n_images / took})
-                training.position = Position(epoch - 1, task.position, True, number)
-                stop = stop or (self.engine.world_size == 1 and self.signals.wanted)
-                due = (
-                    self.spec.checkpoint_every_n_steps
-                    and number % self.spec.checkpoint_every_n_steps == 0
-                    and task.position < task.steps_per_epoch
-                )
-                if due or stop:
-                    self.keep()
-                if stop:
-                    self._leave()
+                stop = stop or asked or (self.engine.world_size == 1 and self.signals.wanted)
+                every = self.spec.checkpoint_every_n_steps
+                due = due or bool(every and number % every == 0)
+                if not self.steps.pending:  # gradients that wait are in no checkpoint
+                    training.position = Position(epoch - 1, task.position, True, number)
+                    if (due and task.position < task.steps_per_epoch) or stop:
+                        self.keep()
+                    if stop:
+                        self._leave()
+                    due = False
             first, started = False, time.perf_counter()
+        if self.steps.pending:  # the last batch of the epoch was left out
+            self.steps.complete(number)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         """The next batch, None at the end. What was done before is saved if there is none to be had."""
@@ -213,7 +219,7 @@ class _Loop:
             return next(batches, None)
         except Exception as error:
             with self.signals.undisturbed():
-                if self.engine.world_size == 1:  # several processes would have to agree
+                if self.engine.world_size == 1 and not self.steps.pending:  # several processes would have to agree
                     try:
                         self.keep()
                     except (
@@ -223,29 +229,6 @@ class _Loop:
                     if self.signals.wanted:  # the signal may have ended the loader's processes too
                         self._leave()
             raise
-
-    def _step(self, batch: Any, number: int) -> StepLoss:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.task.training_loss(self.trained, batch)
-        scaler = self.training.scaler
-        scaler.scale(loss.loss).backward()
-        self.watch.end_of_pass()
-        # where reading from the device costs no synchronisation every step is checked before it changes anything
-        at_once = not loss.loss.is_cuda
-        if scaler.is_enabled():  # gradients of a scaled loss may overflow: the scaler leaves such steps out
-            finite = torch.isfinite(loss.loss.detach())
-        else:
-            finite = self.watch.check(number)
-        if at_once and not (bool(finite) and math.isfinite(loss.loss.item())):
-            if scaler.is_enabled():
-                self.watch.check(number)
-            self._raise_not_finite(number)
-        scale = scaler.get_scale()
-        scaler.step(self.optimizer)
-        scaler.update()
-        if scaler.get_scale() >= scale:  # a lower one: the gradients overflowed, and the step was left out
-            self.training.schedule.after_step()
-        return StepLoss(loss.loss.detach(), loss.n_images, loss.scalars)
 
     def _over_processes(self, loss: StepLoss) -> tuple[dict[str, float], float, bool]:
         """The figures of a step as means over the images of all processes, the number of these images, and whether one
@@ -257,20 +240,21 @@ class _Loop:
         figures = dict(zip(("loss", *loss.scalars), (mean / n_images for mean in means), strict=True))
         return figures, n_images, stopping > 0
 
-    def _raise_not_finite(self, number: int) -> None:
-        cause = explain(self.watch.first(), dict(self.training.model.named_modules()))
-        raise RunError(
-            f"the loss is no longer a number at step {number}. {cause}The last checkpoint and model are kept. "
-            "A smaller learning_rate, or amp: bf16 instead of fp16, usually helps."
-        )
-
     def _validate(self) -> None:
-        training, outcome = self.training, self.training.outcome
+        training = self.training
         epoch = training.position.epoch
-        metrics = self.task.validate(
-            training.model, "validate before training" if epoch == 0 else f"validate epoch {epoch}"
-        )
-        value = metrics[self.task.metric_name]
+        with self._averaged():
+            label = "validate before training" if epoch == 0 else f"validate epoch {epoch}"
+            value = self._record(self.task.validate(training.model, label))
+        if epoch:
+            training.schedule.after_epoch(value)
+        training.position = replace(training.position, validated=True)
+        self.keep()
+
+    def _record(self, metrics: dict[str, float]) -> float:
+        """Keep the metrics after an epoch, and the network if it is the best so far; returns what counts."""
+        training, outcome = self.training, self.training.outcome
+        epoch, value = training.position.epoch, metrics[self.task.metric_name]
         outcome.history[epoch] = metrics
         if epoch == 0:
             outcome.initial = value
@@ -279,10 +263,7 @@ class _Loop:
         if outcome.best is None or value > outcome.best:
             outcome.best, outcome.best_epoch = value, epoch
             self.recorder.best(epoch, training.model)
-        if epoch:
-            training.schedule.after_epoch(value)
-        training.position = replace(training.position, validated=True)
-        self.keep()
+        return value
 
 
 __all__ = ["FinetuneSpec", "Outcome", "finetune"]

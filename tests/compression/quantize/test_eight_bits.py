@@ -23,11 +23,13 @@ from src.compression.quantize.stored_codebook import as_stored, eight_bit_scale,
 from src.model_files.building import build_and_load
 from src.model_files.inspection import examine, examine_model
 from src.model_files.onnx_file import dense_graph, put_codes
+from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import ModelInfo, load_packed, save_packed
 from src.model_files.plan_of_file import plan_of
 from src.model_files.pth import compressed_state, read_tensors, save_compressed
 from src.model_files.safetensors_file import read_metadata
 from src.model_files.size import model_size
+from src.model_files.skeleton import skeleton_of_state
 from tests.support.helpers import quantized, spec
 
 MIXED = {
@@ -175,6 +177,13 @@ def test_a_file_without_its_network_is_shown_and_rewritten(tmp_path: Path) -> No
     shown = {row.name: (row.value_bits, row.codebook_bits) for row in found.rows if row.k is not None}
     assert shown.items() >= {name: bits for name, bits in own.items() if bits[0] is not None}.items()
     assert shown["0"] == (8, 16 * 9 * 8 + 32)
+    skeleton = open_model_file(tmp_path / "model.safetensors", needs_network=False).model
+    again = compressed_state(skeleton)
+    state = load_packed(tmp_path / "model.safetensors").state()
+    assert {name for name in again if "code" in name} == {name for name in state if "code" in name}
+    assert all(torch.equal(again[name], value) for name, value in state.items() if "code" in name)
+    save_compressed(skeleton, tmp_path / "model.pth")
+    assert compressed_state(skeleton_of_state(read_tensors(tmp_path / "model.pth"), "file")).keys() == again.keys()
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

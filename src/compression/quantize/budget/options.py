@@ -20,7 +20,6 @@ from ..sixteen_bits import largest_size, scale_of
 from ..stored_codebook import CODEBOOK_BITS
 from ..subvectors import bits_of, clamp_centroids, to_subvectors
 from ..weights import WeightPlace
-from .choose import Options
 from .distortion import distortions
 
 LARGEST_D = 32
@@ -56,10 +55,6 @@ class WeightOptions:
     n_values: int
     scale: float
     own: LayerPlan
-
-    def weighted(self, sensitivity: float) -> Options:
-        """Bits and loss: the distortion times what a unit of it costs the network."""
-        return Options(self.bits, self.distortion * sensitivity)
 
     def number_of(self, planned: LayerPlan) -> int:
         """The option with what is planned.

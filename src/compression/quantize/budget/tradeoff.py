@@ -7,7 +7,7 @@ every weight the option where one more bit saves as much as in any other weight:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import nn
@@ -17,41 +17,10 @@ from ....common.progress import bar
 from ..compress import check_weights, places_of
 from ..plan import LayerPlan, LayerSpec, Plan, QuantizationSpec, make_plan, specs_by_place
 from ..weights import WeightPlace
-from .choose import Choice, Chooser
+from .choose import Choice, Chooser, Options
+from .loss import Floats, Losses
 from .options import WeightOptions, measured, settings_for, with_option
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What was asked for; one of the two.
-
-    Attributes:
-        size: bytes of the whole network.
-        ratio: how many times smaller than the dense network.
-        prefix: what stands before the name of each in the user's settings.
-    """
-
-    size: int | None = None
-    ratio: float | None = None
-    prefix: str = ""
-
-    def bits(self, dense_bits: int) -> int:
-        """The most bits that are allowed, of a network of so many."""
-        if self.size is not None:
-            return 8 * self.size
-        assert self.ratio is not None, "a size or a ratio"
-        return int(dense_bits / self.ratio)
-
-    def __str__(self) -> str:
-        if self.size is not None:
-            return f"{self.prefix}size {megabytes(8 * self.size)} ({self.size:,} bytes)"
-        return f"{self.prefix}ratio {self.ratio:g}"
-
-
-def megabytes(bits: int) -> str:
-    """As the program shows sizes: MB of 2^20 bytes, small ones with more digits."""
-    size = bits / 8 / 2**20
-    return f"{size:.2f} MB" if size >= 1 else f"{size:.4f} MB"
+from .wanted import Budget, megabytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +34,7 @@ class PredictedLayer:
         codebook_bits: of a value of the codebook.
         bits: of codes and codebook.
         distortion: about the sum of squares that will be lost.
+        loss: what that costs the network.
         power: sum of squares of the weight.
         n_values: in the weight.
     """
@@ -75,6 +45,7 @@ class PredictedLayer:
     codebook_bits: int
     bits: int
     distortion: float
+    loss: float
     power: float
     n_values: int
 
@@ -88,8 +59,9 @@ class Prediction:
         layers: what becomes of each.
         bits: of the whole network, exactly.
         dense_bits: of the network before.
-        loss: distortions times sensitivities, summed.
-        share: the loss as a share of what would be lost if nothing of the quantized weights were left.
+        loss: of all weights, summed.
+        share: of the energy of all quantized weights together that is lost, each as much as it matters.
+        unit: of the loss; empty: sums of squares.
     """
 
     plan: Plan
@@ -98,6 +70,7 @@ class Prediction:
     dense_bits: int
     loss: float
     share: float
+    unit: str = ""
 
     @property
     def ratio(self) -> float:
@@ -115,7 +88,7 @@ class Tradeoff:
         own: overrides by name of a weight.
         other_bits: of everything that stays as it is.
         dense_bits: of the network before.
-        sensitivities: what a unit of distortion of a weight costs the network, by name; 1 where there is none.
+        losses: what distortions of the weights cost the network.
     """
 
     plan: Plan
@@ -123,7 +96,7 @@ class Tradeoff:
     own: Mapping[str, LayerSpec]
     other_bits: int
     dense_bits: int
-    sensitivities: Mapping[str, float]
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def smallest(self) -> int:
@@ -168,32 +141,41 @@ class Tradeoff:
         Raises:
             PlanError: one is negative or not a number.
         """
-        for name, value in sensitivities.items():
-            if not 0 <= value < float("inf"):
-                raise PlanError(f"the sensitivity of {name!r} is {value}, expected a number of at least 0")
-        return replace(self, sensitivities=dict(sensitivities))
+        return self.with_losses(Losses(dict(sensitivities)))
+
+    def with_losses(self, losses: Losses) -> Tradeoff:
+        """The same with other losses.
+
+        Raises:
+            PlanError: a sensitivity is negative or not a number.
+        """
+        losses.check()
+        return replace(self, losses=losses)
 
     @cached_property
     def _chooser(self) -> Chooser:
-        return Chooser([weight.weighted(self._sensitivity(weight)) for weight in self.weights])
+        return Chooser(
+            [Options(weight.bits, losses) for weight, losses in zip(self.weights, self._losses, strict=True)]
+        )
 
     @cached_property
     def _of_settings(self) -> Choice:
         options = [weight.number_of(weight.own) for weight in self.weights]
-        pairs = list(zip(self.weights, options, strict=True))
         return Choice(
             options=tuple(options),
-            bits=sum(int(weight.bits[option]) for weight, option in pairs),
-            loss=sum(float(weight.distortion[option]) * self._sensitivity(weight) for weight, option in pairs),
+            bits=sum(int(weight.bits[option]) for weight, option in zip(self.weights, options, strict=True)),
+            loss=sum(float(losses[option]) for losses, option in zip(self._losses, options, strict=True)),
         )
 
-    def _sensitivity(self, weight: WeightOptions) -> float:
-        return next((self.sensitivities[name] for name in weight.names if name in self.sensitivities), 1.0)
+    @cached_property
+    def _losses(self) -> list[Floats]:
+        """Of every option of every weight."""
+        return [self.losses.of(weight.names, weight.distortion, weight.power) for weight in self.weights]
 
     def _prediction(self, choice: Choice) -> Prediction:
         chosen: dict[str, LayerPlan] = {}
         layers = []
-        for weight, option in zip(self.weights, choice.options, strict=True):
+        for weight, losses, option in zip(self.weights, self._losses, choice.options, strict=True):
             d, k, codebook_bits = setting = weight.settings[option]
             for name in weight.names:
                 chosen[name] = with_option(self.plan.layers[name], name, setting, self.own.get(name))
@@ -205,20 +187,26 @@ class Tradeoff:
                     codebook_bits=codebook_bits,
                     bits=int(weight.bits[option]),
                     distortion=float(weight.distortion[option]),
+                    loss=float(losses[option]),
                     power=weight.power,
                     n_values=weight.n_values,
                 )
             )
         notes = tuple(note for note in self.plan.notes if note not in self.plan.about_sizes)  # other sizes are chosen
         layers_plan = {name: chosen[name] for name in self.plan.layers}
-        all_of_it = sum(weight.power * self._sensitivity(weight) for weight in self.weights)
+        matters = [self.losses.sensitivity(weight.names) for weight in self.weights]
+        lost, power = (
+            sum(each * one for each, one in zip(matters, ones, strict=True))
+            for ones in ([layer.distortion for layer in layers], [layer.power for layer in layers])
+        )
         return Prediction(
             plan=replace(self.plan, layers=layers_plan, notes=notes, about_sizes=()),
             layers=tuple(layers),
             bits=self.other_bits + choice.bits,
             dense_bits=self.dense_bits,
             loss=choice.loss,
-            share=choice.loss / all_of_it if all_of_it else 0.0,
+            share=lost / power if power else 0.0,
+            unit=self.losses.unit,
         )
 
     def _impossible(self, budget: Budget, bits: int) -> str:
@@ -279,9 +267,7 @@ def measure(
     ]
     quantized = [places[names[0]].parameter for names in tied.values()]
     other_bits = dense_bits - sum(weight.numel() * weight.element_size() * 8 for weight in quantized)
-    tradeoff = Tradeoff(
-        plan=plan, weights=tuple(weights), own=own, other_bits=other_bits, dense_bits=dense_bits, sensitivities={}
-    )
+    tradeoff = Tradeoff(plan=plan, weights=tuple(weights), own=own, other_bits=other_bits, dense_bits=dense_bits)
     return tradeoff.with_sensitivities(sensitivities or {})
 
 

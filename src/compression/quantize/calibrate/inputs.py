@@ -48,13 +48,14 @@ def few_inputs(n: int) -> str | None:
 
 def run_on(device: torch.device, model: nn.Module, batch: Any) -> object:
     """The output of a network on the device for a batch: a tensor, a list of images, or keyword arguments."""
-    batch = _moved(batch, device)
+    batch = moved(batch, device)
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return [_moved(value, device) for value in batch] if isinstance(batch, list | tuple) else batch
+        return {key: moved(value, device) for key, value in batch.items()}
+    return [moved(value, device) for value in batch] if isinstance(batch, list | tuple) else batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from src.common.errors import PlanError
 from src.common.randomness import stream
 from src.compression.quantize.budget.distortion import distortions
 from src.compression.quantize.budget.options import allowed_sizes
-from src.compression.quantize.budget.tradeoff import Budget, Tradeoff, measure
+from src.compression.quantize.budget.tradeoff import Tradeoff, measure
+from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.compress import build_quantized, compress, with_scales
 from src.compression.quantize.kmeans import cluster, with_eight_bits
 from src.compression.quantize.plan import LayerSpec, Plan, QuantizationSpec
@@ -143,6 +145,26 @@ def test_layer_specs_and_ignored_modules_stand() -> None:
         assert (plan.layers["2"].d, plan.layers["2"].k) == (50, 16)
         assert (plan.layers["11"].k_means_type, plan.layers["11"].k_means_n_iters) == ("src", 7)
         assert all(50 <= layer.k_means_n_iters <= 100 for name, layer in plan.layers.items() if name != "11")
+
+
+def test_codebooks_of_8_bits_are_taken_where_they_pay_and_never_cost(tradeoff) -> None:
+    how = spec(256, "kmeans", ITERATIONS)
+    sixteen, eight = (measured(network(), replace(how, codebook_bits=bits)) for bits in (16, 8))
+    taken = set()
+    for budget in budgets(sixteen):
+        found = tradeoff.plan_for(budget)
+        assert found.loss <= sixteen.plan_for(budget).loss
+        taken |= {layer.codebook_bits for layer in found.layers}
+        assert {layer.codebook_bits for layer in found.layers} == {
+            found.plan.layers[one.name].codebook_bits for one in found.layers
+        }
+    assert 8 in taken
+    assert {layer.codebook_bits for layer in sixteen.plan_for(Budget(ratio=8)).layers} == {16}
+    assert {layer.codebook_bits for layer in eight.plan_for(Budget(ratio=8)).layers} == {8}
+    assert {layer.codebook_bits for layer in eight.of_settings().layers} == {8}
+    own = measured(network(), replace(how, codebook_bits=8, layer_specs={"5": LayerSpec(codebook_bits=16)}))
+    bits = {layer.name: layer.codebook_bits for layer in own.plan_for(Budget(ratio=8)).layers}
+    assert {name for name, one in bits.items() if one == 16} == {"5"}
 
 
 def test_a_sensitive_layer_gets_more_bits(tradeoff) -> None:
