@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import compress
+import src.compress as command
 from src.model_files.packed import load_packed
 from tests.support.calibrating import as_values, found_by, networks
 from tests.support.launching import launch
@@ -56,7 +56,7 @@ def test_the_command_writes_the_same_network_in_two_processes_as_in_one(tmp_path
     flags += ["--calibration.image_size", "16", "--calibration.batch_size", "4", "--output_path"]
     finished = launch("torchrun", ["-m", "src.compress", *flags, str(tmp_path / "two")])
     assert finished.status == 0, finished.text
-    assert compress.main([*flags, str(tmp_path / "one")]) == 0
+    assert command.main([*flags, str(tmp_path / "one")]) == 0
     one, two = (load_packed(tmp_path / name / "model.safetensors").state() for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -27,10 +27,8 @@ from .uses import Use, Watcher
 
 T = TypeVar("T")
 
-MOST_PASSES = 256
+MOST_PASSES = 512
 """That wait at a time in both networks, at most: each has a thread."""
-MOST_WORKERS = 2048
-"""Threads of all of them together with those of torch's own that may serve each."""
 
 
 THREAD = "calibration pass"
@@ -46,13 +44,12 @@ class Holding:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._most = min(MOST_PASSES, MOST_WORKERS // torch.get_num_threads())
         self._held: dict[object, int] = {}
 
     def fits(self, who: object, size: int) -> bool:
         """Whether a pass may hold so many bytes; it is then counted with them."""
         self._held.pop(who, None)
-        fits = sum(self._held.values()) + size <= self._limit and len(self._held) < self._most
+        fits = sum(self._held.values()) + size <= self._limit and len(self._held) < MOST_PASSES
         if fits:
             self._held[who] = size
         return fits
