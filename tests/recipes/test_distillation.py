@@ -130,9 +130,8 @@ def test_the_teacher_is_permuted_like_the_network_where_stages_are_compared(
     assert "Train/cross_entropy" not in found
 
 
-@pytest.mark.parametrize(
-    "kind", ["labels and stages", *(pytest.param(one, marks=pytest.mark.slow) for one in ("images", "file"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["labels and stages", "images", "file"])
 def test_an_interrupted_run_ends_as_one_that_was_not(
     kind: str, small_images: Path, dense: Path, more: Path, tmp_path: Path
 ) -> None:

@@ -181,7 +181,7 @@ def test_stages_are_the_last_modules_before_maps_become_smaller(image: Tensor) -
         check_stages(resnet18(), ("layer1", "layer9"))
 
 
-@pytest.mark.parametrize("at", [4, 9])
+@pytest.mark.parametrize("at", [pytest.param(4, marks=pytest.mark.slow), 9])
 def test_a_distilled_training_resumes_to_the_same_end(at: int) -> None:
     def run(keeper: StopsAt, resumed: Resumed | None) -> tuple[nn.Module, Notes]:
         teacher, model, notes = Drops(), Drops(), Notes()

@@ -256,7 +256,10 @@ def resumable(keeper: StopsAt, resumed: Resumed | None, tools: dict) -> tuple[nn
     return model, finetune(model, Blobs(), how, CPU, notes, keeper=keeper, resumed=resumed), notes
 
 
-@pytest.mark.parametrize(("name", "at"), [*((name, 8) for name in TOOLS), ("warm-up", 3), ("all", 5)])
+ALONE = [pytest.param(name, 8, marks=pytest.mark.slow) for name in TOOLS if name not in ("all", "warm-up, plateau")]
+
+
+@pytest.mark.parametrize(("name", "at"), [("all", 5), ("all", 8), ("warm-up, plateau", 3), *ALONE])
 def test_every_tool_resumes_to_the_same_end(name: str, at: int) -> None:
     model, outcome, notes = resumable(StopsAt(1), None, TOOLS[name])
     keeper = StopsAt(1, at)
