@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from src.compression.permute.auto import groups_by_following
 from src.compression.permute.permute import SearchSpec, permute
 from src.compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
+from src.compression.quantize.budget.tradeoff import Tradeoff
 from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.calibrate.calibrate import calibrate
 from src.compression.quantize.compress import candidate_distortion, compress
@@ -38,7 +39,7 @@ from src.compression.quantize.subvectors import bits_of
 from src.compression.quantize.weights import matrices
 from src.model_files.norm_estimation import retake_norms
 from src.model_files.size import model_size
-from src.run.compression_specs import sized_for
+from src.run.compression_specs import tradeoff_of
 
 from .photos import Subject, answers, lite0_imagenet, resnet18_cifar10, scores
 from .report import machine, print_machine, print_table, write_json
@@ -78,7 +79,36 @@ def _weights_and_layers(dense: nn.Module, plan: Plan) -> list[tuple[Tensor, Laye
     return [(place.parameter, plan.layers[place.name]) for place in matrices(dense) if place.name in plan.layers]
 
 
-def run(subject: Subject, spec: QuantizationSpec, way: str, size: int | None, search: str | None) -> dict[str, Any]:
+class Chooser:
+    """Chooses settings of each weight for a number of bits of all of them, by what photos show of their changes; what
+    these show is measured once."""
+
+    def __init__(self, subject: Subject, spec: QuantizationSpec) -> None:
+        self._model, self._spec, self._photos = subject.model, spec, subject.calibration
+        self._tradeoff: Tradeoff | None = None
+        self.seconds = 0.0
+        """CPU seconds that measuring took."""
+
+    def plan(self, bits: int | None) -> Plan:
+        """The plan for so many bits; None: as many as the settings take."""
+        plan = make_plan(self._model, self._spec)
+        if bits is None:
+            bits = sum(
+                bits_of(weight.numel() // layer.d, layer.d, layer.k, 1.0)
+                for weight, layer in _weights_and_layers(self._model, plan)
+            )
+        if self._tradeoff is None:
+            started = time.process_time()
+            tradeoff = tradeoff_of(self._model, self._spec, 0, show_progress=False)
+            losses = losses_by_inputs(self._model, tradeoff, first_inputs(self._photos), show_progress=False)
+            self._tradeoff = tradeoff.with_losses(losses)
+            self.seconds = time.process_time() - started
+        return self._tradeoff.plan_for(Budget(size=(_other_bits(self._model, plan) + bits) // 8)).plan
+
+
+def run(
+    subject: Subject, spec: QuantizationSpec, way: str, size: int | None, search: str | None, chooser: Chooser
+) -> dict[str, Any]:
     """One network, compressed in one way, and scored.
 
     Args:
@@ -87,12 +117,13 @@ def run(subject: Subject, spec: QuantizationSpec, way: str, size: int | None, se
         way: one of `WAYS`.
         size: bits of the quantized weights that a budget is for; None: as many as the settings take.
         search: for permutations; None: nothing is permuted.
+        chooser: for these settings.
     """
     clock, model = Clock(), copy.deepcopy(subject.model)
     plan = make_plan(model, spec)
     if way.startswith("budget"):
-        with clock.part("choose"):
-            plan = _chosen(subject, spec, plan, size)
+        plan = chooser.plan(size)
+        clock.seconds["choose"] = chooser.seconds
     if search is not None:
         with clock.part("permute"):
             _permuted(model, plan, search, subject.calibration[0][:2])
@@ -115,26 +146,10 @@ def run(subject: Subject, spec: QuantizationSpec, way: str, size: int | None, se
         "MB": quantized_bits(subject.model, counted.bits, plan) / 8 / 2**20,
         "ratio": counted.ratio,
         **scores(answers(model, subject), answers(subject.model, subject), subject.labels),
-        "CPU seconds": sum(clock.seconds.get(name, 0.0) for name in ("choose", "calibrate", "quantize", "norms")),
+        "CPU seconds": sum(clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize", "norms")),
         "in all": sum(clock.seconds.values()),
         "parts": clock.seconds,
     }
-
-
-def _chosen(subject: Subject, spec: QuantizationSpec, plan: Plan, size: int | None) -> Plan:
-    """Settings of each weight for a number of bits of all of them, by what photos show of their changes."""
-    model = subject.model
-    bits = size
-    if bits is None:
-        bits = sum(
-            bits_of(weight.numel() // layer.d, layer.d, layer.k, 1.0)
-            for weight, layer in _weights_and_layers(model, plan)
-        )
-    budget = Budget(size=(_other_bits(model, plan) + bits) // 8)
-    _, sized = sized_for(model, spec, budget, 0, show_progress=False)
-    assert sized is not None, "there is a budget"
-    losses = losses_by_inputs(model, sized.tradeoff, first_inputs(subject.calibration), show_progress=False)
-    return sized.by(losses).plan()
 
 
 def _permuted(model: nn.Module, plan: Plan, search: str, example: Tensor) -> None:
@@ -175,8 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked += [
         (f"{size:g} MB", named[0][1], way, int(size * 8 * 2**20)) for size in options.megabytes for way in budgets
     ]
+    choosers = {name: Chooser(subject, spec) for name, spec in named}
     for name, spec, way, size in asked:
-        rows.append({"settings": name, **run(subject, spec, way, size, options.search)})
+        chooser = choosers.get(name, choosers[named[0][0]])
+        rows.append({"settings": name, **run(subject, spec, way, size, options.search, chooser)})
         print(rows[-1], flush=True)
     head = ["settings", *SHOWN]
     n = sum(len(batch) for batch in subject.calibration)

@@ -15,7 +15,7 @@ from ..plan import LayerPlan
 from ..sixteen_bits import range_problem
 from .moments import Moments
 from .steps import feedback, least_squares, recode, round_codebook, weighted_start
-from .target import DAMPING, State, Target, asymmetric_aim, damped, quadratic
+from .target import AIM_DAMPING, DAMPING, State, Target, asymmetric_aim, caution, damped, quadratic
 
 Step = Callable[[Target, State], State]
 STEPS: tuple[tuple[str, Step], ...] = (
@@ -63,12 +63,13 @@ def quantize_layer(
     device = moments.hessian.device
     vectors = weight.detach().to(device).reshape(-1, plan.d).float() / plan.scale
     blocks = vectors[layout.to(device)].flatten(2)
-    aim = asymmetric_aim(blocks, moments.hessian, moments.cross / plan.scale)
+    more = caution(blocks.shape[2], moments.count)
+    aim = asymmetric_aim(blocks, moments.hessian, moments.cross / plan.scale, AIM_DAMPING + more)
     if range_problem(aim):  # solved for, but not for a codebook of 16 bits
         aim = blocks
     zero = ~vectors.any(1)[layout.to(device)]
     pruned = zero if bool(zero.any()) and not bool(zero.all()) else None
-    target = Target(aim=aim, hessian=damped(moments.hessian, DAMPING), d=plan.d, pruned=pruned)
+    target = Target(aim=aim, hessian=damped(moments.hessian, DAMPING + more), d=plan.d, pruned=pruned)
     cut = aim.reshape(-1, plan.d)
     if pruned is not None:  # what the others make up for
         cut = cut.masked_fill(pruned.flatten()[:, None], 0)

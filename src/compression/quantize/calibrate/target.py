@@ -23,6 +23,8 @@ DAMPING = 0.01
 """What is added to the diagonal of H, in units of its mean: inputs that were hardly seen are not free."""
 AIM_DAMPING = 0.1
 """The same where W* is solved for, which must not follow what only these inputs say."""
+FEW_PLACES = 0.4
+"""What is added to both per column and place: moments of few places say what these inputs do, not what others will."""
 HARDER = 10.0
 """By how much more H is damped after a factorization failed."""
 
@@ -84,6 +86,11 @@ def quadratic(matrix: Tensor, hessian: Tensor) -> float:
 def summed_products(one: Tensor, other: Tensor) -> float:
     """Of the values (B, R, C) of two tensors, those of a row in their own precision, all rows in double precision."""
     return float(torch.einsum("brc,brc->br", one, other).cpu().double().sum())
+
+
+def caution(columns: int, places: int) -> float:
+    """What is added to the damping of moments of so many columns that so few places were seen for."""
+    return FEW_PLACES * columns / max(places, 1)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
