@@ -13,6 +13,7 @@ from . import (
     coco_memory,
     compress,
     cost,
+    distillation,
     maskrcnn_cost,
     networks,
     packed,
@@ -25,6 +26,10 @@ MEASUREMENTS = {
     "cost": (
         cost.main,
         ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"],
+    ),
+    "distillation": (
+        distillation.main,
+        ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18"],
     ),
     "search": (search.main, ["--small"]),
     "clustering": (clustering.main, ["--small"]),
