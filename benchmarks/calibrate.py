@@ -5,10 +5,10 @@ Claims, on one core. ResNet-18 for CIFAR-10, 1,024 photos calibrate, 2,000 other
 smaller) at most 1.6 points below the dense network with at least 93 % of its answers, after at most 150 CPU seconds;
 with settings chosen for the same bits at most 1.0 points and 95 %; with small blocks at most 1.0 points.
 EfficientNet-Lite0 with its ImageNet weights, 500 photos calibrate, 500 others are scored: at least 77 % top-1 and 80 %
-of the dense network's answers with 1.17 MB for the 33 weights, more than 74.6 % with 1.09 MB.
+of the dense network's answers with 1,170,000 bytes for the 33 weights, more than 74.6 % with 1,090,000.
 
     python -m benchmarks.calibrate resnet18 --weights dense.pth --photos cifar10 [--settings 0 1]
-    python -m benchmarks.calibrate lite0 --photos imagenet_samples/val [--megabytes 1.09]
+    python -m benchmarks.calibrate lite0 --photos imagenet_samples/val [--bytes 1_090_000]
 
 `--photos` of CIFAR-10 has train/ and val/ with one folder per class; of ImageNet, one folder per class.
 """
@@ -46,7 +46,7 @@ from .report import machine, print_machine, print_table, write_json
 
 WAYS = ("quantized", "norms retaken", "calibrated", "budget, norms retaken", "budget, calibrated")
 """`budget`: block length and centroids of every weight are chosen for the bits that the settings take."""
-SHOWN = ("way", "MB", "ratio", "top-1", "same answer", "KL", "CPU seconds", "in all")
+SHOWN = ("way", "bytes", "ratio", "top-1", "same answer", "KL", "CPU seconds", "in all")
 
 
 @dataclass
@@ -143,7 +143,7 @@ def run(
     counted = model_size(model)
     return {
         "way": way,
-        "MB": quantized_bits(subject.model, counted.bits, plan) / 8 / 2**20,
+        "bytes": quantized_bits(subject.model, counted.bits, plan) // 8,
         "ratio": counted.ratio,
         **scores(answers(model, subject), answers(subject.model, subject), subject.labels),
         "CPU seconds": sum(clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize", "norms")),
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=Path, help="folder of photos; none: noise")
     parser.add_argument("--count", type=int, help="photos that calibrate; none: 1,024 and 500")
     parser.add_argument("--settings", type=int, nargs="*", default=[0], help="which settings, by number")
-    parser.add_argument("--megabytes", type=float, nargs="*", default=[], help="of quantized weights, for budgets")
+    parser.add_argument("--bytes", type=int, nargs="*", default=[], help="of quantized weights, for budgets")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--search", choices=("best", "published"), help="permute channels first")
     parser.add_argument("--iterations", type=int, default=100, help="of the clustering")
@@ -187,9 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = list(subject.settings.items())
     asked = [(*named[number], way, None) for number in options.settings for way in options.ways]
     budgets = [way for way in options.ways if way.startswith("budget")]
-    asked += [
-        (f"{size:g} MB", named[0][1], way, int(size * 8 * 2**20)) for size in options.megabytes for way in budgets
-    ]
+    asked += [(f"{size:,} bytes", named[0][1], way, 8 * size) for size in options.bytes for way in budgets]
     choosers = {name: Chooser(subject, spec) for name, spec in named}
     for name, spec, way, size in asked:
         chooser = choosers.get(name, choosers[named[0][0]])
@@ -211,7 +209,7 @@ def _write(path: Path, title: str, result: dict[str, Any]) -> None:
 
 
 def _text(value: object) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value or "")
+    return f"{value:.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def calibrate_figure(results: dict[str, Any]) -> Figure:
         dense = next(row["top-1"] for row in found["rows"] if row["way"] == "dense")
         axes.axhline(dense, color="#111111", linewidth=1, label="dense network")
         for way, (label, colour, marker, line) in WAYS.items():
-            points = sorted((row["MB"], row["top-1"]) for row in found["rows"] if row["way"] == way)
+            points = sorted((row["bytes"] / 2**20, row["top-1"]) for row in found["rows"] if row["way"] == way)
             axes.plot(
                 [size for size, _ in points], [value for _, value in points], marker=marker, linestyle=line,
                 color=colour, label=label, markersize=15 if marker == "*" else 7, linewidth=2,

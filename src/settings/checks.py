@@ -19,7 +19,7 @@ from .finetune_schema import DistillationSettings
 from .keys import LAYER, Path, walk
 from .model_schema import CompressionSettings
 from .overrides import locate
-from .reach import CLASSIFICATION, COMPRESS, DETECTION, EVALUATE, TRAIN, unread
+from .reach import CLASSIFICATION, COMPRESS, DETECTION, EVALUATE, unread
 from .reach import keys as keys_and_readers
 from .schema import Settings
 
@@ -158,7 +158,7 @@ def _without_effect_on_calibration(settings: Settings, job: str | None) -> Itera
         yield "model.use_compression is False", keys
     elif not given.use:
         yield "calibration.use is False", [key for key in keys if key != USE]
-    elif given.images is None and job != TRAIN:
+    elif given.images is None and job == COMPRESS:
         yield "calibration.images is not set", [key for key in keys if key != USE]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ....common.randomness import stream
 from ..calibrate.inputs import moved
 from ..calibrate.passes import inspectable
-from ..calibrate.target import DAMPING, damped, upper_factor
+from ..calibrate.target import DAMPING, caution, damped, upper_factor
 from ..calibrate.uses import Use, Watcher
 from ..compress import places_of
 from ..plan import Plan
@@ -34,6 +35,19 @@ WIDEST = 1200
 """Columns whose moments are taken together."""
 MOST_VALUES = 1 << 28
 """Values of moments that are held, about."""
+
+
+@dataclass
+class Half:
+    """Sum of x xᵀ (B, C, C) over places of one half of the inputs, and how many these are."""
+
+    sums: Tensor
+    places: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs (B, P, C)."""
+        self.sums.baddbmm_(x.transpose(1, 2), x)
+        self.places += x.shape[1]
 
 
 def gains(
@@ -88,9 +102,9 @@ def _at_a_time(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _moments(
     dense: nn.Module, weights: Mapping[str, Tensor], batches: Sequence[Any], outputs: Outputs, seed: int
-) -> dict[str, list[list[Tensor]]]:
-    """Sums of x xᵀ (B, C, C) over places of the first and the second half of each batch, for every use of a weight."""
-    sums: dict[str, list[list[Tensor]]] = {}
+) -> dict[str, list[tuple[Half, Half]]]:
+    """Over places of the first and of the second half of each batch, for every use of a weight."""
+    sums: dict[str, list[tuple[Half, Half]]] = {}
     device = next(iter(weights.values())).device
     for number, batch in enumerate(batches):
         uses = dict.fromkeys(weights, 0)
@@ -103,8 +117,8 @@ def _moments(
             for half, places in enumerate(_places(use.n_places, len(batches), draw)):
                 x = _cut(use.at(places).float())
                 if nth == len(known):
-                    known.append([x.new_zeros(len(x), x.shape[2], x.shape[2]) for _ in range(2)])
-                known[nth][half].baddbmm_(x.transpose(1, 2), x)
+                    known.append((Half(_nothing(x)), Half(_nothing(x))))
+                known[nth][half].add(x)
 
         with Watcher(weights.items(), used):
             outputs(dense, moved(batch, device))
@@ -125,13 +139,18 @@ def _cut(inputs: Tensor) -> Tensor:
     return inputs.unflatten(2, (pieces, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _gain(own: Tensor, other: Tensor) -> float:
-    """By M of one half's H (B, C, C), tried on the other's."""
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_zeros(len(x), x.shape[2], x.shape[2])
+
+
+def _gain(half: Half, tried: Half) -> float:
+    """By M of one half's H, tried on the other's."""
+    own, other = half.sums, tried.sums
     total = float(other.diagonal(dim1=1, dim2=2).sum())
     size = float(own.diagonal(dim1=1, dim2=2).mean())
     if not 0 < total < math.inf or not 0 < size < math.inf:
         return 1.0
-    factor = upper_factor(damped(own / size, DAMPING))
+    factor = upper_factor(damped(own / size, DAMPING + caution(own.shape[2], half.places)))
     solved = torch.linalg.solve_triangular(factor, other, upper=True)
     spread = torch.linalg.solve_triangular(factor, solved.transpose(1, 2).contiguous(), upper=True)
     left = (factor.diagonal(dim1=1, dim2=2).square() * spread.diagonal(dim1=1, dim2=2)).sum()

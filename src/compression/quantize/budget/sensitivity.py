@@ -35,7 +35,7 @@ from .loss import Losses, disturbance
 from .options import WeightOptions
 from .tradeoff import Tradeoff
 
-INPUTS = 256
+INPUTS = 128
 """Inputs that are shown, at most."""
 MEASURABLE = (0.03, 0.7)
 """Shares of a weight's energy that are taken away, at least and at most."""

@@ -186,6 +186,7 @@ ENDS: list[tuple[Callable[[], object], type[BaseException], str | None]] = [
 def test_whatever_ends_a_pass_reaches_the_caller_and_nothing_is_left(
     what: Callable[[], object], error: type[BaseException], words: str | None
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which programs in the background do not have
     net, images = Fails(what), torch.randn(48, 8)
     images[32, 0] = 1
     with pytest.raises(error, match=words):
