@@ -282,7 +282,7 @@ def test_so_many_inputs_are_shown() -> None:
     given = torch.arange(1000.0)[:, None]
     for size in (1, 60, 1000):
         shown = first_inputs(given.split(size))
-        assert [len(batch) for batch in shown] == [64] * 4
+        assert [len(batch) for batch in shown] == [64] * (INPUTS // 64)
         assert torch.equal(torch.cat(shown), given[:INPUTS])
     assert [len(batch) for batch in first_inputs(given[:65].split(64))] == [33, 32]
     assert len(first_inputs([{"x": given[:5]}] * 3, 6)) == 2
