@@ -20,7 +20,7 @@ from ..run.fingerprint import CALIBRATION
 from ..run.inputs import calibration_folder, data_folder
 from ..run.open_run import Job
 from ..settings import Settings
-from ..tasks.calibration import CalibrationImages, CalibrationSpec, ImagesToShow, training_images
+from ..tasks.calibration import MEAN, STD, CalibrationImages, CalibrationSpec, ImagesToShow, training_images
 from ..tasks.classification import Classification, ImageSpec
 from ..tasks.coco.calibration import training_images as coco_images
 from ..tasks.coco.data import CocoSplit, read_coco, require_masks
@@ -213,12 +213,15 @@ def images_of_folder(settings: Settings, architecture: Architecture, show_progre
         return None
     of_several_sizes = architecture.task == "detection"
     side = given.image_size or architecture.image_size
+    known = architecture.normalisation or (MEAN, STD)
     spec = CalibrationSpec(
         count=given.count,
         batch_size=min(given.batch_size, AT_A_TIME) if of_several_sizes else given.batch_size,
         num_workers=min(given.num_workers, own_processors()),
         image_size=None if of_several_sizes else side,
         resize=given.resize or round(side * 8 / 7),
+        mean=given.mean or known[0],
+        std=given.std or known[1],
         seed=settings.seed,
     )
     if spec.resize < side:

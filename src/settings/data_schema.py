@@ -53,6 +53,17 @@ class CalibrationSettings(Section):
     resize: Annotated[Positive | None, COMPRESSION] = Field(
         None, description="Length in pixels to which the short side is scaled before; null: 8/7 of image_size."
     )
+    mean: Annotated[tuple[Real, Real, Real] | None, COMPRESSION] = Field(
+        None,
+        description=(
+            "Mean of each colour channel, subtracted from images in 0..1; null: what the network is made for where "
+            "that is known, else ImageNet's."
+        ),
+    )
+    std: Annotated[tuple[RealAboveZero, RealAboveZero, RealAboveZero] | None, COMPRESSION] = Field(
+        None,
+        description="Standard deviation of each colour channel, by which images are divided; null: as for the mean.",
+    )
 
 
 class DataSettings(Section):

@@ -22,6 +22,8 @@ from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import load_packed
 from src.model_files.pth import read_tensors
 from src.model_files.state_dict import load_state
+from src.recipes.data import images_of_folder
+from src.settings import Settings
 from src.tasks.calibration import CalibrationImages, CalibrationSpec
 from tests.support.own_network import Net
 
@@ -217,3 +219,25 @@ def test_the_skeleton_computes_nothing_and_holds_everything(made: Path) -> None:
     assert sum(isinstance(module, QuantizedLayer) for module in skeleton.modules()) == 5
     with pytest.raises(NotImplementedError):
         skeleton(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("arch", "given", "white"),
+    [
+        (OWN, {}, [2.2489, 2.4286, 2.64]),  # ImageNet's: nothing is known of the network
+        (OWN, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.25, 0.125)}, [1.0, 2.0, 4.0]),
+        ("timm:tf_efficientnet_lite0", {}, [1.0, 1.0, 1.0]),
+        ("timm:tf_efficientnet_lite0", {"mean": (0.0, 0.0, 0.0)}, [2.0, 2.0, 2.0]),
+    ],
+)
+def test_images_are_normalised_as_the_network_knows_them(
+    arch: str, given: dict[str, tuple[float, ...]], white: list[float], tmp_path: Path
+) -> None:
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "white.png")
+    settings = Settings.model_validate({"calibration": {"images": str(tmp_path), "num_workers": 0, **given}})
+    shown = images_of_folder(settings, find(arch), False)
+    assert shown is not None
+    (images,) = shown.read(False)
+    assert images[0, :, 100, 100].tolist() == pytest.approx(white, abs=1e-3)
