@@ -32,8 +32,9 @@ from .compression.quantize.compress import candidate_distortion, check_weights
 from .compression.quantize.compress import compress as quantize
 from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
-from .compression.quantize.plan import Plan
+from .compression.quantize.plan import Plan, make_plan
 from .compression.quantize.replaced import mark_replaced
+from .model_files.beside import bytes_beside
 from .model_files.building import fill
 from .model_files.compression_report import applied
 from .model_files.inspected import Inspection
@@ -94,23 +95,24 @@ def compress(
     given, wanted = model_settings(settings), budget_settings(settings)
     _check_dense(model)
     batches = None if calibration is None else batches_of(calibration)
-    plan, sized = sized_for(model, quantization_of(given), budget_of(wanted), seed, show_progress=show_progress)
-    check_weights(model, plan)
-    search = search_of(given)
+    spec, search = quantization_of(given), search_of(given)
+    check_weights(model, plan := make_plan(model, spec))
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
-    bind(model, found, search.reshapes)
-    if example_inputs is not None:
-        _check_by_hand(model, found, search.reshapes, seed, example_inputs)
-    if sized is not None and batches is not None:
-        plan = _chosen(model, sized, batches, seed, device, show_progress)
+    _check_groups(model, found, search.reshapes, seed, example_inputs)
+    known = ModelInfo(settings=_known(given, wanted, seed))
+    if (budget := budget_of(wanted)) is not None:
+        budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
+        plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
+        if sized is not None and batches is not None:
+            plan = _chosen(model, sized, batches, seed, device, show_progress)
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)
     model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
     mark_replaced(replaced, model)
-    info = ModelInfo(settings=_known(given, wanted, seed), permutations=applied(found, permuted, search.reshapes))
-    _keep_info(model, replace(info, outputs_lost=_outputs_lost(finished)))
+    known = replace(known, permutations=applied(found, permuted, search.reshapes))
+    _keep_info(model, replace(known, outputs_lost=_outputs_lost(finished)))
     said = (*plan.notes, *notes, *more)
     return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), said, outputs_lost)
 
@@ -233,10 +235,17 @@ def _known(given: ModelSettings, wanted: BudgetSettings, seed: int) -> dict[str,
     return {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed, **asked}
 
 
-def _check_by_hand(
-    model: nn.Module, found: Sequence[AnyGroup], reshapes: Mapping[str, tuple[int, ...]], seed: int, example: Inputs
+def _check_groups(
+    model: nn.Module,
+    found: Sequence[AnyGroup],
+    reshapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    example: Inputs | None,
 ) -> None:
-    """Try the groups that somebody wrote."""
+    """See that groups fit, and try those that somebody wrote, where there is something to try them on."""
+    bind(model, found, reshapes)
+    if example is None:
+        return
     by_layers = [group for group in found if isinstance(group, Group)]
     check_function(model, by_layers, torch.empty(0), reshapes, seed, lambda net, _: call(net, example))
 

@@ -105,12 +105,13 @@ def test_groups_of_an_architecture_that_has_them_can_be_found_too(small_images: 
 def test_a_classifier_of_a_wanted_size_is_trained_and_its_files_are_evaluated(
     small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = [*SIZES, "--dataloader.imagenet_path", str(small_images), "--model.arch", OWN, "--compression.size", "3KB"]
+    data = [*SIZES, "--dataloader.imagenet_path", str(small_images), "--model.arch", OWN, "--compression.size", "7KB"]
     plain = ["--model.compression_parameters.layer_specs", "{}", "--model.compression_parameters.ignored_modules", "[]"]
     flags = [*training(4, 0, 20, 2), *data, *plain, "--model.weights", "none", "--epochs", "1", "--save_format", "both"]
     assert train_resnet.main([*flags, "--output_path", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert 0.98 * 3072 * 8 <= results["bits"] <= 3072 * 8
+    packed = tmp_path / "run" / "trained_models" / "best.safetensors"
+    assert results["bits"] / 8 < 7168 - 1100 < packed.stat().st_size <= 7168
     for suffix in (".pth", ".safetensors"):
         file = str(tmp_path / "run" / "trained_models" / f"best{suffix}")
         own = [*data, "--dataloader.batch_size", "4", "--expected.accuracy", "null"]

@@ -8,28 +8,36 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..architectures.architecture import Architecture
+from ..architectures.architecture import Architecture, n_outputs
 from ..common.log import log, note
 from ..compression.permute.auto import groups_by_following
 from ..compression.permute.binding import AnyGroup, bind
 from ..compression.permute.groups import Group, check_function
 from ..compression.permute.permute import GroupResult, SearchSpec, permute
+from ..compression.quantize.budget.wanted import Budget
 from ..compression.quantize.compress import LayerResult, build_quantized, candidate_distortion, check_weights, compress
-from ..compression.quantize.plan import Plan
+from ..compression.quantize.plan import Plan, make_plan
 from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
+from ..model_files.beside import bytes_beside
 from ..model_files.compression_report import FILE_NAME, read_settings, report_text
+from ..model_files.metadata import ModelInfo
 from ..model_files.size import model_size
 from ..run.calibrated import calibrated
 from ..run.calibration_report import report_calibration
 from ..run.chosen import chosen_by_photos
 from ..run.compression_specs import Sized, budget_of, sized_for
+from ..run.model_writer import PRODUCER, compression_settings
 from ..run.open_run import Run
 from ..run.recorder import AnyRecorder
 from ..settings import Settings, given_on_command_line
 from .compress_distributed import agreed, permute_together, quantize_together
 from .specs import quantization_spec, search_spec
+
+EXAMPLES = 2
+"""Images of the batch on which groups are tried: a norm over the batch needs more than one."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +76,64 @@ def plan_compression(
         PlanError: a layer cannot be quantized as asked, or the network cannot have the wanted size.
         GroupError: a group does not fit, or would change the network's function.
     """
-    wanted = budget_of(settings.compression, "compression.")
-    quantization, sized = sized_for(model, quantization_spec(settings), wanted, settings.seed)
+    spec, search = quantization_spec(settings), search_spec(settings, architecture)
+    quantization, sized = make_plan(model, spec), None
     check_weights(model, quantization)
-    plan = CompressionPlan(
+    groups, found_notes = _groups(settings, architecture, model, example)
+    bind(model, groups, search.reshapes)
+    by_layers = [group for group in groups if isinstance(group, Group)]
+    check_function(model, by_layers, example, search.reshapes, settings.seed, architecture.outputs)
+    wanted = _with_beside(settings, architecture, model, quantization, groups)
+    if wanted is not None:
+        quantization, sized = sized_for(model, spec, wanted, settings.seed)
+    return CompressionPlan(
         quantization=quantization,
-        groups=(),
-        search=search_spec(settings, architecture),
+        groups=groups,
+        search=search,
         seed=settings.seed,
         sized=sized,
+        notes=tuple(found_notes),
     )
-    groups, found_notes = _groups(settings, architecture, model, example)
-    bind(model, groups, plan.search.reshapes)
-    by_layers = [group for group in groups if isinstance(group, Group)]
-    check_function(model, by_layers, example, plan.search.reshapes, settings.seed, architecture.outputs)
-    return replace(plan, groups=groups, notes=tuple(found_notes))
+
+
+def example_images(settings: Settings, architecture: Architecture) -> Tensor:
+    """Images (B, 3, H, W) to try a network on that is not trained."""
+    side = settings.calibration.image_size or architecture.image_size
+    return torch.randn(EXAMPLES, 3, side, side)
+
+
+def wanted_size(settings: Settings, architecture: Architecture, model: nn.Module) -> Budget | None:
+    """The size that is asked for, and what of it a file needs for what is not counted.
+
+    Args:
+        settings: of the job.
+        architecture: of the network.
+        model: the dense network, which is not trained.
+
+    Raises:
+        PlanError: a layer cannot be quantized as asked.
+        GroupError: a group does not fit.
+    """
+    if budget_of(settings.compression) is None:
+        return None
+    plan = make_plan(model, quantization_spec(settings))
+    groups, _ = _groups(settings, architecture, model, example_images(settings, architecture))
+    return _with_beside(settings, architecture, model, plan, groups)
+
+
+def _with_beside(
+    settings: Settings, architecture: Architecture, model: nn.Module, plan: Plan, groups: Sequence[AnyGroup]
+) -> Budget | None:
+    wanted = budget_of(settings.compression, "compression.")
+    if wanted is None or wanted.size is None:
+        return wanted
+    info = ModelInfo(
+        arch=architecture.name,
+        num_classes=n_outputs(architecture, model),
+        settings=compression_settings(settings),
+        producer=PRODUCER,
+    )
+    return replace(wanted, beside=bytes_beside(model, plan, groups, search_spec(settings, architecture).reshapes, info))
 
 
 def _groups(

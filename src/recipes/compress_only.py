@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..architectures.architecture import Architecture
 from ..architectures.named import find
 from ..common.errors import SettingsError
 from ..run.agreement import digest_of, first_here
@@ -17,14 +15,11 @@ from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import open_run
 from ..settings import Settings
-from .compress import compress_network, plan_compression, report_size
+from .compress import compress_network, example_images, plan_compression, report_size
 from .data import images_of_folder
 from .initial_model import starting_model
 from .show_plan import show_plan
 from .specs import with_current_names
-
-EXAMPLES = 2
-"""Images of the batch on which groups are tried: a norm over the batch needs more than one."""
 
 
 def compress_only(settings: Settings) -> int:
@@ -48,7 +43,7 @@ def compress_only(settings: Settings) -> int:
             raise SettingsError(f"model.weights: {weights} is a compressed model already; inspect and convert read it")
         model, images = start.model.eval(), images_of_folder(settings, architecture, run.engine.is_main)
         run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: digest_of([] if images is None else images.paths)})
-        plan = plan_compression(settings, architecture, model, example(settings, architecture))
+        plan = plan_compression(settings, architecture, model, example_images(settings, architecture))
         save = ModelWriter(settings, architecture, run.output)
         run.begin({}, save, "bits")
         model = compress_network(run, plan, model, None if images is None else images.read(run.engine.is_main))
@@ -58,12 +53,6 @@ def compress_only(settings: Settings) -> int:
             save(model.eval(), path, None)
         run.finish(None, results, path if settings.save_format == "pth" else path.with_suffix(".safetensors"))
     return 0
-
-
-def example(settings: Settings, architecture: Architecture) -> Tensor:
-    """Images (B, 3, H, W) to try a network on."""
-    side = settings.calibration.image_size or architecture.image_size
-    return torch.randn(EXAMPLES, 3, side, side)
 
 
 def _without_calibration(settings: Settings) -> Settings:

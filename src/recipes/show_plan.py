@@ -16,12 +16,14 @@ from ..common.errors import SettingsError
 from ..common.log import log, note
 from ..common.paths import write_atomically, write_text
 from ..compression.quantize.budget.tradeoff import Prediction, Tradeoff
+from ..compression.quantize.budget.wanted import Budget
 from ..run.chosen import losses_by_photos
-from ..run.compression_specs import budget_of, outlook, tradeoff_of
+from ..run.compression_specs import outlook, tradeoff_of
 from ..run.open_run import Job
 from ..run.processes import processes
 from ..settings import Settings
 from ..tasks.calibration import ImagesToShow
+from .compress import wanted_size
 from .data import images_of_folder
 from .initial_model import starting_model
 from .specs import quantization_spec
@@ -50,16 +52,16 @@ def show_plan(settings: Settings, architecture: Architecture, weights: str | Pat
         start = starting_model(settings, architecture, weights, architecture.n_classes, engine.is_main)
         if start.compressed is not None:
             raise SettingsError(f"model.weights: {weights} is a compressed model already; inspect shows what it holds")
-        tradeoff = _tradeoff(job, start.model.eval(), images)
+        budget = wanted_size(settings, architecture, start.model.eval())
+        tradeoff = _tradeoff(job, start.model, budget, images)
         if engine.is_main:
-            _show(settings, tradeoff, file, figure)
+            _show(tradeoff, budget, file, figure)
     return 0
 
 
-def _tradeoff(job: Job, model: nn.Module, images: ImagesToShow | None) -> Tradeoff:
+def _tradeoff(job: Job, model: nn.Module, wanted: Budget | None, images: ImagesToShow | None) -> Tradeoff:
     """What each plan would cost, by photos where there are some."""
     settings, engine = job.settings, job.engine
-    wanted = budget_of(settings.compression, "compression.")
     tradeoff = tradeoff_of(model, quantization_spec(settings), settings.seed, show_progress=engine.is_main)
     if wanted is not None:
         tradeoff.plan_for(wanted)  # what is impossible is told before photos are read
@@ -68,8 +70,7 @@ def _tradeoff(job: Job, model: nn.Module, images: ImagesToShow | None) -> Tradeo
     return tradeoff.with_losses(losses_by_photos(job, tradeoff, model, images.read(engine.is_main)))
 
 
-def _show(settings: Settings, tradeoff: Tradeoff, file: Path | None, figure: Any) -> None:
-    budget = budget_of(settings.compression, "compression.")
+def _show(tradeoff: Tradeoff, budget: Budget | None, file: Path | None, figure: Any) -> None:
     found = tradeoff.of_settings() if budget is None else tradeoff.plan_for(budget)
     for text in found.plan.notes:
         note(text)

@@ -80,7 +80,12 @@ class Sized:
         text = f"block length and centroids of {len(found.layers)} weights are chosen for {self.budget}"
         if found.unit:
             text += " by what losing them changes"
-        note = f"{text}: {outlook(found)} (as set: {outlook(self.tradeoff.of_settings())})"
+        beside = (
+            f", {self.budget.beside:,} bytes of a file for other things"
+            if self.budget.size and self.budget.beside
+            else ""
+        )
+        note = f"{text}: {outlook(found)}{beside} (as set: {outlook(self.tradeoff.of_settings())})"
         return replace(found.plan, notes=(*found.plan.notes, note))
 
 

@@ -37,17 +37,29 @@ def flags(start: Path) -> list[str]:
 
 def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    assert command.main([*flags, "--compression.size", "3KB", "--output_path", str(output)]) == 0
+    assert command.main([*flags, "--compression.size", "7KB", "--output_path", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "are chosen for compression.size 0.0029 MB (3,072 bytes)" in printed
+    assert "are chosen for compression.size 0.0068 MB (7,168 bytes)" in printed
+    beside = int(printed.split(" bytes of a file for other things")[0].split()[-1].replace(",", ""))
     results = json.loads((output / "results.json").read_text())
-    assert 0.98 * 3072 * 8 <= results["bits"] <= 3072 * 8
+    assert 0.98 * (7168 - beside) * 8 <= results["bits"] <= (7168 - beside) * 8
+    assert 7168 - 1100 <= (output / "model.safetensors").stat().st_size <= 7168
     packed = load_packed(output / "model.safetensors")
     assert packed.info.settings is not None
-    assert packed.info.settings["size"] == 3072
+    assert packed.info.settings["size"] == 7168
     assert len({(layer.d, layer.k) for layer in packed.layers.values()}) >= 2
-    assert command.main([*flags, "--compression.size", "3KB", "--output_path", str(tmp_path / "again")]) == 0
+    assert command.main([*flags, "--compression.size", "7KB", "--output_path", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("size", [300_000, 400_001])
+def test_a_file_is_hardly_smaller_than_the_wanted_size_and_never_larger(size: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quick = ["--model.compression_parameters.k_means_n_iters", "1", "--model.weights", "none"]
+    quick += ["--model.search", "published", "--model.sls_iterations", "10", "--calibration.image_size", "64"]
+    wanted = ["--model.arch", "squeezenet1_1", "--compression.size", str(size)]
+    assert command.main([*wanted, *quick, "--output_path", str(tmp_path)]) == 0
+    assert 0.995 * size <= (tmp_path / "model.safetensors").stat().st_size <= size
 
 
 def test_a_plan_is_shown_and_nothing_is_done(
@@ -71,7 +83,7 @@ def test_a_plan_is_shown_and_nothing_is_done(
 
 def test_the_curve_goes_into_a_file(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "new" / "curve.csv"
-    assert command.main([*flags, "--compression.size", "3KB", "--compression.plan", str(file)]) == 0
+    assert command.main([*flags, "--compression.size", "7KB", "--compression.plan", str(file)]) == 0
     rows = list(csv.DictReader(file.open()))
     assert len(rows) > 10
     sizes, losses = [int(row["bytes"]) for row in rows], [float(row["loss"]) for row in rows]

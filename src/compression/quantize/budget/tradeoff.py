@@ -212,10 +212,12 @@ class Tradeoff:
     def _impossible(self, budget: Budget, bits: int) -> str:
         verdict = "smaller" if bits < self.smallest else "larger"
         of_ratio = "" if budget.size is not None else f", that is {megabytes(bits)},"
+        beside = 0 if budget.size is None else 8 * budget.beside
+        smallest, largest = self.smallest + beside, self.largest + beside
         text = (
-            f"{budget}{of_ratio} is {verdict} than this network can be made: from {megabytes(self.smallest)} "
-            f"({-(-self.smallest // 8):,} bytes, {self.dense_bits / self.smallest:.2f} times smaller) to "
-            f"{megabytes(self.largest)} ({self.largest // 8:,} bytes, {self.dense_bits / self.largest:.2f} times "
+            f"{budget}{of_ratio} is {verdict} than this network can be made: from {megabytes(smallest)} "
+            f"({-(-smallest // 8):,} bytes, {self.dense_bits / self.smallest:.2f} times smaller) to "
+            f"{megabytes(largest)} ({largest // 8:,} bytes, {self.dense_bits / self.largest:.2f} times "
             "smaller)"
         )
         if bits < self.smallest and self.plan.dense:

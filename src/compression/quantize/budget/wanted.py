@@ -13,16 +13,18 @@ class Budget:
         size: bytes of the whole network.
         ratio: how many times smaller than the dense network.
         prefix: what stands before the name of each in the user's settings.
+        beside: bytes of the size that a file needs for what is not counted.
     """
 
     size: int | None = None
     ratio: float | None = None
     prefix: str = ""
+    beside: int = 0
 
     def bits(self, dense_bits: int) -> int:
         """The most bits that are allowed, of a network of so many."""
         if self.size is not None:
-            return 8 * self.size
+            return 8 * (self.size - self.beside)
         assert self.ratio is not None, "a size or a ratio"
         return int(dense_bits / self.ratio)
 
