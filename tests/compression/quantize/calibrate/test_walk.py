@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src.common.errors import DataError
@@ -95,7 +94,8 @@ def test_detectors(make: Callable[[int], nn.Module], monkeypatch: pytest.MonkeyP
 def test_a_vision_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
-    net = VisionTransformer(**sizes).eval()
+    models = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
+    net = models.VisionTransformer(**sizes).eval()
     found, waiting, _ = both_ways(net, plan_of(net, 8), torch.randn(24, 3, 16, 16).split(8), monkeypatch)
     assert not found.plain
     assert waiting == 1 + 2 * 3
