@@ -110,7 +110,7 @@ def calibrate_figure(results: dict[str, Any]) -> Figure:
                 color=colour, label=label, markersize=15 if marker == "*" else 7, linewidth=2,
             )  # fmt: skip
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 4, 6, 8), numticks=20))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("MB of the quantized weights, codebooks included")
