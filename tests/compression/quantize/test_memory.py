@@ -14,9 +14,17 @@ def test_clustering_takes_a_few_times_the_layer_and_no_distance_matrix() -> None
     assert taken < 2.5 * weight  # the distances of all vectors to 256 centroids would be 28 times the weight
 
 
-@pytest.mark.parametrize("kind", ["kmeans", "src"])
-@pytest.mark.parametrize("pruned", [0.0, 0.5])
-@pytest.mark.parametrize("d", [2, 4, 9])
+QUICK = {(2, 0.5, "kmeans"), (4, 0.0, "src"), (9, 0.5, "src")}
+"""One of each value; all combinations take a minute."""
+CASES = [
+    pytest.param(d, pruned, kind, marks=() if (d, pruned, kind) in QUICK else pytest.mark.slow)
+    for d in (2, 4, 9)
+    for pruned in (0.0, 0.5)
+    for kind in ("kmeans", "src")
+]
+
+
+@pytest.mark.parametrize(("d", "pruned", "kind"), CASES)
 def test_quantizing_a_layer_takes_at_most_two_and_a_half_times_its_weight(d: int, pruned: float, kind: str) -> None:
     n = 12_000_000 // d
     assert in_a_process_of_its_own(quantize_a_layer, n, d, pruned, kind) < 2.5 * n * d * 4
