@@ -6,7 +6,6 @@ They are read once and kept as bytes, a quarter of what the network is given.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..common.errors import DataError
 from ..common.log import log
 from ..common.progress import bar
 from ..common.randomness import stream
-from .folders import images_below, tell_others
+from .folders import unlabelled_images
 from .images import KEY as TRAINING_KEY
 from .images import ImageFolderIndex, check_images, some
 from .loading import EpochOrder, ImageDataset, Seeded, Unreadable, UnreadableFiles, batches, collate, make_loader
@@ -161,14 +160,7 @@ class CalibrationImages(ImagesToShow):
     """
 
     def __init__(self, folder: Path, spec: CalibrationSpec, show_progress: bool = True) -> None:
-        others: Counter[str] = Counter()
-        try:
-            paths = images_below(folder, others)
-        except OSError as error:
-            raise DataError(f"{KEY}: {folder} cannot be read: {error.strerror or error}") from error
-        if not paths:
-            raise DataError(f"{KEY}: there are no images below {folder}")
-        tell_others(folder, others)
+        paths = unlabelled_images(folder, KEY)
         chosen = [paths[number] for number in drawn(len(paths), spec)]
         index = ImageFolderIndex(folder, ("images",), chosen, [0] * len(chosen))
         resize = None if spec.image_size is None else spec.resize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,9 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Sampler
 
-from ..common.errors import DataError
 from ..common.randomness import stream
-from .folders import images_below, tell_others
+from .folders import unlabelled_images
 from .images import ImageFolderIndex
 from .loading import NO_LABEL, EpochOrder
 
@@ -40,14 +38,7 @@ def read_unlabelled(folder: Path) -> ImageFolderIndex:
     Raises:
         DataError: the folder cannot be read, or holds no image.
     """
-    others: Counter[str] = Counter()
-    try:
-        paths = images_below(folder, others)
-    except OSError as error:
-        raise DataError(f"{KEY}: {error.filename} cannot be read: {error.strerror}. Allow it.") from error
-    if not paths:
-        raise DataError(f"{KEY}: there are no images below {folder}; expected some, in whatever folders")
-    tell_others(folder, others)
+    paths = unlabelled_images(folder, KEY)
     return ImageFolderIndex(folder, ("without labels",), paths, [NO_LABEL] * len(paths))
 
 
