@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..common.errors import DataError
 from ..compression.quantize.calibrate.inputs import run_on
+from ..compression.quantize.calibrate.norms import channel_sums
 from .norms import fold_norm, folded_norms, scale_of, set_known_whole, unfold_norm
 
 
@@ -64,10 +65,7 @@ def reestimate_norms(
 
 def _add(sums: Tensor, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """Add count, sum and sum of squares of every channel of the input (B, C, ...) to `sums` (3, C)."""
-    values = inputs[0].detach().float().transpose(0, 1).flatten(1)  # (C, N)
-    variance, mean = (one.double().cpu() for one in torch.var_mean(values, dim=1, correction=0))
-    n = values.shape[1]
-    sums += n * torch.stack([torch.ones_like(mean), mean, variance + mean**2])
+    sums += channel_sums(inputs[0].detach()).cpu()
 
 
 def _make_whole(norm: _BatchNorm, mean: Tensor, square: Tensor) -> None:

@@ -80,12 +80,14 @@ def seen_by(inputs: Iterable[Sequence[Tensor]]) -> Statistics | None:
 
 def sums_of(inputs: Sequence[Tensor]) -> Tensor | None:
     """(3, C): count, sum and sum of squares of all (N, C, ...); None: there are none."""
-    found = []
-    for values in inputs:
-        channels = values.float().transpose(0, 1).flatten(1)
-        variance, mean = (wide(one) for one in torch.var_mean(channels, dim=1, correction=0))
-        found.append(channels.shape[1] * torch.stack([torch.ones_like(mean), mean, variance + mean.square()]))
-    return added(found)
+    return added(map(channel_sums, inputs))
+
+
+def channel_sums(values: Tensor) -> Tensor:
+    """(3, C): count, sum and sum of squares of the values (N, C, ...) of each channel."""
+    channels = values.float().transpose(0, 1).flatten(1)
+    variance, mean = (wide(one) for one in torch.var_mean(channels, dim=1, correction=0))
+    return channels.shape[1] * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
 
 
 def added(sums: Iterable[Tensor | None]) -> Tensor | None:
