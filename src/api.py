@@ -95,13 +95,13 @@ def compress(
     given, wanted = model_settings(settings), budget_settings(settings)
     _check_dense(model)
     batches = None if calibration is None else batches_of(calibration)
-    spec, search = quantization_of(given), search_of(given)
+    spec, search, known = quantization_of(given), search_of(given), ModelInfo(settings=_known(given, wanted, seed))
     check_weights(model, plan := make_plan(model, spec))
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
     _check_groups(model, found, search.reshapes, seed, example_inputs)
-    known = ModelInfo(settings=_known(given, wanted, seed))
     if (budget := budget_of(wanted)) is not None:
-        budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
+        if budget.size is not None:
+            budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
         plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
         if sized is not None and batches is not None:
             plan = _chosen(model, sized, batches, seed, device, show_progress)

@@ -114,8 +114,9 @@ def wanted_size(settings: Settings, architecture: Architecture, model: nn.Module
         PlanError: a layer cannot be quantized as asked.
         GroupError: a group does not fit.
     """
-    if budget_of(settings.compression) is None:
-        return None
+    wanted = budget_of(settings.compression, "compression.")
+    if wanted is None or wanted.size is None:  # channels need not be followed for it
+        return wanted
     plan = make_plan(model, quantization_spec(settings))
     groups, _ = _groups(settings, architecture, model, example_images(settings, architecture))
     return _with_beside(settings, architecture, model, plan, groups)
