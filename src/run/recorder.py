@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -30,6 +31,9 @@ Save = Callable[[nn.Module, Path, Mapping[str, float] | None], None]
 
 VALIDATION_TAGS = ("loss", "accuracy", "accuracy_top5", "BoxAP", "MaskAP")
 """Metrics that go to TensorBoard and to the screen; all of them are kept in results.json."""
+
+EVENTS = "events.out.tfevents."
+"""How the names of TensorBoard's files begin."""
 
 
 class RunRecorder:
@@ -63,6 +67,7 @@ class RunRecorder:
         purge = None if after_step is None else after_step + 1
         self._log = folder.path / "tensorboard"
         with self._disk():
+            sort_before_now(self._log)
             self._writer = SummaryWriter(str(self._log), purge_step=purge, flush_secs=10)
 
     @contextmanager
@@ -161,6 +166,29 @@ class RunRecorder:
         """Close the log."""
         with suppress(OSError):  # `flush` has said what there is to say
             self._writer.close()
+
+
+def sort_before_now(log_folder: Path) -> None:
+    """See to it that every event file sorts before one that is opened now.
+
+    TensorBoard reads the files of a folder by their names, `events.out.tfevents.<second>.<host>.<process>.<count>`.
+    Files of one second are not in the order in which they were opened (count 10 sorts before 9), and a clock may have
+    been set back since: what a resumed run logged would be hidden, as if it had come before.
+
+    Raises:
+        OSError: a file cannot be renamed.
+    """
+    before = int(time.time()) - 1
+    late = [path for path in sorted(log_folder.glob(f"{EVENTS}*")) if event_second(path) >= before]
+    for index, path in enumerate(late):
+        rest = path.name.removeprefix(EVENTS).partition(".")[2]
+        path.rename(path.with_name(f"{EVENTS}{before:010d}.{index:04d}.{rest}"))
+
+
+def event_second(path: Path) -> int:
+    """When an event file was opened, in seconds, by its name; -1 where the name does not say."""
+    second = path.name.removeprefix(EVENTS).partition(".")[0]
+    return int(second) if second.isdecimal() else -1
 
 
 def outcome_text(metric: str, outcome: Outcome) -> str:
