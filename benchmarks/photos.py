@@ -81,7 +81,7 @@ def resnet18_cifar10(weights: Path | None, photos: Path | None, count: int, iter
         shown, scored, labels = noise[:count], noise[count:], torch.zeros(64, dtype=torch.int64)
     else:
         shown, _ = _photos(_drawn(_files(photos / "train"), count), SIDE, SIDE, MEAN, STD)
-        scored, labels = _photos(_files(photos / "val"), SIDE, SIDE, MEAN, STD)
+        scored, labels = photos_of(photos / "val", SIDE)
     spec = QuantizationSpec(
         k_means_n_iters=iterations, ignored_modules=("conv1",), layer_specs={"fc": LayerSpec(k=2048)}
     )
@@ -119,6 +119,12 @@ def lite0_imagenet(photos: Path | None, count: int, iterations: int) -> Subject:
     spec = QuantizationSpec(k_means_n_iters=iterations, ignored_modules=kernels)
     settings = {f"d = 4, k = {k}": replace(spec, k=k) for k in (256, 128, 64)}
     return Subject("EfficientNet-Lite0, ImageNet", model, shown.split(50), scored.split(50), labels, settings)
+
+
+def photos_of(folder: Path, side: int) -> tuple[Tensor, Tensor]:
+    """All photos of a folder of classes, scaled to `side` and normalised as for ImageNet (N, 3, side, side), and their
+    classes (N,)."""
+    return _photos(_files(folder), side, side, MEAN, STD)
 
 
 def _files(folder: Path) -> list[tuple[Path, int]]:
