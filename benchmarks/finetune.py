@@ -42,6 +42,7 @@ from .report import machine, print_machine, print_table, verdict, write_json
 
 ROOT = Path(__file__).parent.parent
 KL = ("--distillation.weight", "1")
+MIX = ("--distillation.weight", "0.5", "--distillation.labels", "0.5")
 WAYS: Mapping[str, Sequence[str]] = {
     "published": ("--recipe", "published"),
     "best": (),
@@ -52,7 +53,7 @@ WAYS: Mapping[str, Sequence[str]] = {
     "KL, T = 2": (*KL, "--distillation.temperature", "2"),
     "KL, T = 4": (*KL, "--distillation.temperature", "4"),
     "KL, T = 8": (*KL, "--distillation.temperature", "8"),
-    "KL and labels": ("--distillation.weight", "0.5", "--distillation.labels", "0.5"),
+    "KL and labels": MIX,
     "KL and some labels": (*KL, "--distillation.labels", "0.1"),
     "KL and stages": (*KL, "--distillation.features", "1"),
     "KL and stages, 5": (*KL, "--distillation.features", "5"),
@@ -80,7 +81,14 @@ WAYS: Mapping[str, Sequence[str]] = {
     "KL, T = 4, rate 2e-4": (*KL, "--distillation.temperature", "4", "--learning_rate", "2e-4"),
     "labels, rate 5e-4": ("--distillation.weight", "0", "--learning_rate", "5e-4"),
     "KL, rate 2e-3": (*KL, "--learning_rate", "2e-3"),
-    "KL, codebooks' rate 2e-4": (*KL, "--codebook_learning_rate", "2e-4"),
+    "KL and labels, codebooks' rate 0.5": (
+        *MIX,
+        "--codebook_learning_rate",
+        "0.5",
+    ),
+    "KL, codebooks' rate 0.5": (*KL, "--codebook_learning_rate", "0.5"),
+    "KL, T = 4, codebooks' rate 0.5": (*KL, "--distillation.temperature", "4", "--codebook_learning_rate", "0.5"),
+    "KL, T = 4, codebooks' rate 0.2": (*KL, "--distillation.temperature", "4", "--codebook_learning_rate", "0.2"),
     "KL, average": (*KL, "--ema", "0.99"),
     "KL, warm-up": (*KL, "--lr_scheduler.warmup", "20"),
     "KL, other crops": (*KL, "--dataloader.crop", "random_resized"),

@@ -106,6 +106,7 @@ def compress(
         if sized is not None and batches is not None:
             plan = _chosen(model, sized, batches, seed, device, show_progress)
     measure = candidate_distortion(plan, seed)
+    search = replace(search, thorough=batches is None)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)

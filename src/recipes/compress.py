@@ -184,7 +184,7 @@ def compress_network(
         quantization = chosen_by_photos(run, plan.sized, model, images)
     else:
         quantization = agreed(run.engine, plan.quantization)
-    plan = replace(plan, quantization=quantization)
+    plan = replace(plan, quantization=quantization, search=replace(plan.search, thorough=images is None))
     for text in (*quantization.notes, *plan.notes):
         note(text)
     permuted = _permute(run, plan, model)

@@ -30,12 +30,16 @@ class SearchSpec:
         search_seconds: `best` stops in all groups after about so long; the result then depends on the machine. None: no
             limit.
         permutation_specs: by name of the child.
+        thorough: False: `best` only tries the paper's swaps, on all children. What its further searches gain for the
+            weights, most of its time, is nothing for the outputs of a network that is calibrated afterwards
+            (docs/measurements.md).
     """
 
     search: str = "best"
     sls_iterations: int = 10_000
     search_seconds: float | None = None
     permutation_specs: Mapping[str, PermutationSpec] = field(default_factory=dict)
+    thorough: bool = True
 
     @property
     def reshapes(self) -> dict[str, tuple[int, ...]]:

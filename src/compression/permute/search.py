@@ -132,9 +132,10 @@ distortion."""
 
 
 GroupSearch = Callable[
-    [GroupObjective, int, int, torch.Generator, "float | None", "CandidateMeasure | None"], SearchResult
+    [GroupObjective, int, int, torch.Generator, "float | None", "CandidateMeasure | None", bool], SearchResult
 ]
-"""Objective, blocks, swaps, generator, deadline, measure -> result; the arguments are those of `search_best`."""
+"""Objective, blocks, swaps, generator, deadline, measure, thorough -> result; the arguments are those of
+`search_best`."""
 
 
 def search_published(
@@ -144,6 +145,7 @@ def search_published(
     generator: torch.Generator,
     deadline: float | None = None,  # noqa: ARG001 (of GroupSearch)
     measure: CandidateMeasure | None = None,  # noqa: ARG001 (of GroupSearch)
+    thorough: bool = True,  # noqa: ARG001 (of GroupSearch)
 ) -> SearchResult:
     """The paper's search: greedy start, then `n_tries` swaps. It always ends, and needs no measure."""
     return search(objective, n_blocks, n_tries, generator)
@@ -156,18 +158,17 @@ def search_best(
     generator: torch.Generator,
     deadline: float | None = None,
     measure: CandidateMeasure | None = None,
+    thorough: bool = True,
 ) -> SearchResult:
     """As good a permutation as swaps, assignments and annealing find; stops when they no longer gain.
 
     1. The published candidate: the greedy start with `n_tries` swaps, but scored on all children.
     2. A descent from the identity: linear assignments, which move many channels at once, then swaps, until a chunk of
-    them gains
-       next to nothing. It may end in another local minimum than the first.
-    3. Simulated annealing of the better of the two, which leaves their local minima, and a descent from the best that
-    it met. 4. The candidate of the lowest score is taken. The score is exact for Gaussian subvectors only, and real
-    ones are not: with
-       `measure` the distortion of that candidate is compared with those of the published candidate and of the identity,
-       and one of these replaces it where it is better by more than the standard error.
+       them gains next to nothing. It may end in another local minimum than the first.
+    3. Simulated annealing of the better of the two, which leaves their local minima, and a descent from the best.
+    4. The candidate of the lowest score is taken. The score is exact for Gaussian subvectors only: with `measure` the
+       distortion of that candidate is compared with those of the published candidate and of the identity, and one of
+       these replaces it where it is better by more than the standard error.
 
     How many swaps are tried depends on the group alone: the same seed gives the same result, unless a `deadline` cuts
     it short.
@@ -179,6 +180,7 @@ def search_best(
         generator: draws the swaps.
         deadline: a time of time.monotonic() after which no further step is begun; None: none.
         measure: estimates the distortion that a permutation leaves; None: the score decides.
+        thorough: False leaves out steps 2 and 3.
     """
     identity = np.arange(objective.n_channels)
     objective.reset(identity)
@@ -194,11 +196,11 @@ def search_best(
     stochastic(objective, n_blocks, n_tries, generator)
     published = objective.permutation.copy()
     candidates.append((objective.value, published))
-    if not _late(deadline):
+    if thorough and not _late(deadline):
         objective.reset(identity)
         _descend(objective, n_blocks, generator, deadline)
         candidates.append((objective.value, objective.permutation.copy()))
-    if not _late(deadline):
+    if thorough and not _late(deadline):
         objective.reset(lowest())
         _anneal(objective, n_blocks, generator, deadline)
         _descend(objective, n_blocks, generator, deadline)

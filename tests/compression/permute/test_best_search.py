@@ -239,3 +239,12 @@ def test_half_a_gram_matrix_is_that_of_a_plain_product(released: bool, monkeypat
     for columns in (weight, weight[:, ::2], weight[:3], np.asfortranarray(weight), weight[:1, :1]):
         found = np.triu(gram.upper_gram(columns, 0.25))
         np.testing.assert_allclose(found, np.triu(columns.T @ columns) / 4, atol=1e-12)
+
+
+def test_a_search_that_is_not_thorough_is_the_papers_on_all_children() -> None:
+    """The thorough one begins with it and is never worse."""
+    for seed in range(3):
+        brief = search_best(together(KINDS[:3], seed), 1, 1000, stream(seed), thorough=False)
+        swaps = search(together(KINDS[:3], seed), 1, 1000, stream(seed))
+        assert torch.equal(brief.permutation, swaps.permutation)
+        assert search_best(together(KINDS[:3], seed), 1, 1000, stream(seed)).after <= brief.after <= brief.before
