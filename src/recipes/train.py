@@ -178,7 +178,8 @@ def learn_from_teacher(
         return None
     why = why_not or (_nothing_to_teach(run.settings, architecture, start, weights) if source is None else "")
     if why and not any(key.startswith("distillation.") for key in explicit_keys(run.settings)):
-        note(f"nothing is learnt from a teacher: {why}")
+        if run.settings.model.use_compression:
+            note(f"nothing is learnt from a teacher: {why}")
         return None
     if why:
         raise SettingsError(

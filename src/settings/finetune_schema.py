@@ -13,17 +13,17 @@ class DistillationSettings(Section):
     """What is learnt from the answers of a teacher, the dense network, instead of labels or beside them."""
 
     weight: RealFromZero = Field(
-        0.0,
+        1.0,
         description=(
             "Weight of the divergence (KL) of the network's answers from the teacher's; 0: no teacher. It helps where "
             "training images are few, as the teacher says more of an image than its label does."
         ),
     )
     temperature: RealAboveZero = Field(
-        2.0, description="What logits are divided by first: the larger, the more unlikely classes count."
+        4.0, description="What logits are divided by first: the larger, the more unlikely classes count."
     )
     labels: RealFromZero = Field(
-        0.0, description="Weight of the loss by labels beside the teacher; it helps where the teacher is often wrong."
+        1.0, description="Weight of the loss by labels beside the teacher; 0 where labels cannot be trusted."
     )
     features: RealFromZero = Field(
         0.0,

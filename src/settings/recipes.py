@@ -14,10 +14,14 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "best": {
         "model.search": "best",
         "calibration.use": True,
+        "distillation.weight": 1.0,
+        "codebook_learning_rate": 0.5,
     },
     "published": {
         "model.search": "published",
         "calibration.use": False,
+        "distillation.weight": 0.0,
+        "codebook_learning_rate": 1.0,
     },
 }
 """By recipe: dotted key -> its default."""

@@ -45,7 +45,7 @@ class Settings(Section):
     momentum: Annotated[Real, Ge(0), Lt(1), TRAINING] = Field(0.9, description="Momentum (sgd).")
     weight_decay: Annotated[RealFromZero, TRAINING] = Field(0.0, description="Weight of the L2 penalty.")
     codebook_learning_rate: Annotated[RealAboveZero, TRAINING] = Field(
-        1.0,
+        0.5,
         description=(
             "Learning rate of codebooks as a multiple of learning_rate; below 1 it helps where the codes fit well "
             "already and norms have most to learn."

@@ -180,7 +180,7 @@ def search_best(
         generator: draws the swaps.
         deadline: a time of time.monotonic() after which no further step is begun; None: none.
         measure: estimates the distortion that a permutation leaves; None: the score decides.
-        thorough: False leaves out steps 2 and 3.
+        thorough: False leaves out steps 2 and 3, and what `measure` is for.
     """
     identity = np.arange(objective.n_channels)
     objective.reset(identity)
@@ -206,7 +206,7 @@ def search_best(
         _descend(objective, n_blocks, generator, deadline)
         candidates.append((objective.value, objective.permutation.copy()))
     chosen = lowest()
-    if measure is not None and not _late(deadline):
+    if thorough and measure is not None and not _late(deadline):
         chosen = _best_measured([chosen, published, identity], measure)
     objective.reset(chosen)
     return _result(objective, before)
