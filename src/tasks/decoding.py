@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -31,10 +31,26 @@ UPRIGHT, ORIENTATIONS = 1, 8
 T = TypeVar("T")
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """The file of an image, to read from. Raises OSError where it cannot be opened."""
+    return open(path, "rb")
+
+
+def file_bytes(path: str | Path) -> bytes:
+    """The whole file of an image. Raises OSError where it cannot be read."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image of which only the header is read yet; to be closed. Raises whatever the decoder raises."""
+    return Image.open(path)
+
+
 def load_rgb(path: str | Path) -> Image.Image:
     """The decoded image as 8-bit RGB, whatever it was stored as. Raises whatever the decoder raises, and ValueError for
     values of which nobody knows what white is: see `reason`."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if problem := range_problem(image):
             raise ValueError(problem)
         if image.mode == "I" or image.mode.startswith("I;"):  # Pillow would clip such greys to white
@@ -102,8 +118,9 @@ def quick_check(path: str) -> str | None:
     """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is
     refused."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if size == 0:
                 return "the file is empty"
             with Image.open(file) as image:
@@ -155,7 +172,7 @@ def looks(paths: list[str], how: str, show: bool, place: Path, part: str = "all"
 def _look(path: str, check: Callable[[str], str | None]) -> Look:
     if problem := check(path):
         return Look(problem)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return Look(None, image.size, orientation_of(image))
 
 
