@@ -36,12 +36,6 @@ def open_file(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def file_bytes(path: str | Path) -> bytes:
-    """The whole file of an image. Raises OSError where it cannot be read."""
-    with open_file(path) as file:
-        return file.read()
-
-
 def open_image(path: str | Path) -> Image.Image:
     """An image of which only the header is read yet; to be closed. Raises whatever the decoder raises."""
     return Image.open(path)
