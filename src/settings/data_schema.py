@@ -109,6 +109,14 @@ class DataSettings(Section):
             f"images. {told(AUGMENTATIONS)}"
         ),
     )
+    decoding: Annotated[Literal["fast", "exact"], TRAINING, IMAGES_IN_FOLDERS] = Field(
+        "fast",
+        description=(
+            "How training images are decoded and scaled: fast, to within 1 of 255 of exact, but for JPEGs of at least "
+            "four times the size needed, which are decoded smaller; or exact, to the last bit as torchvision does it. "
+            "Validation is always exact."
+        ),
+    )
     min_size: Annotated[Positive | None, COCO] = Field(
         None,
         description=(

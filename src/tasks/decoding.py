@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -31,17 +31,61 @@ UPRIGHT, ORIENTATIONS = 1, 8
 T = TypeVar("T")
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """The file of an image, to read from. Raises OSError where it cannot be opened."""
+    return open(path, "rb")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image of which only the header is read yet; to be closed. Raises whatever the decoder raises."""
+    return Image.open(path)
+
+
 def load_rgb(path: str | Path) -> Image.Image:
     """The decoded image as 8-bit RGB, whatever it was stored as. Raises whatever the decoder raises, and ValueError for
     values of which nobody knows what white is: see `reason`."""
-    with Image.open(path) as image:
-        if problem := range_problem(image):
-            raise ValueError(problem)
-        if image.mode == "I" or image.mode.startswith("I;"):  # Pillow would clip such greys to white
-            return Image.fromarray(_grey(image)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:  # the same colours, without Pillow's warning
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
+    with open_image(path) as image:
+        return _rgb(image)
+
+
+def decoded(image: Image.Image, reduction: int = 1) -> Image.Image:
+    """An opened image, or one that is decoded already, as 8-bit RGB.
+
+    Args:
+        image: it; it is not to be decoded anew afterwards.
+        reduction: 2, 4 or 8 decodes one pixel where there are as many by as many: the discrete cosine transform of a
+            JPEG is then undone for its low frequencies alone. Only where `can_be_reduced`.
+
+    Raises:
+        DataError: it cannot be decoded; the message is the reason.
+    """
+    try:
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        return _rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for bad files
+        raise DataError(reason(error)) from error
+
+
+def can_be_reduced(image: Image.Image) -> bool:
+    """Whether an image is an opened JPEG of the usual kind (colours or greys) of which no pixel is decoded yet: its
+    size is known, and it can be decoded smaller."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and len(getattr(image, "tile", ())) == 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if problem := range_problem(image):
+        raise ValueError(problem)
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode == "I" or image.mode.startswith("I;"):  # Pillow would clip such greys to white
+        return Image.fromarray(_grey(image)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # the same colours, without Pillow's warning
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
 
 
 def range_problem(image: Image.Image) -> str | None:
@@ -102,8 +146,9 @@ def quick_check(path: str) -> str | None:
     """Check the file's header and end only. A file without its end marker is decoded, so nothing that decodes is
     refused."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if size == 0:
                 return "the file is empty"
             with Image.open(file) as image:
@@ -155,7 +200,7 @@ def looks(paths: list[str], how: str, show: bool, place: Path, part: str = "all"
 def _look(path: str, check: Callable[[str], str | None]) -> Look:
     if problem := check(path):
         return Look(problem)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return Look(None, image.size, orientation_of(image))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from ..decoding import UPRIGHT, load_rgb, orientation_of
+from ..decoding import UPRIGHT, load_rgb, open_image, orientation_of
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,7 +48,7 @@ def load_as_annotated(path: str, expected: tuple[int, int]) -> Image.Image:
         ValueError: it does not fit its annotations; further, whatever the decoder raises.
     """
     picture = load_rgb(path)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         orientation = orientation_of(image)
     problem = misfit(picture.size, orientation, expected)
     if problem is not None:
