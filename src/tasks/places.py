@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 ARCHIVE, TABLE = ".tar", ".arrow"
-INSIDE = re.compile(r"(?P<file>.+(?P<kind>\.tar|\.arrow))#(?P<name>.*)@(?P<start>\d+)\+(?P<size>\d+)", re.DOTALL | re.IGNORECASE)
+INSIDE = re.compile(r"(?is)(?P<file>.+(?P<kind>\.tar|\.arrow))#(?P<name>.*)@(?P<start>\d+)\+(?P<size>\d+)")
 CHANGED = "is shorter than when it was listed: it was cut off or changed meanwhile"
 
 

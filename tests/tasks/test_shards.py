@@ -130,7 +130,7 @@ def test_shards_of_all_splits_may_lie_beside_each_other(stored: Path, tmp_path: 
         assert list(map(file_bytes, found.paths)) == list(map(file_bytes, wanted.paths))
 
 
-def test_classes_have_the_names_of_a_file(stored: Path, tmp_path: Path, png: bytes) -> None:
+def test_classes_have_the_names_of_a_file(stored: Path, tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / name).symlink_to(stored / name)
     (tmp_path / "classes.txt").write_text("cat\ndog\nemu\nowl\n")
@@ -146,7 +146,7 @@ def test_classes_have_the_names_of_a_file(stored: Path, tmp_path: Path, png: byt
         refused(tmp_path, "classes.txt: expected the name of a class in every line, each once")
 
 
-def test_images_without_labels_are_found_below_a_folder(stored: Path, images: Path, tmp_path: Path, png: bytes) -> None:
+def test_images_without_labels_are_found_below_a_folder(tmp_path: Path, png: bytes) -> None:
     write_tar(tmp_path / "in" / "some" / "a.tar", [("1.png", png), ("2.png", png), ("2.json", b'{"text": "no label"}')])
     write_tar(tmp_path / "in" / "b.tar", [("3.png", png), ("3.cls", b"no number")])
     root, places = unlabelled(tmp_path / "in", "calibration.images")
@@ -156,7 +156,7 @@ def test_images_without_labels_are_found_below_a_folder(stored: Path, images: Pa
     assert unlabelled(tmp_path / "in", "calibration.images")[1] == [f"{tmp_path}/in/loose.png"]
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "a.tar.gz").write_bytes(gzip.compress(b""))
-    with pytest.raises(DataError, match="calibration.images: there are no images below .* compressed files"):
+    with pytest.raises(DataError, match=r"calibration.images: there are no images below .* compressed files"):
         unlabelled(tmp_path / "packed", "calibration.images")
 
 
@@ -275,7 +275,7 @@ def test_shards_without_images_or_with_doubtful_ones(tmp_path: Path, png: bytes)
     refused(tmp_path, "holds 0.png twice")
 
 
-def test_folders_beside_shards_are_refused(tmp_path: Path, png: bytes, images: Path) -> None:
+def test_folders_beside_shards_are_refused(tmp_path: Path, png: bytes) -> None:
     write_tar(tmp_path / "val" / "a.tar", [("0.png", png), ("0.cls", b"0")])
     (tmp_path / "val" / "cat").mkdir()
     refused(tmp_path, "holds shards (a.tar) and folders (cat)", "expected either")
