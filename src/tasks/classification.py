@@ -20,16 +20,14 @@ from ..compression.finetune.distillation import Distillation, watching
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
 from .batch_norms import check_lone_values
-from .images import KEY, ImageFolderIndex, check_same_classes, some
+from .images import FOLDERS, KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 from .places import describe
 from .transforms import Augmented, Transform, training_transform, validation_transform
 from .unlabelled import Unlabelled, with_unlabelled
 
 
-def check_classes(
-    n_classes: int, n_outputs: int, key: str = KEY, advice: str = "", called: str = ImageFolderIndex.called
-) -> None:
+def check_classes(n_classes: int, n_outputs: int, key: str = KEY, advice: str = "", called: str = FOLDERS) -> None:
     """Compare the number of classes with the outputs of a model.
 
     A label is a place in the list of classes (sorted, where they are folders): with another number of them the labels
@@ -39,7 +37,7 @@ def check_classes(
         DataError: the two differ.
     """
     if n_classes != n_outputs:
-        place = "sorted list of folders" if called == ImageFolderIndex.called else f"list of {called}"
+        place = "sorted list of folders" if called == FOLDERS else f"list of {called}"
         raise DataError(
             f"{key}: there are {n_classes:,} {called}, but the model has {n_outputs:,} outputs. A label is a place in "
             f"the {place}, so both must agree: use the data the model was trained for, or a model made for these "

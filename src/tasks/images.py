@@ -16,7 +16,7 @@ from ..common import progress
 from ..common.errors import DataError
 from .decoding import full_check, load_rgb, looks, quick_check, reason
 from .folders import EXTENSIONS, images_below, is_leaving, tell_others
-from .places import below, describe, is_inside
+from .places import below, describe
 from .shapes import too_long
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 KEY = "dataloader.imagenet_path"
+FOLDERS = "class folders"
 NAMED_AT_MOST = 5
 BadFiles = list[tuple[str, str]]
 """(path, reason) of files that cannot be read."""
@@ -47,7 +48,7 @@ class ImageFolderIndex:
     classes: tuple[str, ...]
     paths: list[str]
     labels: list[int]
-    called: str = "class folders"
+    called: str = FOLDERS
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,7 +57,7 @@ class ImageFolderIndex:
         """What tells these images from others: their paths below the root; where these do not say the class, with the
         label."""
         for path, label in zip(below(self.paths, self.root), self.labels, strict=True):
-            yield f"{path} {label}" if is_inside(path) else path
+            yield path if self.called == FOLDERS else f"{path} {label}"
 
 
 def some(names: Iterable[str], separator: str = ", ") -> str:

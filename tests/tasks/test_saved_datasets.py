@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -154,6 +155,32 @@ def test_an_unreadable_image_is_named_by_its_row(images: Path, tmp_path: Path) -
         ("#row 1", "not an image that Pillow can read"),
         ("#row 2", "the file is empty"),
     ]
+
+
+def test_what_the_package_finds_by_a_name_is_read_where_it_keeps_it(
+    images: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder below the current one stands for a data set of the hub: of tables that are converted, and of files."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, split in (("train", "train"), ("test", "validation")):
+        table = tmp_path / "owner" / "tables" / "data" / f"{name}-00000-of-00001.parquet"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        datasets.load_from_disk(str(stored))[split].to_parquet(str(table))
+        shutil.copytree(images / name.replace("test", "val"), tmp_path / "owner" / "files" / name)
+    wanted = [read_folder(images, split, False) for split in ("train", "val")]
+    for where in ("hf:owner/tables", "hf:owner/tables/default", "hf:owner/files"):
+        found = list_splits(where, ("train", "val"))
+        assert [index.classes for index in found] == [index.classes for index in wanted]
+        pictures = [sorted(zip(index.labels, map(file_bytes, index.paths), strict=True)) for index in (*found, *wanted)]
+        assert pictures[:2] == pictures[2:]
+        assert all(index.root.is_dir() for index in found)
+        if "tables" in where:  # which has the same name on every machine
+            assert not any(".." in line for index in found for line in index.listed())
+    with pytest.raises(DataError, match=r"hf:owner/tables/other cannot be fetched: .*default"):
+        list_splits("hf:owner/tables/other", ("train",))
 
 
 def test_a_name_on_the_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
