@@ -22,10 +22,10 @@ from src.demo import classification as demo
 from src.model_files.pth import read_tensors
 from src.settings import load
 from src.tasks.images import load_rgb, read_folder
-from src.tasks.transforms import validation_transform
 from tests.conftest import ROOT
 from tests.support import small_runs
 from tests.support.patience import PATIENCE
+from tests.support.showing import validation_transform
 
 SMALL = small_runs.training(batch=8, workers=0, sls=50, k_means=2)
 EVALUATE_SMALL = small_runs.evaluation()

@@ -108,6 +108,7 @@ def classification_task(
         channels_last=job.settings.channels_last,
         crop=data.crop,
         augmentation=data.augmentation,
+        decoding=data.decoding,
     )
     smoothing = job.settings.label_smoothing
     return Classification(

@@ -67,7 +67,7 @@ def _retake(run: Run, model: nn.Module, task: Task) -> None:
         nonlocal n_images
         for batch in _batches(run, task):
             n_images += len(batch)
-            yield batch.images
+            yield task.inputs(batch)
 
     names = retake_norms(model, images(), run.engine.device, _total(run))
     model.train(training)

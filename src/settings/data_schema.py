@@ -119,6 +119,14 @@ class DataSettings(Section):
             f"images. {told(AUGMENTATIONS)}"
         ),
     )
+    decoding: Annotated[Literal["fast", "exact"], TRAINING, IMAGES_IN_FOLDERS] = Field(
+        "fast",
+        description=(
+            "How training images are decoded and scaled: fast, JPEGs of at least four times the size that is needed at "
+            "a half to an eighth of theirs, which blurs them a little, and every other image to within 1 of 255 of "
+            "exact; or exact, to the last bit as torchvision's transforms, and as validation does it always."
+        ),
+    )
     min_size: Annotated[Positive | None, COCO] = Field(
         None,
         description=(

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torchvision.transforms import v2
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, v2
 
 from .augmentation_names import AUGMENTATIONS
 
@@ -21,6 +22,8 @@ says."""
 
 COLOUR = 0.4
 """Largest relative change of brightness, contrast and saturation."""
+AREAS, SHAPES = [0.08, 1.0], [3 / 4, 4 / 3]
+"""Of a crop of a random part: its share of the image's area, and its width by its height (Szegedy et al. 2015)."""
 
 
 def trivialaugment() -> Callable[[Any], Any]:
@@ -53,9 +56,11 @@ def random_erasing() -> Callable[[Any], Any]:
     return v2.RandomErasing(p=0.25, value=0)
 
 
-def random_resized_crop(size: int) -> Callable[[Any], Any]:
-    """A crop of 8 to 100 % of the area, with sides up to 4 : 3, scaled to size x size (Szegedy et al. 2015)."""
-    return v2.RandomResizedCrop(size, antialias=True)
+def random_part(image: Image.Image) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part of an image, which need not be decoded; from torch's global
+    generator."""
+    top, left, height, width = RandomResizedCrop.get_params(image, AREAS, SHAPES)
+    return left, top, left + width, top + height
 
 
 def made(names: Sequence[str], of: str) -> list[Callable[[Any], Any]]:

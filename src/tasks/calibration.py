@@ -23,7 +23,7 @@ from .images import ImageFolderIndex, check_images, some
 from .loading import EpochOrder, ImageDataset, Seeded, Unreadable, UnreadableFiles, batches, collate, make_loader
 from .places import below, describe
 from .splits import unlabelled
-from .transforms import crop_of_bytes, in_zero_to_one, normalized, whole_bytes
+from .transforms import Normalise, crop_of_bytes, in_zero_to_one, whole_bytes
 
 KEY = "calibration.images"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,6 +64,7 @@ class ImageBatches(Sequence[Any]):
         self, kept: Sequence[Tensor | tuple[Tensor, ...]], mean: Sequence[float], std: Sequence[float]
     ) -> None:
         self._kept, self._mean, self._std = kept, mean, std
+        self._normalise = Normalise(mean, std)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -77,7 +78,7 @@ class ImageBatches(Sequence[Any]):
             return ImageBatches(self._kept[number], self._mean, self._std)
         kept = self._kept[number]
         if isinstance(kept, Tensor):
-            return normalized(kept, self._mean, self._std)
+            return self._normalise(kept, torch.contiguous_format)
         return [in_zero_to_one(image) for image in kept]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -23,8 +22,10 @@ from .batch_norms import check_lone_values
 from .images import FOLDERS, KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
 from .places import describe
-from .transforms import Augmented, Transform, training_transform, validation_transform
+from .transforms import ImageSpec, Normalise, Transform
 from .unlabelled import Unlabelled, with_unlabelled
+
+__all__ = ["Classification", "ImageSpec", "check_batch_norms", "check_classes", "images_per_process"]
 
 
 def check_classes(n_classes: int, n_outputs: int, key: str = KEY, advice: str = "", called: str = FOLDERS) -> None:
@@ -43,39 +44,6 @@ def check_classes(n_classes: int, n_outputs: int, key: str = KEY, advice: str = 
             f"the {place}, so both must agree: use the data the model was trained for, or a model made for these "
             f"classes.{advice}"
         )
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How an image becomes what the network sees; the names are those of the settings.
-
-    Attributes:
-        resize: the images' short side is brought to this many pixels.
-        image_size: side of the square crop that the network sees; at most `resize`.
-        crop_padding: black pixels added on each side before a training crop.
-        horizontal_flip: mirror half of the training images.
-        mean, std: of the three channels, on the scale 0 to 1.
-        channels_last: hand the images to the network in this memory format.
-        crop: `random`, or `random_resized`, in training.
-        augmentation: names of what else is done to training images.
-    """
-
-    resize: int = 256
-    image_size: int = 224
-    crop_padding: int = 0
-    horizontal_flip: bool = True
-    mean: Sequence[float] = (0.485, 0.456, 0.406)
-    std: Sequence[float] = (0.229, 0.224, 0.225)
-    channels_last: bool = False
-    crop: str = "random"
-    augmentation: tuple[str, ...] = ()
-
-    def for_training(self) -> Transform:
-        """How training images are shown."""
-        how = (self.resize, self.image_size, self.crop_padding, self.horizontal_flip, list(self.mean), list(self.std))
-        if self.crop == "random" and not self.augmentation:
-            return training_transform(*how)
-        return Augmented(*how, resized_crop=self.crop == "random_resized", names=self.augmentation)
 
 
 def check_batch_norms(model: nn.Module, task: Classification, image_size: int) -> None:
@@ -146,9 +114,9 @@ class Classification:
         self._loading = (loading.batch_size, loading.num_workers, engine.device.type == "cuda")
 
         place = (loading.seed, engine.rank, engine.world_size)
-        to_validate = validation_transform(images.resize, images.image_size, images.mean, images.std)
+        self._normalise = Normalise(images.mean, images.std, engine.device)
         self._validation_order = EpochOrder(len(validation_index), loading.validation_shuffle, *place)
-        self._validation_loader = self._loader(validation_index, to_validate, self._validation_order)
+        self._validation_loader = self._loader(validation_index, images.for_validation(), self._validation_order)
         self._paths, self._train_paths = validation_index.paths, [] if train_index is None else train_index.paths
         self._train_loader: DataLoader | None = None
         self.steps_per_epoch = self.position = self.smallest_batch = 0
@@ -266,10 +234,13 @@ class Classification:
         counts = [hits[:, 0].sum(), hits.any(1).sum(), torch.tensor(len(batch), device=hits.device)]
         return torch.stack([loss, *(count.to(exact) for count in counts)])
 
+    def inputs(self, batch: Batch) -> Tensor:
+        """What the network sees of a batch, on its device: bytes travel there, and are normalised there."""
+        images = batch.images.to(self.engine.device, non_blocking=True)
+        return self._normalise(images, self.memory_format)
+
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        device = self.engine.device
-        images = batch.images.to(device, non_blocking=True, memory_format=self.memory_format)
-        return images, batch.labels.to(device, non_blocking=True)
+        return self.inputs(batch), batch.labels.to(self.engine.device, non_blocking=True)
 
     def _check_outputs(self, logits: Tensor) -> None:
         if logits.shape[1] < self.n_classes:  # on CUDA such a label would end in an assertion of the device

@@ -52,13 +52,47 @@ def load_rgb(path: str | Path) -> Image.Image:
     """The decoded image as 8-bit RGB, whatever it was stored as. Raises whatever the decoder raises, and ValueError for
     values of which nobody knows what white is: see `reason`."""
     with open_image(path) as image:
-        if problem := range_problem(image):
-            raise ValueError(problem)
-        if image.mode == "I" or image.mode.startswith("I;"):  # Pillow would clip such greys to white
-            return Image.fromarray(_grey(image)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:  # the same colours, without Pillow's warning
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
+        return _rgb(image)
+
+
+def decoded(image: Image.Image, reduction: int = 1) -> Image.Image:
+    """An opened image, or one that is decoded already, as 8-bit RGB.
+
+    Args:
+        image: it; it is not to be decoded anew afterwards.
+        reduction: 2, 4 or 8 decodes one pixel where there are as many by as many: the discrete cosine transform of a
+            JPEG is then undone for its low frequencies alone. Only where `can_be_reduced`.
+
+    Raises:
+        DataError: it cannot be decoded; the message is the reason.
+    """
+    try:
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        return _rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... for bad files
+        raise DataError(reason(error)) from error
+
+
+def can_be_reduced(image: Image.Image) -> bool:
+    """Whether an image is an opened JPEG of the usual kind (colours or greys) of which no pixel is decoded yet: its
+    size is known, and it can be decoded smaller."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and len(getattr(image, "tile", ())) == 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if problem := range_problem(image):
+        raise ValueError(problem)
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode == "I" or image.mode.startswith("I;"):  # Pillow would clip such greys to white
+        return Image.fromarray(_grey(image)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # the same colours, without Pillow's warning
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
 
 
 def range_problem(image: Image.Image) -> str | None:

@@ -172,7 +172,7 @@ class Detection:
     def training_loss(self, model: nn.Module, batch: DetectionBatch) -> StepLoss:
         """The sum of the network's losses on `batch`, or what `distillation` makes of that and of the teacher's
         answers; and each loss by its name with `loss_total`."""
-        images, targets = self._images(batch), [self._to_device(target) for target in batch.targets]
+        images, targets = self.inputs(batch), [self._to_device(target) for target in batch.targets]
         # torchvision draws the boxes to learn from out of torch's global generator: seeded, so that a step depends on
         # nothing before it
         torch.manual_seed(derived_seed(self.seed, "boxes to learn from", self._epoch, *batch.image_ids))
@@ -255,7 +255,8 @@ class Detection:
         advice = f" Use a smaller {_one_of(settings)}." if settings else ""
         return f"on the validation image {self.validation.path(image_id)} ({width}x{height} pixels).{advice}"
 
-    def _images(self, batch: DetectionBatch) -> list[Tensor]:
+    def inputs(self, batch: DetectionBatch) -> list[Tensor]:
+        """What the network sees of a batch, on its device."""
         return [image.to(self.engine.device, non_blocking=True) for image in batch.images]
 
     def _to_device(self, target: Mapping[str, Any]) -> dict[str, Tensor]:

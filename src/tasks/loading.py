@@ -6,7 +6,7 @@ An unreadable file travels to the main process as an `Unreadable`, which decides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -18,7 +18,8 @@ from ..common.errors import DataError, SettingsError
 from ..common.log import log
 from ..common.memory import TOO_MUCH, out_of_memory
 from ..common.randomness import stream
-from .images import ImageFolderIndex, load_rgb, reason, unreadable_error
+from .decoding import open_image, reason
+from .images import ImageFolderIndex, unreadable_error
 from .places import describe
 from .transforms import Transform
 from .workers import CollateToShip, LoadingFailed, Shipped, broken_loader, prepare_worker
@@ -74,7 +75,7 @@ class Unreadable:
 
 
 class ImageDataset(Dataset):
-    """Images by (epoch, number): a float32 tensor (3, H, W) and its label, or `Unreadable`."""
+    """Images by (epoch, number): what the transform makes of one, and its label, or `Unreadable`."""
 
     def __init__(self, index: ImageFolderIndex, transform: Transform, seed: int) -> None:
         self.index = index
@@ -88,24 +89,23 @@ class ImageDataset(Dataset):
         epoch, i = key
         path = self.index.paths[i]
         try:
-            image = load_rgb(path)
-        except MemoryError:
-            return Unreadable(path, TOO_MUCH)
-        except (
-            Exception
-        ) as error:  # any decoder's complaint about a bad file; ours to report, not to die of in a worker
-            return Unreadable(path, reason(error))
-        try:
-            seen = self.transform(image, stream(self.seed, "augmentation", epoch, i))
-        except DataError as error:
-            return Unreadable(path, str(error))
+            image = open_image(path)
+        except Exception as error:  # any complaint about a bad file; ours to report, not to die of in a worker
+            return Unreadable(path, TOO_MUCH if isinstance(error, MemoryError) else reason(error))
+        with image:
+            try:
+                seen = self.transform(image, stream(self.seed, "augmentation", epoch, i))
+            except MemoryError:
+                return Unreadable(path, TOO_MUCH)
+            except DataError as error:
+                return Unreadable(path, str(error))
         return seen, self.index.labels[i]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (N, 3, H, W) float32, labels (N,) int64, and the files of this batch that could not be read (not counted
-    in N). Images without a label come after the others, with `NO_LABEL`."""
+    """Images (N, 3, H, W) uint8, or float32 where they are normalised already, labels (N,) int64, and the files of this
+    batch that could not be read (not counted in N). Images without a label come after the others, with `NO_LABEL`."""
 
     images: Tensor
     labels: Tensor
@@ -128,8 +128,16 @@ def collate(items: list[tuple[Tensor, int] | Unreadable]) -> Batch:
     """A batch of the readable items; the others are kept beside it."""
     good = [item for item in items if not isinstance(item, Unreadable)]
     bad = tuple(item for item in items if isinstance(item, Unreadable))
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    images = _stacked([image for image, _ in good]) if good else torch.empty(0)
     return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), bad)
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images (3, H, W) as one tensor. Where the colours of a pixel lie together in memory they stay so
+    (`torch.channels_last`): what is copied then is whole rows."""
+    if all(image.stride(0) == 1 for image in images):
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return torch.stack(list(images))
 
 
 class HasUnreadable(Protocol):

@@ -60,15 +60,24 @@ class LoadingFailed:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in a block."""
+    """Where a tensor lies in a block, and whether there with the colours of a pixel together."""
 
     start: int
     shape: torch.Size
     dtype: torch.dtype
+    channels_last: bool
 
     @property
     def n_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+    def within(self, block: Tensor) -> Tensor:
+        """The tensor, in the memory of the block."""
+        values = block[self.start : self.start + self.n_bytes].view(self.dtype)
+        if self.channels_last:
+            n, channels, height, width = self.shape
+            return values.view(n, height, width, channels).permute(0, 3, 1, 2)
+        return values.view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -89,12 +98,7 @@ class Shipped:
 
     def unpacked(self) -> Any:
         """The batch; its tensors share the memory of `block`."""
-
-        def tensor_at(place: _Place) -> Tensor:
-            values = self.block[place.start : place.start + place.n_bytes]
-            return values.view(place.dtype).view(place.shape)
-
-        return _exchange(self.rest, _Place, tensor_at)
+        return _exchange(self.rest, _Place, lambda place: place.within(self.block))
 
 
 def pack(batch: Any) -> Shipped:
@@ -104,24 +108,22 @@ def pack(batch: Any) -> Shipped:
         RuntimeError: there is not enough shared memory.
         OSError: there are too many open files.
     """
-    tensors: list[Tensor] = []
+    placed: list[tuple[Tensor, _Place]] = []
     end = 0
 
     def place_of(tensor: Tensor) -> _Place:
         nonlocal end
-        place = _Place(start=end, shape=tensor.shape, dtype=tensor.dtype)
-        tensors.append(tensor)
+        channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+        place = _Place(start=end, shape=tensor.shape, dtype=tensor.dtype, channels_last=channels_last)
+        placed.append((tensor, place))
         end += -(-place.n_bytes // ALIGNMENT) * ALIGNMENT
         return place
 
     rest = _exchange(batch, Tensor, place_of)
     storage = torch.UntypedStorage._new_shared(max(end, ALIGNMENT), device="cpu")
     shipped = Shipped(torch.empty(0, dtype=torch.uint8).set_(storage), rest)
-    start = 0
-    for tensor in tensors:
-        n_bytes = tensor.numel() * tensor.itemsize
-        shipped.block[start : start + n_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        start += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+    for tensor, place in placed:
+        place.within(shipped.block).copy_(tensor)
     return shipped
 
 

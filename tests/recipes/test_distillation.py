@@ -14,7 +14,6 @@ from src import train_classifier, train_detector
 from src.model_files.pth import read_tensors
 from src.settings import load
 from src.tasks.images import load_rgb, read_folder
-from src.tasks.transforms import validation_transform
 from tests.conftest import write_images
 from tests.run.test_resume import at_step, stopped
 from tests.support import small_runs
@@ -22,6 +21,7 @@ from tests.support.coco import small_coco
 from tests.support.detectors import fasterrcnn
 from tests.support.helpers import lively, quantized
 from tests.support.own_network import Net
+from tests.support.showing import validation_transform
 from tests.test_entries import paths, refused, scalars
 from tests.test_maskrcnn_entries import QUICK as QUICK_DETECTION
 

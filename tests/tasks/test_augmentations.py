@@ -17,6 +17,7 @@ from src.settings import Settings, load
 from src.tasks.augmentation_names import AUGMENTATIONS
 from src.tasks.classification import ImageSpec
 from src.tasks.transforms import Transform
+from tests.support.showing import seen
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -29,7 +30,7 @@ def image() -> Image.Image:
 
 
 def shown(transform: Transform, image: Image.Image, seed: int) -> Tensor:
-    return transform(image, stream(seed, "augmentation"))
+    return seen(transform, MEAN, STD)(image, stream(seed, "augmentation"))
 
 
 def images_of(**changes) -> Transform:
@@ -64,7 +65,7 @@ def test_without_any_of_them_images_are_those_of_before(image: Image.Image) -> N
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1).float() / 255
         wanted = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-        assert torch.allclose(shown(images_of(), image, seed), wanted, atol=1e-6)
+        assert torch.allclose(shown(images_of(decoding="exact"), image, seed), wanted, atol=1e-6)
 
 
 def test_a_resized_crop_shows_parts_of_every_size_and_no_padding() -> None:
@@ -73,7 +74,7 @@ def test_a_resized_crop_shows_parts_of_every_size_and_no_padding() -> None:
     transform = ImageSpec(36, 32, mean=(0, 0, 0), std=(1, 1, 1), crop="random_resized").for_training()
     widths = []
     for seed in range(60):
-        red = shown(transform, ramp, seed)[0]
+        red = seen(transform, (0, 0, 0), (1, 1, 1))(ramp, stream(seed, "augmentation"))[0]
         assert float(red.max() - red.min()) <= 1
         widths.append(float(red.max() - red.min()))
     assert min(widths) < 0.5 < 0.8 < max(widths)

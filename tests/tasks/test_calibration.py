@@ -14,8 +14,8 @@ from src.tasks.coco.calibration import training_images as coco_images
 from src.tasks.coco.data import read_coco
 from src.tasks.coco.loading import CocoDataset
 from src.tasks.images import load_rgb, read_folder
-from src.tasks.transforms import validation_transform
 from tests.support.coco import small_coco
+from tests.support.showing import validation_transform
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SPEC = CalibrationSpec(count=10, batch_size=4, image_size=16, resize=20, mean=MEAN, std=STD, seed=3)

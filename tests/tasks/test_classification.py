@@ -19,7 +19,7 @@ from src.common.randomness import stream
 from src.compression.finetune.task import Task
 from src.tasks.classification import Classification, ImageSpec, check_batch_norms, check_classes, images_per_process
 from src.tasks.images import ImageFolderIndex, read_folder
-from src.tasks.loading import Batch, LoaderSpec
+from src.tasks.loading import Batch, LoaderSpec, collate
 from tests.support.logs import logged
 
 N_CLASSES, EACH = 3, 7
@@ -165,7 +165,7 @@ def test_metrics_equal_those_counted_by_hand(indices):
     task, model = make_task(indices, channels_last=True), small_model(8).eval()
     dataset = task._validation_loader.dataset
     with torch.no_grad():
-        logits = model(torch.stack([dataset[(0, i)][0] for i in range(21)]))
+        logits = model(task.inputs(collate([dataset[(0, i)] for i in range(21)])))
     labels = torch.tensor(indices[1].labels)
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
     found = task.validate(model, "v")
@@ -204,7 +204,8 @@ def test_training_loss(indices, amp):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     if amp == "none":
         assert torch.equal(
-            step.loss.detach(), nn.functional.cross_entropy(small_model().train()(batch.images), batch.labels).detach()
+            step.loss.detach(),
+            nn.functional.cross_entropy(small_model().train()(task.inputs(batch)), batch.labels).detach(),
         )
 
 
@@ -378,10 +379,11 @@ def test_running_out_of_memory_names_the_images_in_training_and_in_validation(in
     assert all(path in str(caught.value) for path in validation.paths[:3])
 
 
-def test_an_image_that_cannot_be_loaded_for_want_of_memory_is_not_skipped(indices, monkeypatch):
+@pytest.mark.parametrize("place", ["loading.open_image", "decoding._rgb"])
+def test_an_image_that_cannot_be_loaded_for_want_of_memory_is_not_skipped(indices, place, monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr("src.tasks.loading.load_rgb", no_memory)
+    monkeypatch.setattr(f"src.tasks.{place}", no_memory)
     with pytest.raises(RunError, match=r"out of memory on an image, .*png"):
         next(make_task(indices, skip_unreadable=True).training_batches(1))

@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from src.common.errors import DataError
 from src.common.randomness import stream
+from src.tasks.classification import ImageSpec
 from src.tasks.images import (
     check_images,
     check_same_classes,
@@ -26,8 +27,8 @@ from src.tasks.images import (
     require_readable,
 )
 from src.tasks.loading import Batch, EpochOrder, ImageDataset, Unreadable, collate
-from src.tasks.transforms import training_transform, validation_transform
 from tests.conftest import DATA
+from tests.support.showing import training_transform, validation_transform
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -382,10 +383,10 @@ def test_flips_do_not_move_crops_and_padding_is_black():
 
 def test_dataset_depends_on_seed_epoch_and_number_alone(tmp_path):
     index = read_folder(make_folder(tmp_path), "val", False)
-    transform = training_transform(28, 16, 0, True, MEAN, STD)
+    transform = ImageSpec(28, 16).for_training()
     dataset = ImageDataset(index, transform, seed=3)
     image, label = dataset[(1, 4)]
-    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.float32, 1)
+    assert (image.shape, image.dtype, label) == ((3, 16, 16), torch.uint8, 1)
     torch.rand(7)
     assert torch.equal(image, dataset[(1, 4)][0])
     assert not torch.equal(image, dataset[(2, 4)][0])

@@ -93,14 +93,15 @@ def test_labels_count_only_where_there_are_any_and_the_teacher_everywhere(folder
     with torch.no_grad():
         teacher[5].weight.mul_(-2)
     batch = next(task.training_batches(1))
-    logits = model(batch.images)
+    images = task.inputs(batch)
+    logits = model(images)
     hits = (logits[:5].argmax(1) == batch.labels[:5]).float().mean() * 100
     alone = task.training_loss(model, batch)
     assert torch.allclose(alone.loss, F.cross_entropy(logits[:5], batch.labels[:5]))
     assert float(alone.scalars["accuracy"]) == float(hits)
     task.distillation = Distillation(copy.deepcopy(teacher), DistillationSpec(weight=2.0, labels=0.5))
     found = task.training_loss(model, batch)
-    kl = divergence(logits, teacher(batch.images), 2.0)
+    kl = divergence(logits, teacher(images), 2.0)
     assert torch.allclose(found.loss, 2.0 * kl + 0.5 * F.cross_entropy(logits[:5], batch.labels[:5]), rtol=1e-5)
     assert found.n_images == 8
     assert {"accuracy", "divergence", "cross_entropy"} == found.scalars.keys()
@@ -111,7 +112,7 @@ def test_smoothed_labels_are_a_mixture_with_all_classes(folder: Path) -> None:
     how = ImageSpec(18, 16), LoaderSpec(batch_size=5, show_progress=False)
     task = Classification(FakeEngine(), *splits, *how, label_smoothing=0.3)
     model, batch = small_model().eval(), next(task.training_batches(1))
-    logs = model(batch.images).log_softmax(1)
+    logs = model(task.inputs(batch)).log_softmax(1)
     wanted = 0.7 * F.nll_loss(logs, batch.labels) - 0.3 * logs.mean()
     assert torch.allclose(task.training_loss(model, batch).loss, wanted, rtol=1e-5)
     plain = Classification(FakeEngine(), *splits, *how)

@@ -48,6 +48,9 @@ class Task(Protocol):
         """The batches of epoch `epoch` (from 1) after the first `start`, in an order that depends on the run's seed and
         the epoch alone."""
 
+    def inputs(self, batch: Any) -> Any:
+        """What the network is given of a batch: a tensor, or a list of images, on the network's device."""
+
     def training_loss(self, model: nn.Module, batch: Any) -> StepLoss:
         """Loss of `model` (in training mode) on `batch`; moves the batch to the device itself."""
 
