@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ import torch
 import src.compress as command
 from src import evaluate_classifier, train_classifier
 from src.model_files.pth import read_tensors
+from src.tasks.decoding import file_bytes
+from src.tasks.splits import list_splits
 from tests.conftest import write_images
 from tests.recipes.test_distillation import saved
 from tests.run.test_resume import at_step, stopped
 from tests.support import small_runs
+from tests.support.launching import launch
 from tests.support.stored import as_saved, as_shards
 from tests.test_entries import paths, refused
 
@@ -93,6 +97,27 @@ def test_training_evaluation_and_resuming_are_those_on_folders(
     flags += ["--model.state_dict_compressed", str(tmp_path / "run" / "trained_models" / "2.pth")]
     wanted = json.loads((whole / "results.json").read_text())["history"]["2"]["accuracy"]
     assert evaluate_classifier.main([*flags, "--expected.accuracy", str(wanted), "--expected.tolerance", "0"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_two_processes_find_in_shards_what_they_find_in_folders(
+    how: str, small_images: Path, more: Path, dense: Path, tmp_path: Path
+) -> None:
+    stored, further = HOW[how](small_images, tmp_path / "images"), HOW[how](more, tmp_path / "more")
+    for images, others, name in ((small_images, more / "train", "folders"), (stored, further, "stored")):
+        others = others if how == "saved" or name == "folders" else others / "train"
+        ended = launch("torchrun", ["-m", "src.train_classifier", *train(images, others, dense, tmp_path / name)])
+        assert ended.status == 0, ended.text
+    same(tmp_path / "stored", tmp_path / "folders")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_a_process_that_is_started_anew_reads_the_same(how: str, small_images: Path, tmp_path: Path) -> None:
+    (index,) = list_splits(HOW[how](small_images, tmp_path / "images"), ("train",))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(file_bytes, index.paths) == list(map(file_bytes, index.paths))
 
 
 def test_a_run_does_not_go_on_with_other_labels(

@@ -12,16 +12,21 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from src.common.errors import DataError
 from src.tasks import remembered, shards
+from src.tasks.classification import Classification, ImageSpec
 from src.tasks.decoding import file_bytes, load_rgb
 from src.tasks.images import ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder
+from src.tasks.loading import LoaderSpec
 from src.tasks.places import below, describe, holder, inside, is_inside, open_file
 from src.tasks.splits import list_splits, unlabelled
 from tests.conftest import write_images
 from tests.support.logs import logged
 from tests.support.stored import as_shards, write_tar
+from tests.tasks.test_classification import FakeEngine
 
 KEY = "dataloader.imagenet_path"
 
@@ -104,6 +109,26 @@ def test_shards_hold_what_folders_hold(images: Path, stored: Path) -> None:
         assert check_images(found, "quick", False) == check_images(found, "full", False) == []
         assert pickle.loads(pickle.dumps(found)) == found
         assert len(set(found.listed())) == len(found)
+
+
+@pytest.mark.parametrize("crop", ["random", "random_resized"])
+def test_batches_of_photos_are_those_of_folders(crop: str, tmp_path: Path) -> None:
+    """JPEG files much larger than what is shown of them, which may be decoded in another way than others."""
+    for number in range(8):
+        for split in ("train", "val"):
+            place = tmp_path / "folders" / split / f"class{number % 2}" / f"{number}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((300, 200 + number), 90).convert("RGB").save(place, quality=80)
+    as_shards(tmp_path / "folders", tmp_path / "shards", each=3)
+    found = []
+    for root, workers in ((tmp_path / "folders", 0), (tmp_path / "shards", 0), (tmp_path / "shards", 2)):
+        loading = LoaderSpec(batch_size=3, num_workers=workers, show_progress=False)
+        task = Classification(FakeEngine(), *read(root), ImageSpec(32, 24, crop=crop), loading)
+        batches = [*task.training_batches(1), *task.training_batches(2, 1)]
+        assert [len(batch) for batch in batches] == [3, 3, 2, 3, 2]
+        found.append(torch.cat([batch.images for batch in batches]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
