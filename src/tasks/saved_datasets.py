@@ -16,11 +16,9 @@ from typing import Any
 
 from ..common.errors import DataError, SettingsError
 from .places import inside
-from .sources import HUB, INSTALL, PACKAGE, is_saved_split, on_hub
+from .sources import HUB, INSTALL, PACKAGE, SAVED_SPLITS, is_saved_split, on_hub
 from .tables import images_in, open_table
 
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
-"""What the splits are called in such data sets, the first that is there."""
 OFFLINE = (
     "Where there is no network: on a machine with one, datasets.load_dataset(NAME).save_to_disk(FOLDER), copy that, "
     "and name the folder"
@@ -72,10 +70,10 @@ def list_rows(where: Path | str, splits: Sequence[str], columns: Columns, key: s
     found = _load(where, key)
     rows = []
     for split in splits:
-        name = next((name for name in SPLIT_NAMES[split] if name in found), None)
+        name = next((name for name in SAVED_SPLITS[split] if name in found), None)
         if name is None:
             raise DataError(
-                f"{key}: {where} has no split for {split}; expected {' or '.join(SPLIT_NAMES[split])}, and there are: "
+                f"{key}: {where} has no split for {split}; expected {' or '.join(SAVED_SPLITS[split])}, and there are: "
                 f"{', '.join(found)}. datasets' train_test_split makes two of one."
             )
         rows.append(_rows(found[name], f"{where} ({name})", columns, key, labelled=True))

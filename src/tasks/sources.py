@@ -62,6 +62,8 @@ def prepare(source: str, root: str | Path, key: str = "dataloader.source", sourc
 HUB = "hf:"
 """What the name of a data set on the Hugging Face hub begins with."""
 HUB_NAME = re.compile(r"hf:[\w.-]+(/[\w.-]+){0,2}", re.ASCII)
+SAVED_SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
+"""What the splits are called in data sets of the `datasets` package, the first that is there."""
 PACKAGE = "datasets"
 INSTALL = f"pip install 'pqf[huggingface]', or pip install {PACKAGE}"
 
@@ -73,7 +75,8 @@ def on_hub(path: str | Path) -> bool:
 
 def is_saved(folder: Path) -> bool:
     """Whether the `datasets` package saved a data set there, or several splits of one (`save_to_disk`)."""
-    return (folder / "dataset_dict.json").is_file() or is_saved_split(folder)
+    splits = (folder / name for names in SAVED_SPLITS.values() for name in names)
+    return (folder / "dataset_dict.json").is_file() or any(map(is_saved_split, (folder, *splits)))
 
 
 def is_saved_split(folder: Path) -> bool:
@@ -96,7 +99,7 @@ def check_package(path: str | Path, key: str) -> None:
             raise SettingsError(
                 f"{key}: {path} is no name of a data set; expected hf:OWNER/NAME, or hf:OWNER/NAME/CONFIGURATION"
             )
-    elif not any(is_saved(folder) for folder in (Path(path), Path(path, "train"), Path(path, "val"))):
+    elif not is_saved(Path(path)):
         return
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:  # a folder of that name that is no package

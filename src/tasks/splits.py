@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..common.errors import DataError
+from ..common.log import log
 from .folders import files_below, images_below, is_leaving, tell_others
 from .images import KEY, ImageFolderIndex, read_folder, some
 from .places import ARCHIVE, TABLE, describe, holder
+from .saved_datasets import Columns, list_rows, list_unlabelled
 from .shards import COMPRESSED, NO_LABEL, NO_NUMBER, UNPACK, archives_in, list_shards
 from .sources import is_saved
 
@@ -46,12 +48,13 @@ def list_splits(
         DataError: it does not hold what it should.
         SettingsError: a package that reads it is not installed.
     """
-    if isinstance(root, str) or is_saved(root) or any(is_saved(root / split) for split in splits):
-        from .saved_datasets import Columns, list_rows
-
+    if isinstance(root, str) or is_saved(root):
         rows = list_rows(root, splits, Columns(image_column, label_column), KEY)
         found = [labelled(one.folder, one.places, one.labels, one.classes, n_classes) for one in rows]
     else:
+        for key, column in (("image_column", image_column), ("label_column", label_column)):
+            if column is not None:
+                log.warning("dataloader.%s has no effect: %s is no saved data set, which has columns", key, root)
         found = [_of_folder(root, split, n_classes, show_progress) for split in splits]
     return _with_classes(found)
 
@@ -69,8 +72,6 @@ def unlabelled(where: Path | str, key: str) -> tuple[Path, list[str]]:
         SettingsError: a package that reads it is not installed.
     """
     if isinstance(where, str) or is_saved(where):
-        from .saved_datasets import list_unlabelled
-
         rows = list_unlabelled(where, key)
         if not rows.places:
             raise DataError(f"{key}: there are no images in {where}")

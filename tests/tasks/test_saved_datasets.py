@@ -89,6 +89,8 @@ def test_splits_saved_one_by_one_and_in_several_files(images: Path, tmp_path: Pa
     assert [file_bytes(path) for path in train.paths] == [row["bytes"] for row in rows["image"]]
     assert len({path.partition("#")[0] for path in train.paths}) == 4
     assert len(validation) == 6
+    (tmp_path / "set" / "val").rename(tmp_path / "set" / "validation")
+    assert list_splits(tmp_path / "set", ["val"])[0].labels == validation.labels
 
 
 def test_processes_that_load_read_the_same(images: Path, stored: Path) -> None:

@@ -146,6 +146,12 @@ def test_every_form_of_archive_is_read_and_leavings_are_passed_over(form: int, t
     assert [file_bytes(path) for path in found.paths] == [png, png]
 
 
+def test_names_of_columns_have_no_effect_on_shards_and_folders(stored: Path, images: Path) -> None:
+    for root in (stored, images):
+        with logged(f"dataloader.label_column has no effect: {root} is no saved data set"):
+            read(root, "val", label_column="kind")
+
+
 def test_shards_of_all_splits_may_lie_beside_each_other(stored: Path, tmp_path: Path) -> None:
     for split, name in (("train", "train"), ("val", "validation")):
         for number, archive in enumerate(sorted((stored / split).iterdir())):
@@ -311,10 +317,8 @@ def test_folders_beside_shards_are_refused(tmp_path: Path, png: bytes) -> None:
 
 def test_an_unreadable_image_is_named_and_can_be_left_out(tmp_path: Path, png: bytes) -> None:
     archive = tmp_path / "val" / "a.tar"
-    write_tar(
-        archive,
-        [("0.png", png), ("0.cls", b"0"), ("1.png", png[:60]), ("1.cls", b"0"), ("2.png", b""), ("2.cls", b"0")],
-    )
+    contents = {"0": png, "1": png[:60], "2": b"", "3": png}
+    write_tar(archive, [one for n, data in contents.items() for one in ((f"{n}.png", data), (f"{n}.cls", b"0"))])
     (found,) = read(tmp_path, "val")
     bad = check_images(found, "quick", False)
     assert [describe(path) for path, _ in bad] == [f"{archive}#1.png", f"{archive}#2.png"]
@@ -322,7 +326,17 @@ def test_an_unreadable_image_is_named_and_can_be_left_out(tmp_path: Path, png: b
     with pytest.raises(DataError, match=f"2 unreadable images:\n  {archive}#1.png \\("):
         leave_out(found, bad, False)
     kept, _ = leave_out(found, bad, True)
-    assert kept.paths == found.paths[:1]
+    assert kept.paths == [found.paths[0], found.paths[3]]
+    # and where it shows only when it is read
+    for skip in (True, False):
+        loading = LoaderSpec(batch_size=4, num_workers=1, skip_unreadable=skip, show_progress=False)
+        task = Classification(FakeEngine(), found, found, ImageSpec(11, 9), loading)
+        if skip:
+            with logged(f"skipped unreadable image {archive}#1.png: "):
+                assert [len(batch) for batch in task.training_batches(1)] == [2]
+        else:
+            with pytest.raises(DataError, match=f"2 unreadable images:\n  {archive}#"):
+                list(task.training_batches(1))
 
 
 def test_images_in_shards_are_remembered_as_readable_until_the_shard_changes(
