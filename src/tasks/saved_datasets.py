@@ -135,9 +135,8 @@ def _rows(split: Any, name: str, columns: Columns, key: str, labelled: bool) -> 
         return Rows(folder, places, [])
     label = _one_column(split, name, columns, "label", key, labelled)
     feature = split.features[label]
-    if not isinstance(feature, datasets.ClassLabel) and not str(getattr(feature, "dtype", "")).startswith(
-        ("int", "uint")
-    ):
+    numbers = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+    if not (numbers or isinstance(feature, datasets.ClassLabel)):
         raise DataError(
             f"{key}: column {label!r} of {name} holds no labels but {feature}; expected ClassLabel or whole numbers. "
             "datasets' class_encode_column makes such of names."

@@ -104,8 +104,10 @@ def labelled(
         n_classes: how many there are where no names are known; None: as many as the labels say.
 
     Raises:
-        DataError: some have no label, or one beyond the classes.
+        DataError: there are none, or some have no label, or one beyond the classes.
     """
+    if not places:
+        raise DataError(f"{KEY}: there are no images in {root}")
     numbers = [NO_LABEL if label is None else label for label in labels]
     without = [place for place, label in zip(places, numbers, strict=True) if label < 0]
     if without:

@@ -141,6 +141,8 @@ def test_whole_numbers_are_labels_where_they_are_named(images: Path, tmp_path: P
 def test_data_sets_without_images_labels_or_splits(images: Path, tmp_path: Path) -> None:
     where = save(tmp_path / "text", {"text": "string", "label": "label"}, text=["a"], label=[0])
     refused(where, "no column of the type Image; there are: text (Value), label (ClassLabel)", "cast_column")
+    where = save(tmp_path / "empty", {"image": "image", "label": "label"}, image=[], label=[])
+    refused(where, "cannot be read")  # by the package itself
     hidden = {"image": [png(images)] * 2, "label": [1, -1]}
     where = save(tmp_path / "hidden", {"image": "image", "label": "label"}, **hidden)
     refused(where, "1 of 2 images in", "have no label", "#row 1", "meant for tests")
