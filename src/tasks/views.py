@@ -64,14 +64,13 @@ def fast(image: Image.Image, view: View) -> Tensor:
     Raises:
         DataError: it cannot be decoded.
     """
-    size = image.size
     reduction = reduction_for(image, view)
     image = decoded(image, reduction)
-    part = view.part
-    if part is not None:
-        if reduction > 1:
-            part = _reduced(part, size, image.size)
-        image = image.crop(part)
+    if view.part is not None and reduction > 1:  # between pixels, which torch's resizing cannot
+        left, top, right, bottom = (side / reduction for side in view.part)
+        image = image.resize(view.scaled, Image.Resampling.BILINEAR, (left, top, right, bottom))
+    elif view.part is not None:
+        image = image.crop(view.part)
     if image.size == view.scaled:
         whole = View(part=None, scaled=view.scaled, window=view.window, mirrored=view.mirrored)
         return pixels_of(exact(image, whole))
@@ -100,12 +99,6 @@ def reduction_for(image: Image.Image, view: View) -> int:
     left, top, right, bottom = view.part or (0, 0, *image.size)
     spare = min((right - left) / view.scaled[0], (bottom - top) / view.scaled[1]) / SPARE
     return next((reduction for reduction in REDUCTIONS if reduction <= spare), 1)
-
-
-def _reduced(part: Box, size: tuple[int, int], now: tuple[int, int]) -> Box:
-    """The part of an image of `size` in the nearest whole pixels of the same one decoded to the size `now`."""
-    (across, down), (left, top, right, bottom) = (now[0] / size[0], now[1] / size[1]), part
-    return round(left * across), round(top * down), round(right * across), round(bottom * down)
 
 
 def _cut(pixels: Tensor, view: View) -> Tensor:
