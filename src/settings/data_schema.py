@@ -122,9 +122,9 @@ class DataSettings(Section):
     decoding: Annotated[Literal["fast", "exact"], TRAINING, IMAGES_IN_FOLDERS] = Field(
         "fast",
         description=(
-            "How training images are decoded and scaled: fast, JPEGs of at least four times the size that is needed at "
-            "a half to an eighth of theirs, which blurs them a little, and every other image to within 1 of 255 of "
-            "exact; or exact, to the last bit as torchvision's transforms, and as validation does it always."
+            "How training images are decoded and scaled: fast, to within 1 of 255 of exact, but for JPEGs of at least "
+            "four times the size needed, which are decoded smaller; or exact, to the last bit as torchvision does it. "
+            "Validation is always exact."
         ),
     )
     min_size: Annotated[Positive | None, COCO] = Field(
