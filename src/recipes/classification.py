@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,18 +18,17 @@ from ..run.inputs import unlabelled_folder
 from ..run.open_run import Run, open_evaluation
 from ..settings import Settings
 from ..tasks import unlabelled
+from ..tasks.checking import unreadable, warn_of_skipped
 from ..tasks.classification import check_batch_norms, check_classes
-from ..tasks.images import BadFiles, check_images, unreadable_error
+from ..tasks.images import unreadable_error
+from ..tasks.sources import on_hub
 from ..tasks.unlabelled import Unlabelled, read_unlabelled
 from .data import (
     SAME_IMAGES,
-    check_together,
     classification_task,
     images_fingerprint,
     images_to_calibrate,
-    part_name,
     read_images,
-    warn_of_skipped,
 )
 from .initial_model import NEW_HEAD_ADVICE, model_to_evaluate, starting_model
 from .train import Prepared, learn_from_teacher, train
@@ -44,7 +44,8 @@ def _prepare(run: Run, architecture: Architecture, weights: str | Path) -> Prepa
     with first_here(run.engine):
         start = starting_model(run.settings, architecture, weights, len(train_images.classes), run.engine.is_main)
     model = start.model
-    check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE)
+    called = train_images.called
+    check_classes(len(train_images.classes), n_outputs(architecture, model), advice=NEW_HEAD_ADVICE, called=called)
     side = run.settings.dataloader.image_size
     more = _images_without_labels(run)
     task = classification_task(run, train_images, validation, more)
@@ -74,14 +75,11 @@ def _images_without_labels(run: Run) -> Unlabelled | None:
     folder, settings, engine = unlabelled_folder(run.settings), run.settings, run.engine
     if folder is None:
         return None
-    found, data = read_unlabelled(folder), settings.dataloader
+    with first_here(engine) if on_hub(folder) else nullcontext():  # which fetches it
+        found = read_unlabelled(folder)
+    data = settings.dataloader
     check_same(engine, f"the list of images in {folder}", found.paths, SAME_IMAGES)
-
-    def check(share: slice) -> BadFiles:
-        own = replace(found, paths=found.paths[share], labels=found.labels[share])
-        return check_images(own, data.verify_images, engine.is_main, resize=data.resize, part=part_name(engine))
-
-    bad = dict(check_together(engine, found.paths, check))
+    bad = dict(unreadable(engine, found, data.verify_images, data.resize))
     kept = [path for path in found.paths if path not in bad]
     if bad and not (data.skip_unreadable and kept):
         raise unreadable_error(list(bad.items()), unlabelled.KEY)
@@ -95,7 +93,7 @@ def evaluate_classification(settings: Settings) -> int:
     with open_evaluation(settings) as run:
         found = model_to_evaluate(run, "classification")
         (validation,) = read_images(run, ("val",))
-        check_classes(len(validation.classes), found.n_outputs)
+        check_classes(len(validation.classes), found.n_outputs, called=validation.called)
         log.info("model: %s", found.source)
         log.info("size: %s", model_size(found.model).summary())
         model = set_memory_format(found.model.to(run.engine.device), settings.channels_last)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -12,23 +11,25 @@ from torch import nn
 from ..architectures.architecture import Architecture
 from ..architectures.detectors import finds_masks, image_sizes, memory_settings
 from ..common.errors import SettingsError
-from ..common.log import log, note
+from ..common.log import note
 from ..engines.engine import Engine
 from ..engines.machine import available_processors, own_processors
 from ..run.agreement import check_same, digest_of, first_here
 from ..run.fingerprint import CALIBRATION
-from ..run.inputs import calibration_folder, data_folder
+from ..run.inputs import calibration_folder, data_folder, hub_name
 from ..run.open_run import Job
 from ..settings import Settings
 from ..tasks.calibration import MEAN, STD, CalibrationImages, CalibrationSpec, ImagesToShow, training_images
+from ..tasks.checking import check_together, part_name, unreadable, warn_of_skipped
 from ..tasks.classification import Classification, ImageSpec
 from ..tasks.coco.calibration import training_images as coco_images
 from ..tasks.coco.data import CocoSplit, read_coco, require_masks
 from ..tasks.coco.image_checks import too_narrow_images, unusable_images, without
 from ..tasks.detection import Detection
-from ..tasks.images import BadFiles, ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder, some
+from ..tasks.images import BadFiles, ImageFolderIndex, check_same_classes, leave_out
 from ..tasks.loading import LoaderSpec
 from ..tasks.sources import prepare
+from ..tasks.splits import list_splits
 from ..tasks.unlabelled import Unlabelled
 
 AT_A_TIME = 2
@@ -37,34 +38,37 @@ SAME_IMAGES = "Give every machine the same images, under the same path."
 
 
 def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
-    """The wanted splits of `dataloader.imagenet_path`, checked: folders, classes, readable files.
+    """The wanted splits of `dataloader.imagenet_path`, checked: what it holds, classes, readable images.
 
     Raises:
         SettingsError: the path is not set or not there, there are not `num_classes` classes, or the processes see other
             images.
-        DataError: the folders do not hold what they should.
+        DataError: it does not hold what it should.
     """
     data, engine = job.settings.dataloader, job.engine
-    root = data_root(job, "classification")
-    indices = [read_folder(root, split, engine.is_main) for split in splits]
+    name = hub_name(job.settings, "classification")
+    root = data_root(job, "classification") if name is None else name
+    with first_here(engine) if name else nullcontext():  # which fetches it
+        indices = list_splits(
+            root,
+            splits,
+            n_classes=data.num_classes,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            show_progress=engine.is_main,
+        )
     for index in indices:
-        listed = (os.path.relpath(path, index.root) for path in index.paths)
-        check_same(engine, f"the list of images in {index.root}", listed, SAME_IMAGES)
+        check_same(engine, f"the list of images in {index.root}", index.listed(), SAME_IMAGES)
         if data.num_classes is not None and len(index.classes) != data.num_classes:
             raise SettingsError(
                 f"dataloader.num_classes: {data.num_classes} were expected, but {index.root} has {len(index.classes)} "
-                "class folders"
+                f"{index.called}"
             )
     if len(indices) == 2:
         check_same_classes(*indices)
     readable = []
     for index in indices:
-
-        def check(share: slice, index: ImageFolderIndex = index) -> BadFiles:
-            own = replace(index, paths=index.paths[share], labels=index.labels[share])
-            return check_images(own, data.verify_images, engine.is_main, resize=data.resize, part=part_name(engine))
-
-        kept, bad = leave_out(index, check_together(engine, index.paths, check), data.skip_unreadable)
+        kept, bad = leave_out(index, unreadable(engine, index, data.verify_images, data.resize), data.skip_unreadable)
         warn_of_skipped(bad, index.root, engine.is_main)
         readable.append(kept)
     return readable
@@ -72,7 +76,7 @@ def read_images(job: Job, splits: Sequence[str]) -> list[ImageFolderIndex]:
 
 def images_fingerprint(*indices: ImageFolderIndex) -> str:
     """A digest of which images there are, by their paths below the folders of their splits."""
-    return digest_of(os.path.relpath(path, index.root) for index in indices for path in index.paths)
+    return digest_of(line for index in indices for line in index.listed())
 
 
 def data_root(job: Job, task: str) -> Path:
@@ -86,30 +90,6 @@ def data_root(job: Job, task: str) -> Path:
     with first_here(job.engine):
         prepare(job.settings.dataloader.source, root, sources=sources)
     return root
-
-
-def check_together(engine: Engine, paths: Sequence[str], check: Callable[[slice], BadFiles]) -> BadFiles:
-    """The unreadable ones of `paths`, in their order, each process looking at its share.
-
-    Args:
-        engine: the processes.
-        paths: the same on all processes.
-        check: finds the unreadable ones in a slice of them.
-    """
-    bad = dict(engine.gather(check(slice(engine.rank, None, engine.world_size))))
-    return [(path, bad[path]) for path in paths if path in bad] if bad else []
-
-
-def part_name(engine: Engine) -> str:
-    """Of the part of the images that this process looks at."""
-    return f"{engine.rank}of{engine.world_size}"
-
-
-def warn_of_skipped(bad: BadFiles, folder: Path, is_main: bool) -> None:
-    """One line in the log about the files that are left out."""
-    if bad and is_main:
-        names = some(path for path, _ in bad)
-        log.warning("skipped %s unreadable images of %s: %s", f"{len(bad):,}", folder, names)
 
 
 def classification_task(
@@ -232,12 +212,11 @@ def images_of_folder(settings: Settings, architecture: Architecture, show_progre
     return CalibrationImages(folder, spec, show_progress)
 
 
-def calibration_fingerprint(images: ImagesToShow | None, settings: Settings) -> dict[str, str]:
+def calibration_fingerprint(images: ImagesToShow | None) -> dict[str, str]:
     """A digest of the images of `calibration.images`, by their paths below it; training images are known."""
-    folder = calibration_folder(settings)
-    if images is None or folder is None:
+    if not isinstance(images, CalibrationImages):
         return {}
-    return {CALIBRATION: digest_of(os.path.relpath(path, folder) for path in images.paths)}
+    return {CALIBRATION: digest_of(images.listed())}
 
 
 def read_splits(job: Job, splits: Sequence[str], network: nn.Module | None) -> list[CocoSplit]:

@@ -94,7 +94,7 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         digests = {WEIGHTS: weights_digest(model), IMAGES: prepared.images_digest}
         if prepared.distillation is not None:
             digests[TEACHER] = weights_digest(prepared.distillation.teacher)
-        run.check_inputs({**digests, **calibration_fingerprint(prepared.calibration, run.settings)})
+        run.check_inputs({**digests, **calibration_fingerprint(prepared.calibration)})
         plan = (
             plan_compression(run.settings, architecture, model, prepared.example)
             if run.settings.model.use_compression and prepared.compressed is None

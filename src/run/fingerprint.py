@@ -16,11 +16,11 @@ from .agreement import flat
 
 WITHOUT_INFLUENCE = (
     "calibration.images", "calibration.memory", "calibration.num_workers", "checkpoint_every_n_steps",
-    "dataloader.coco_path", "dataloader.imagenet_path", "dataloader.num_workers", "dataloader.source",
-    "dataloader.verify_images", "device", "distillation.images", "distillation.teacher", "engine",
-    "evaluation.detections", "evaluation.per_category", "evaluation.visualized_images", "expected.",
-    "log_every_n_steps", "model.weights", "output_path", "overwrite", "recipe", "resume", "resume_with_changes",
-    "visualize",
+    "dataloader.coco_path", "dataloader.image_column", "dataloader.imagenet_path", "dataloader.label_column",
+    "dataloader.num_workers", "dataloader.source", "dataloader.verify_images", "device", "distillation.images",
+    "distillation.teacher", "engine", "evaluation.detections", "evaluation.per_category",
+    "evaluation.visualized_images", "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite",
+    "recipe", "resume", "resume_with_changes", "visualize",
 )  # fmt: skip
 """Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
 hold that counts."""

@@ -11,7 +11,7 @@ from ..common.errors import SettingsError
 from ..common.paths import candidates, find
 from ..settings import Settings, require
 from ..settings.reach import COMPRESS, DETECTION, TRAIN
-from ..tasks.sources import BY_TASK, Sources, check
+from ..tasks.sources import BY_TASK, Sources, check, check_package, on_hub
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
 TEACHERS = (
@@ -62,7 +62,10 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
         file = compressed_file(settings) if compressed else weights_source(settings)
         if not (compressed and isinstance(file, Path) and file.suffix == ".safetensors"):  # that says itself what it is
             architectures.check(settings.model.arch, task)
-    data_folder(settings, task)
+    if hub_name(settings, task) is None:
+        folder, _ = data_folder(settings, task)
+        if task != DETECTION:
+            check_package(folder, DATA[task][0])
 
 
 def weights_source(settings: Settings) -> str | Path:
@@ -80,18 +83,28 @@ def weights_source(settings: Settings) -> str | Path:
     )
 
 
-def calibration_folder(settings: Settings) -> Path | None:
-    """The folder of `calibration.images`; None where none is given, or where there is no calibration.
+def calibration_folder(settings: Settings) -> Path | str | None:
+    """The folder of `calibration.images`, or the name of a data set on the hub; None where none is given, or where
+    there is no calibration.
 
     Raises:
-        SettingsError: it is not there, or no folder.
+        SettingsError: it is not there, no folder, or cannot be read without a package that is not there.
     """
-    given = settings.calibration.images
-    if given is None or not settings.calibration.use:
+    if settings.calibration.images is None or not settings.calibration.use:
         return None
-    folder = find(require(settings, "calibration.images"), "calibration.images", "Expected a folder with images")
+    return _images_without_labels(settings, "calibration.images")
+
+
+def _images_without_labels(settings: Settings, key: str) -> Path | str:
+    """The folder that a key names, or the name on the hub; raises as `calibration_folder`."""
+    given = require(settings, key)
+    if on_hub(given):
+        check_package(given, key)
+        return given
+    folder = find(given, key, "Expected a folder with images")
     if not folder.is_dir():
-        raise SettingsError(f"calibration.images: {folder} is a file, expected a folder with images")
+        raise SettingsError(f"{key}: {folder} is a file, expected a folder with images")
+    check_package(folder, key)
     return folder
 
 
@@ -121,19 +134,12 @@ def teacher_source(settings: Settings, task: str) -> Path | str | None:
     return named
 
 
-def unlabelled_folder(settings: Settings) -> Path | None:
-    """The folder of `distillation.images`; None where none is given, or nothing is learnt from it.
-
-    Raises:
-        SettingsError: it is not there, or no folder.
-    """
+def unlabelled_folder(settings: Settings) -> Path | str | None:
+    """The folder of `distillation.images`, or the name of a data set on the hub; None where none is given, or nothing
+    is learnt from it; raises as `calibration_folder`."""
     if settings.distillation.images is None or not settings.distillation.weight:
         return None
-    given = require(settings, "distillation.images")
-    folder = find(given, "distillation.images", "Expected a folder with images")
-    if not folder.is_dir():
-        raise SettingsError(f"distillation.images: {folder} is a file, expected a folder with images")
-    return folder
+    return _images_without_labels(settings, "distillation.images")
 
 
 def _check_use(settings: Settings) -> None:
@@ -169,6 +175,21 @@ def detections_file(settings: Settings) -> Path:
     return find(
         require(settings, "evaluation.detections"), "evaluation.detections", "Expected a COCO result file (JSON)"
     )
+
+
+def hub_name(settings: Settings, task: str) -> str | None:
+    """The name of the data set on the Hugging Face hub that stands in the place of the data's folder; None: a folder
+    does.
+
+    Raises:
+        SettingsError: the path is not set, no name that the hub can have, or the package is not there that reads it.
+    """
+    key, _ = DATA[task]
+    if task == DETECTION or settings.dataloader.source != "folder" or not on_hub(require(settings, key)):
+        return None
+    name = require(settings, key)
+    check_package(name, key)
+    return name
 
 
 def data_folder(settings: Settings, task: str) -> tuple[Path, Sources]:

@@ -31,8 +31,8 @@ class CalibrationSettings(Section):
     images: Text | None = Field(
         None,
         description=(
-            "Folder with images, in whatever folders below it; null: the training images, without their labels, and "
-            "none where nothing is trained."
+            "Folder with images, in whatever folders below it, in shards or in a saved data set; or hf:OWNER/NAME; "
+            "null: the training images, without their labels, and none where nothing is trained."
         ),
     )
     count: Positive = Field(1024, description="Images that are drawn from them, at most.")
@@ -70,13 +70,23 @@ class DataSettings(Section):
     """Where images come from and how they reach the network."""
 
     imagenet_path: Annotated[Text, IMAGES_IN_FOLDERS] = Field(
-        "<your_imagenet_path_here>", description="Folder with train/ and val/, each with one folder per class."
+        "<your_imagenet_path_here>",
+        description=(
+            "Folder with train/ and val/, each with one folder per class or with shards (*.tar); or with a data set "
+            "that the package datasets saved; or hf:OWNER/NAME, one of the Hugging Face hub."
+        ),
     )
     coco_path: Annotated[Text, COCO] = Field(
         "<your_coco_path_here>", description="Folder with COCO's annotations, train2017 and val2017."
     )
     source: SourceName = Field(
         "folder", description="Where images come from; all but folder are written to the path first, once."
+    )
+    image_column: Annotated[Text | None, IMAGES_IN_FOLDERS] = Field(
+        None, description="Column of a saved data set that holds the images; null: the only one of the type Image."
+    )
+    label_column: Annotated[Text | None, IMAGES_IN_FOLDERS] = Field(
+        None, description="Column of a saved data set that holds the labels; null: the only one of the type ClassLabel."
     )
     num_workers: Natural = Field(4, description="Processes that read images; 0 reads in the main process.")
     batch_size: Positive = Field(128, description="Images per batch and process.")

@@ -48,7 +48,8 @@ class DistillationSettings(Section):
     images: Annotated[Text | None, IMAGES_IN_FOLDERS] = Field(
         None,
         description=(
-            "Folder with images without labels, in whatever folders below it, that are learnt from too; null: none."
+            "Folder with images without labels, in whatever folders below it, in shards or in a saved data set, or "
+            "hf:OWNER/NAME, that are learnt from too; null: none."
         ),
     )
     images_per_batch: Annotated[Positive | None, IMAGES_IN_FOLDERS] = Field(

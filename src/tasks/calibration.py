@@ -18,10 +18,11 @@ from ..common.errors import DataError
 from ..common.log import log
 from ..common.progress import bar
 from ..common.randomness import stream
-from .folders import unlabelled_images
 from .images import KEY as TRAINING_KEY
 from .images import ImageFolderIndex, check_images, some
 from .loading import EpochOrder, ImageDataset, Seeded, Unreadable, UnreadableFiles, batches, collate, make_loader
+from .places import below, describe
+from .splits import unlabelled
 from .transforms import Normalise, crop_of_bytes, in_zero_to_one, whole_bytes
 
 KEY = "calibration.images"
@@ -154,28 +155,34 @@ class ImagesToShow:
 
 
 class CalibrationImages(ImagesToShow):
-    """The images of a folder, of which `spec.count` are drawn; unreadable ones are left out and said.
+    """The images of a folder or a data set on the hub (`where`), of which `spec.count` are drawn; unreadable ones are
+    left out and said.
 
     Raises:
-        DataError: the folder cannot be read, or holds no image that can.
+        DataError: it cannot be read, or holds no image that can.
     """
 
-    def __init__(self, folder: Path, spec: CalibrationSpec, show_progress: bool = True) -> None:
-        paths = unlabelled_images(folder, KEY)
+    def __init__(self, where: Path | str, spec: CalibrationSpec, show_progress: bool = True) -> None:
+        folder, paths = unlabelled(where, KEY)
         chosen = [paths[number] for number in drawn(len(paths), spec)]
         index = ImageFolderIndex(folder, ("images",), chosen, [0] * len(chosen))
         resize = None if spec.image_size is None else spec.resize
         bad = dict(check_images(index, "quick", show_progress, resize=resize, part="calibration"))
         if bad:
-            named = some(f"{path} ({why})" for path, why in bad.items())
+            named = some(f"{describe(path)} ({why})" for path, why in bad.items())
             log.warning("%s: left out %s unreadable images: %s", KEY, f"{len(bad):,}", named)
         paths = [path for path in chosen if path not in bad]
         if not paths:
-            raise DataError(f"{KEY}: none of the {len(bad):,} images drawn from {folder} can be read")
+            raise DataError(f"{KEY}: none of the {len(bad):,} images drawn from {where} can be read")
         index = replace(index, paths=paths, labels=[0] * len(paths))
         show = whole_bytes if spec.image_size is None else crop_of_bytes(spec.resize, spec.image_size)
         together = collate_several if spec.image_size is None else collate
         super().__init__(paths, ImageDataset(index, show, spec.seed), together, spec, UnreadableFiles(True, KEY))
+        self._folder = folder
+
+    def listed(self) -> Iterator[str]:
+        """The images, by their paths below the folder."""
+        return below(self.paths, self._folder)
 
 
 def training_images(

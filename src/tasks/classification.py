@@ -19,29 +19,30 @@ from ..compression.finetune.distillation import Distillation, watching
 from ..compression.finetune.task import StepLoss, evaluating
 from ..engines.engine import Engine
 from .batch_norms import check_lone_values
-from .images import KEY, ImageFolderIndex, check_same_classes, some
+from .images import FOLDERS, KEY, ImageFolderIndex, check_same_classes, some
 from .loading import Batch, EpochOrder, ImageDataset, LoaderSpec, UnreadableFiles, amp_type, batches, make_loader
+from .places import describe
 from .transforms import ImageSpec, Normalise, Transform
 from .unlabelled import Unlabelled, with_unlabelled
 
 __all__ = ["Classification", "ImageSpec", "check_batch_norms", "check_classes", "images_per_process"]
 
 
-def check_classes(n_folders: int, n_outputs: int, key: str = KEY, advice: str = "") -> None:
-    """Compare the number of class folders with the outputs of a model.
+def check_classes(n_classes: int, n_outputs: int, key: str = KEY, advice: str = "", called: str = FOLDERS) -> None:
+    """Compare the number of classes with the outputs of a model.
 
-    A label is a place in the sorted list of folders: with another number of folders the labels would mean other
-    classes. `advice` ends the message.
+    A label is a place in the list of classes (sorted, where they are folders): with another number of them the labels
+    would mean other classes. `advice` ends the message, in which `called` says what the classes are.
 
     Raises:
         DataError: the two differ.
     """
-    if n_folders != n_outputs:
+    if n_classes != n_outputs:
+        place = "sorted list of folders" if called == FOLDERS else f"list of {called}"
         raise DataError(
-            f"{key}: there are {n_folders:,} class folders, but the model has {n_outputs:,} outputs. A label is a "
-            "place in the sorted list "
-            "of folders, so both must agree: use the data the model was trained for, or a model made for these classes."
-            f"{advice}"
+            f"{key}: there are {n_classes:,} {called}, but the model has {n_outputs:,} outputs. A label is a place in "
+            f"the {place}, so both must agree: use the data the model was trained for, or a model made for these "
+            f"classes.{advice}"
         )
 
 
@@ -184,7 +185,7 @@ class Classification:
         """The images of a batch that begins at `first` in `order`."""
         numbers = [number for _, number in islice(order, first, first + self._loading[0])]
         return (
-            f"on a batch of {count:,} images, {some(paths[number] for number in numbers)}. Use a smaller "
+            f"on a batch of {count:,} images, {some(describe(paths[number]) for number in numbers)}. Use a smaller "
             "dataloader.batch_size or dataloader.image_size."
         )
 

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..common import progress
 from ..common.errors import DataError
+from . import places
 from .remembered import Look, Remembered
 
 END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
@@ -32,13 +33,13 @@ T = TypeVar("T")
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """The file of an image, to read from. Raises OSError where it cannot be opened."""
-    return open(path, "rb")
+    """The file of an image, or its bytes inside a larger file, to read from. Raises as `places.open_file`."""
+    return places.open_file(path)
 
 
 def open_image(path: str | Path) -> Image.Image:
     """An image of which only the header is read yet; to be closed. Raises whatever the decoder raises."""
-    return Image.open(path)
+    return Image.open(open_file(path) if places.is_inside(os.fspath(path)) else path)
 
 
 def load_rgb(path: str | Path) -> Image.Image:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..common.errors import DataError
 from ..common.log import log, note
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -45,35 +44,19 @@ def images_below(folder: Path, others: Counter[str]) -> list[str]:
     Raises:
         OSError: a folder cannot be read.
     """
+    return files_below(folder, EXTENSIONS, others)
+
+
+def files_below(folder: Path, endings: tuple[str, ...], others: Counter[str]) -> list[str]:
+    """As `images_below`, for files of other endings (in lower case)."""
     found = []
     for root, names in sorted(_walk(folder)):
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS):
+            if name.lower().endswith(endings):
                 found.append(os.path.join(root, name))
             else:
                 others[os.path.splitext(name)[1].lower()] += 1
     return found
-
-
-def unlabelled_images(folder: Path, key: str) -> list[str]:
-    """The paths of all images below a folder, in whatever folders; files of other kinds are told of.
-
-    Args:
-        folder: looked through.
-        key: of the settings that names it.
-
-    Raises:
-        DataError: a folder cannot be read, or there is no image.
-    """
-    others: Counter[str] = Counter()
-    try:
-        paths = images_below(folder, others)
-    except OSError as error:
-        raise DataError(f"{key}: {error.filename} cannot be read: {error.strerror}. Allow it.") from error
-    if not paths:
-        raise DataError(f"{key}: there are no images below {folder}; expected some, in whatever folders")
-    tell_others(folder, others)
-    return paths
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:

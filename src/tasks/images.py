@@ -1,4 +1,4 @@
-"""Folders of images in ImageNet's layout, and whether their files can be read.
+"""The images of a split, folders of them in ImageNet's layout, and whether they can be read.
 
 `<root>/<split>/<class>/*.jpg`: one folder per class, the label of a class is its place in the sorted list of names (as
 in torchvision's `ImageFolder`). What systems and programs leave behind is passed over.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common import progress
 from ..common.errors import DataError
 from .decoding import full_check, load_rgb, looks, quick_check, reason
 from .folders import EXTENSIONS, images_below, is_leaving, tell_others
+from .places import below, describe
 from .shapes import too_long
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 KEY = "dataloader.imagenet_path"
+FOLDERS = "class folders"
 NAMED_AT_MOST = 5
 BadFiles = list[tuple[str, str]]
 """(path, reason) of files that cannot be read."""
@@ -34,19 +36,28 @@ class ImageFolderIndex:
     """The images of one split.
 
     Attributes:
-        root: the split's own folder (`<root>/<split>`), absolute.
-        classes: names of the class folders, sorted.
-        paths: the images, class after class, sorted within a class.
+        root: the folder that they are in (of folders the split's own, `<root>/<split>`), absolute.
+        classes: their names (of folders sorted).
+        paths: the images: files (class after class, sorted within a class), or places inside larger files
+            (`tasks.places`).
         labels: for each image its position in `classes`.
+        called: what says the classes, in messages.
     """
 
     root: Path
     classes: tuple[str, ...]
     paths: list[str]
     labels: list[int]
+    called: str = FOLDERS
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def listed(self) -> Iterator[str]:
+        """What tells these images from others: their paths below the root; where these do not say the class, with the
+        label."""
+        for path, label in zip(below(self.paths, self.root), self.labels, strict=True):
+            yield path if self.called == FOLDERS else f"{path} {label}"
 
 
 def some(names: Iterable[str], separator: str = ", ") -> str:
@@ -131,7 +142,7 @@ def check_images(
 
 def unreadable_error(bad: BadFiles, key: str = KEY) -> DataError:
     """The error that names unreadable files and tells how to continue without them."""
-    listing = some([f"{path} ({why})" for path, why in bad], "\n  ")
+    listing = some([f"{describe(path)} ({why})" for path, why in bad], "\n  ")
     return DataError(
         f"{key}: {len(bad):,} unreadable image{'s' if len(bad) > 1 else ''}:\n  {listing}\n"
         "Replace or remove them, or continue without them: --dataloader.skip_unreadable True"
@@ -157,21 +168,21 @@ def leave_out(index: ImageFolderIndex, bad: BadFiles, skip_unreadable: bool) -> 
         raise unreadable_error(bad)
     left_out = {path for path, _ in bad}
     kept = [(path, label) for path, label in zip(index.paths, index.labels, strict=True) if path not in left_out]
-    emptied = sorted(set(range(len(index.classes))) - {label for _, label in kept})
+    emptied = sorted(set(index.labels) - {label for _, label in kept})
     if emptied:
         raise DataError(
             f"{KEY}: without its unreadable images nothing is left of {len(emptied):,} class(es) in {index.root}: "
-            f"{some(index.classes[label] for label in emptied)}. For example {bad[0][0]}: {bad[0][1]}. Replace these "
-            "images."
+            f"{some(index.classes[label] for label in emptied)}. For example {describe(bad[0][0])}: {bad[0][1]}. "
+            "Replace these images."
         )
-    return ImageFolderIndex(index.root, index.classes, [path for path, _ in kept], [label for _, label in kept]), bad
+    return replace(index, paths=[path for path, _ in kept], labels=[label for _, label in kept]), bad
 
 
 def check_same_classes(train: ImageFolderIndex, validation: ImageFolderIndex) -> None:
-    """Labels are positions in the list of class folders, so both splits need the same list.
+    """Labels are positions in the list of classes, so both splits need the same list.
 
     Raises:
-        DataError: a class folder exists in one split only.
+        DataError: a class exists in one split only, or they are in another order.
     """
     if train.classes == validation.classes:
         return
@@ -180,9 +191,11 @@ def check_same_classes(train: ImageFolderIndex, validation: ImageFolderIndex) ->
         alone = sorted(set(one.classes) - set(other.classes))
         if alone:
             differences.append(f"  only in {one.root}: {some(alone)}")
+    if not differences:
+        differences.append("  they have other places in the list")
     raise DataError(
-        f"{KEY}: the class folders of the two splits differ ({len(train.classes):,} and {len(validation.classes):,}), "
+        f"{KEY}: the {train.called} of the two splits differ ({len(train.classes):,} and {len(validation.classes):,}), "
         "so their labels would not mean the same classes.\n"
         + "\n".join(differences)
-        + "\nGive both splits the same class folders."
+        + f"\nGive both splits the same {train.called}."
     )

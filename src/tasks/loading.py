@@ -20,6 +20,7 @@ from ..common.memory import TOO_MUCH, out_of_memory
 from ..common.randomness import stream
 from .decoding import open_image, reason
 from .images import ImageFolderIndex, unreadable_error
+from .places import describe
 from .transforms import Transform
 from .workers import CollateToShip, LoadingFailed, Shipped, broken_loader, prepare_worker
 
@@ -173,13 +174,13 @@ class UnreadableFiles:
         """
         for item in batch.unreadable:
             if item.reason.startswith(TOO_MUCH):
-                raise out_of_memory(f"on an image, {item.path}. {LOADING_LESS}", MemoryError(item.reason))
+                raise out_of_memory(f"on an image, {describe(item.path)}. {LOADING_LESS}", MemoryError(item.reason))
         if batch.unreadable and not self.skip:
             raise self.error(batch)
         for item in batch.unreadable:
             if item.path not in self.reasons:
                 self.reasons[item.path] = item.reason
-                log.warning("skipped unreadable image %s: %s", item.path, item.reason)
+                log.warning("skipped unreadable image %s: %s", describe(item.path), item.reason)
 
     def error(self, batch: HasUnreadable) -> DataError:
         """The error that names the unreadable files of `batch`."""

@@ -20,6 +20,7 @@ import PIL
 
 from ..common.errors import RunError
 from ..common.paths import write_atomically
+from .places import holder
 
 WORTH = 1000
 """With fewer images than this, checking is faster than it is worth remembering."""
@@ -117,14 +118,19 @@ class Remembered:
 
         with suppress(OSError, RunError):
             write_atomically(file, write)
-            for other in file.parent.glob("*.npy"):
-                if time.time() - other.stat().st_mtime > KEPT_DAYS * 86_400:
-                    other.unlink(missing_ok=True)
+            forget_unused(file.parent, "*.npy")
+
+
+def forget_unused(folder: Path, pattern: str) -> None:
+    """Remove the records in `folder` that nobody used for `KEPT_DAYS`. Raises OSError."""
+    for record in folder.glob(pattern):
+        if time.time() - record.stat().st_mtime > KEPT_DAYS * 86_400:
+            record.unlink(missing_ok=True)
 
 
 def _key(path: str) -> int:
-    """Of the file at `path` as it is now."""
-    found = os.stat(path)
+    """Of the file at `path`, or of what lies there in a larger file, as it is now."""
+    found = os.stat(holder(path))
     about = os.fsencode(f"{path}\0{found.st_size}\0{found.st_mtime_ns}")
     return int.from_bytes(hashlib.blake2b(about, digest_size=8).digest(), "little")
 

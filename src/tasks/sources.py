@@ -1,11 +1,18 @@
 """Where images come from, by name (`dataloader.source`). To add a dataset: a function that writes it as a folder, and
-its entry here."""
+its entry here.
+
+What a folder of the user's own holds (folders of classes, shards, a data set that was saved) is seen by looking at it;
+`hf:NAME` in its place is a data set of the Hugging Face hub.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ..common.errors import SettingsError
 from ..common.registry import Entry, Registry
 
 Sources = Registry[Callable[[Path], None]]
@@ -50,3 +57,50 @@ def prepare(source: str, root: str | Path, key: str = "dataloader.source", sourc
     `check`."""
     check(source, key, sources)
     sources[source](Path(root))
+
+
+HUB = "hf:"
+"""What the name of a data set on the Hugging Face hub begins with."""
+HUB_NAME = re.compile(r"hf:[\w.-]+(/[\w.-]+){0,2}", re.ASCII)
+SAVED_SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
+"""What the splits are called in data sets of the `datasets` package, the first that is there."""
+PACKAGE = "datasets"
+INSTALL = f"pip install 'pqf[huggingface]', or pip install {PACKAGE}"
+
+
+def on_hub(path: str | Path) -> bool:
+    """Whether it is the name of a data set on the Hugging Face hub instead of a folder."""
+    return str(path).startswith(HUB)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether the `datasets` package saved a data set there, or several splits of one (`save_to_disk`)."""
+    splits = (folder / name for names in SAVED_SPLITS.values() for name in names)
+    return (folder / "dataset_dict.json").is_file() or any(map(is_saved_split, (folder, *splits)))
+
+
+def is_saved_split(folder: Path) -> bool:
+    """Whether the `datasets` package saved a data set there, and not several splits."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def check_package(path: str | Path, key: str) -> None:
+    """Whatever is at `path` can be read, as far as packages are concerned.
+
+    Args:
+        path: a folder, or the name of a data set on the hub.
+        key: of the settings that names it.
+
+    Raises:
+        SettingsError: it is no name that the hub can have, or needs a package that is not installed.
+    """
+    if on_hub(path):
+        if not HUB_NAME.fullmatch(str(path)):
+            raise SettingsError(
+                f"{key}: {path} is no name of a data set; expected hf:OWNER/NAME, or hf:OWNER/NAME/CONFIGURATION"
+            )
+    elif not is_saved(Path(path)):
+        return
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or found.origin is None:  # a folder of that name that is no package
+        raise SettingsError(f"{key}: {path} is a data set of the package {PACKAGE}, which is not installed: {INSTALL}")

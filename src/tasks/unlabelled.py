@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Sampler
 
 from ..common.randomness import stream
-from .folders import unlabelled_images
 from .images import ImageFolderIndex
 from .loading import NO_LABEL, EpochOrder
+from .splits import unlabelled
 
 KEY = "distillation.images"
 
@@ -32,13 +32,13 @@ class Unlabelled:
     per_batch: int
 
 
-def read_unlabelled(folder: Path) -> ImageFolderIndex:
-    """All images below `folder`, in whatever folders.
+def read_unlabelled(where: Path | str) -> ImageFolderIndex:
+    """All images of a folder or of a data set on the hub.
 
     Raises:
-        DataError: the folder cannot be read, or holds no image.
+        DataError: it cannot be read, or holds no image.
     """
-    paths = unlabelled_images(folder, KEY)
+    folder, paths = unlabelled(where, KEY)
     return ImageFolderIndex(folder, ("without labels",), paths, [NO_LABEL] * len(paths))
 
 

@@ -51,6 +51,7 @@ CASES = [
         [*OUT, "--dataloader.coco_path", PLACE, "--dataloader.source", "digit_crops"],
         "dataloader.source: 'digit_crops' is not known; there are folder, digits",
     ),
+    ("train_resnet", [*OUT, "--dataloader.imagenet_path", "hf:a/b/c/d"], "hf:a/b/c/d is no name of a data set"),
     ("evaluate_resnet", ["--model.state_dict_compressed", "missing.pth"], "missing.pth does not exist"),
     ("evaluate_resnet", ["--model.state_dict_compressed", "missing.pth"], "make paper-models"),
     ("evaluate_resnet", ["--model.state_dict_compressed", "null"], "the file to evaluate is not set"),
