@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 # as many processes as there are processors (four at most: each loads torch), each with one thread: two teams of threads would be in each other's way
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo demo-maskrcnn test test-slow test-oldest lint docs bench figures horovod paper-models install clean
+.PHONY: demo demo-maskrcnn demo-photos test test-slow test-oldest lint docs bench figures horovod paper-models install clean
 
 install: $(READY)
 
@@ -25,6 +25,10 @@ demo: $(READY)
 # the same for Mask R-CNN on scenes composed of the digits; offline
 demo-maskrcnn: $(READY)
 	$(PY) -m src.demo.maskrcnn
+
+# EfficientNet-Lite0 with its ImageNet weights, compressed to a size and calibrated with bundled photos; offline
+demo-photos: $(READY)
+	$(PY) -m src.demo.photos
 
 test: $(READY)
 	$(PYTEST) -m "not slow"

@@ -68,7 +68,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
     "recipes": ("common", "engines", "settings", "compression", "architectures", "model_files", "tasks", "run"),
     "api": ("common", "settings", "compression", "architectures", "model_files", "run.compression_specs"),
-    "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn"),
+    "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn", "compress", "api"),
 }
 ENTRY_MAY = ("common", "run.command", "recipes", "settings")
 OF_ENTRIES = {

@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None) -> int:
         Step(
             "train a dense ResNet-18 on digits",
             train_resnet,
-            "train_dense_resnet18",
+            "digits/train_dense_resnet18",
             ["--output_path", str(dense), *common],
         ),
-        Step("permute, quantize, fine-tune", train_resnet, "train_resnet18", [*from_dense, *common]),
+        Step("permute, quantize, fine-tune", train_resnet, "digits/train_resnet18", [*from_dense, *common]),
         Step(
             "evaluate the saved file",
             evaluate_resnet,
-            "evaluate_resnet18",
+            "digits/evaluate_resnet18",
             ["--model.state_dict_compressed", str(best), "--expected.accuracy", "null"],
         ),
     ]

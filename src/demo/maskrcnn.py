@@ -37,25 +37,25 @@ def main(argv: list[str] | None = None) -> int:
         Step(
             "train a ResNet-50 on digits",
             train_resnet,
-            "train_dense_resnet50",
+            "digits/train_dense_resnet50",
             ["--output_path", str(backbone), *common],
         ),
         Step(
             "train a dense Mask R-CNN on scenes of digits",
             train_maskrcnn,
-            "train_dense_maskrcnn",
+            "digits/train_dense_maskrcnn",
             ["--output_path", str(dense), "--model.weights", best[backbone], *common],
         ),
         Step(
             "permute, quantize, fine-tune",
             train_maskrcnn,
-            "train_maskrcnn",
+            "digits/train_maskrcnn",
             ["--output_path", str(compressed), "--model.weights", best[dense], *common],
         ),
         Step(
             "evaluate the saved file",
             evaluate_maskrcnn,
-            "evaluate_maskrcnn",
+            "digits/evaluate_maskrcnn",
             ["--model.state_dict_compressed", best[compressed], *expect_nothing, *pictures, *data_flags(flags)],
         ),
     ]

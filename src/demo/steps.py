@@ -24,7 +24,7 @@ class Step:
     Attributes:
         title: what it does.
         entry: the module with its `main`.
-        config: name of the file in config/digits, without its ending.
+        config: the settings file, below config/, without its ending.
         flags: what is added on the command line.
     """
 
@@ -36,7 +36,7 @@ class Step:
     @property
     def arguments(self) -> list[str]:
         """The whole command line."""
-        return ["--config", f"../config/digits/{self.config}.yaml", *self.flags]
+        return ["--config", f"../config/{self.config}.yaml", *self.flags]
 
 
 def folder_and_flags(argv: Sequence[str], folder: str) -> tuple[Path, list[str]]:
@@ -57,11 +57,22 @@ def data_flags(flags: Sequence[str]) -> list[str]:
     return found
 
 
-def run_steps(steps: Sequence[Step]) -> int:
-    """Run the commands, each printed before; returns the status of the first that fails, or 0."""
-    for number, step in enumerate(steps, start=1):
-        command = f"python -m {step.entry.__name__} {' '.join(step.arguments)}"
-        output.out(f"\n== {number}/{len(steps)} {step.title}\n   {command}\n")
+def announce(title: str) -> None:
+    """The line over a step's output."""
+    output.out(f"\n== {title}\n")
+
+
+def run_steps(steps: Sequence[Step], first: int = 1, of: int | None = None) -> int:
+    """Run the commands, each printed before; returns the status of the first that fails, or 0.
+
+    Args:
+        steps: run in this order.
+        first: number of the first one.
+        of: how many there are; None: these.
+    """
+    for number, step in enumerate(steps, start=first):
+        announce(f"{number}/{of or len(steps)} {step.title}")
+        output.out(f"   python -m {step.entry.__name__} {' '.join(step.arguments)}\n\n")
         status: int = step.entry.main(step.arguments)
         if status:
             return status

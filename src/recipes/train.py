@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import architectures
 from ..architectures.architecture import Architecture, n_outputs
+from ..architectures.found import first_line
 from ..common.errors import GroupError, SettingsError, UserError
 from ..common.log import log, note
 from ..compression.finetune.distillation import Distillation, DistillationSpec, check_stages, find_stages
@@ -196,6 +197,8 @@ def learn_from_teacher(
         teacher = copy.deepcopy(start.model)
     else:
         teacher = _named_teacher(run, other, source, n_outputs(architecture, start.model))
+    if isinstance(source, str) and example is not None:
+        _try_teacher(teacher, other, source, example)
     stages = given.stages
     if given.features and example is not None:
         stages = stages or find_stages(teacher, example)
@@ -258,6 +261,21 @@ def _named_teacher(run: Run, architecture: Architecture, source: Path | str, n_c
             f"{n_classes:,}; use a teacher that was trained for the same classes, in the same order"
         )
     return teacher
+
+
+def _try_teacher(teacher: nn.Module, architecture: Architecture, source: str, example: Tensor) -> None:
+    """See that a teacher of another architecture can be shown these images; say where it was made for others."""
+    side, made_for = example.shape[-1], architecture.image_size
+    try:
+        with torch.no_grad():
+            teacher.eval()(example)
+    except Exception as error:  # a network of any origin
+        raise SettingsError(
+            f"distillation.teacher: {source} cannot be shown images of {side} pixels (dataloader.image_size): "
+            f"{first_line(error)}. It was made for {made_for}; use another teacher"
+        ) from error
+    if made_for != side:
+        note(f"distillation.teacher: {source} was made for images of {made_for} pixels and is shown {side} here")
 
 
 def _permute_teacher(run: Run, prepared: Prepared) -> None:

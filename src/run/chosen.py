@@ -44,7 +44,7 @@ def losses_by_photos(job: Job, tradeoff: Tradeoff, model: nn.Module, images: Seq
     return losses_by_inputs(
         model,
         tradeoff,
-        first_inputs(images),
+        first_inputs(images, job.settings.compression.count),
         outputs=batch_outputs,
         seed=job.settings.seed,
         device=engine.device,

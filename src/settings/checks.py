@@ -17,7 +17,7 @@ from ..engines.registry import ENGINES
 from .data_schema import CalibrationSettings
 from .finetune_schema import DistillationSettings
 from .keys import LAYER, Path, walk
-from .model_schema import CompressionSettings
+from .model_schema import BudgetSettings, CompressionSettings
 from .overrides import locate
 from .reach import CLASSIFICATION, COMPRESS, DETECTION, EVALUATE, unread
 from .reach import keys as keys_and_readers
@@ -114,14 +114,17 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     ]
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
-        budget = ["compression.size", "compression.ratio"]
+        budget = [f"compression.{key}" for key in BudgetSettings.model_fields]
         yield "model.use_compression is False", [*compression, *search, *budget, "codebook_learning_rate"]
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
     else:
         yield f"model.search is {model.search}", [f"model.{key}" for key in SEARCHES.unread(model.search)]
     wanted = settings.compression
-    if model.use_compression and (wanted.size is not None or wanted.ratio is not None):
+    if wanted.size is None and wanted.ratio is None:
+        if not wanted.plan:
+            yield "neither compression.size nor compression.ratio is given", ["compression.count"]
+    elif model.use_compression:
         by = "size" if wanted.size is not None else "ratio"
         yield f"compression.{by} chooses it", [f"model.compression_parameters.{key}" for key in CHOSEN_BY_SIZE]
     yield from _without_effect_on_calibration(settings, job)

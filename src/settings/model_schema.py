@@ -88,6 +88,13 @@ class BudgetSettings(Section):
     ratio: Annotated[Real, Gt(1)] | None = Field(
         None, description="The same as how many times smaller than the dense network; only one of the two."
     )
+    count: Annotated[Positive, COMPRESSING] = Field(
+        128,
+        description=(
+            "Images that say what a wanted size is best spent on, of those that calibrate, at most; each is shown to "
+            "the network once for every weight."
+        ),
+    )
     plan: Annotated[bool | str, BeforeValidator(_flag_or_file), COMPRESSION] = Field(
         False,
         description=(

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from src import train_classifier, train_detector
+from src.api import save
+from src.architectures import ARCHITECTURES
+from src.architectures.architecture import Architecture
+from src.common.registry import Entry
 from src.model_files.pth import read_tensors
 from src.settings import load
 from src.tasks.images import load_rgb, read_folder
@@ -190,6 +195,7 @@ def test_teachers_that_are_none_are_one_error_each_before_anything_is_written(
 ) -> None:
     net = quantized(Net(num_classes=3))
     torch.save(net.state_dict(), tmp_path / "compressed.pth")
+    save(net, tmp_path / "packed.safetensors")
     saved(tmp_path / "four.pth", 4)
     (tmp_path / "damaged.pth").write_bytes(b"no network")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
@@ -197,11 +203,16 @@ def test_teachers_that_are_none_are_one_error_each_before_anything_is_written(
     cases: list[tuple[list[str], tuple[str, ...]]] = [
         (["--distillation.teacher", str(tmp_path / "four.pth")], ("tells 4 classes apart", "3", "the same classes")),
         (["--distillation.teacher", str(tmp_path / "compressed.pth")], ("is a compressed model", "a dense one")),
+        (["--distillation.teacher", str(tmp_path / "packed.safetensors")], ("is a compressed model", "a dense one")),
         (["--distillation.teacher", str(tmp_path / "damaged.pth")], ("damaged.pth",)),
         (["--distillation.teacher", str(tmp_path / "other.pth")], ("other.pth",)),
         (["--distillation.teacher", str(tmp_path / "absent.pth")], ("there is no file", "absent.pth", "expected")),
         (["--distillation.teacher", "resnet81"], ("there is no file resnet81", "resnet18")),
         (["--distillation.teacher", "maskrcnn"], ("there is no file maskrcnn", "classification")),
+        (
+            ["--dataloader.std", "[0.5, 0.5, 0.5]", "--distillation.teacher", "resnet18"],
+            ("0.229, 0.224, 0.225", "dataloader.std", "the same preprocessing"),
+        ),
         (timms, ("0.485, 0.456, 0.406 and 0.229, 0.224, 0.225", "dataloader.mean", "the same preprocessing")),
         (["--model.weights", "none"], ("model.weights is none", "nothing to teach", "--distillation.weight 0")),
         (["--model.new_head", "True"], ("model.new_head", "nothing to teach")),
@@ -212,6 +223,45 @@ def test_teachers_that_are_none_are_one_error_each_before_anything_is_written(
         arguments = flags(small_images, tmp_path / "run", dense, "--distillation.weight", "1", *given)
         refused(capsys, train_classifier.main, arguments, "distillation.", *words)
         assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+class OfOneSize(nn.Module):
+    """A teacher that takes images of 32 pixels only, as a vision transformer takes those of its table of positions."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 32 * 32, n_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.flatten(1))
+
+
+OF_ONE_SIZE = Architecture(
+    name="of_one_size",
+    task="classification",
+    build=OfOneSize,
+    weights_url="",
+    n_classes=3,
+    head="head",
+    groups=None,
+    image_size=48,
+    download=lambda _: OfOneSize(3).state_dict(),
+)
+
+
+def test_a_teacher_that_was_made_for_images_of_another_size_says_so_or_is_refused(
+    small_images: Path, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--distillation.weight", "1", "--distillation.teacher", "of_one_size"]
+    made_for = "of_one_size was made for images of 48 pixels and is shown 32 here"
+    entry = Entry(f"{__name__}:OF_ONE_SIZE", "an addition", {"task": "classification"})
+    with ARCHITECTURES.added("of_one_size", entry):
+        assert train(small_images, tmp_path / "run", dense, *named) == 0
+        assert made_for in capsys.readouterr().out
+        smaller = flags(small_images, tmp_path / "other", dense, *named, "--dataloader.image_size", "24")
+        words = ("distillation.teacher: of_one_size cannot be shown images of 24 pixels", "dataloader.image_size", "48")
+        refused(capsys, train_classifier.main, smaller, *words)
+    assert not (tmp_path / "other" / "config.yaml").exists()
 
 
 def test_images_without_labels_that_are_none_are_one_error_each(

@@ -34,10 +34,10 @@ def sized() -> Sized:
     return found
 
 
-def chosen(output: Path, photos: tuple[Tensor, ...], wanted: Sized) -> Plan:
+def chosen(output: Path, photos: tuple[Tensor, ...], wanted: Sized, *flags: str) -> Plan:
     """Within a run that never ends, so that the next one resumes it."""
     settings = load(
-        "config/compress.yaml", ["--model.arch", "tests.support.own_network:Net", "--output_path", str(output)]
+        "config/compress.yaml", ["--model.arch", "tests.support.own_network:Net", "--output_path", str(output), *flags]
     )
     with open_run(settings) as run:
         run.check_inputs({})
@@ -60,3 +60,13 @@ def test_a_run_that_resumes_keeps_the_choice_and_one_that_cannot_read_it_measure
     file.unlink()
     with pytest.raises(DataError, match=r"inputs of layer 'body\.0' are not finite"):
         chosen(output, (PHOTOS[0] / 0,), wanted)
+
+
+def test_only_so_many_photos_say_what_a_size_is_spent_on(tmp_path: Path) -> None:
+    """Photos behind them change nothing: their outputs are not even finite."""
+    wanted, few = sized(), PHOTOS[0][:8]
+    first = chosen(tmp_path / "few", (few,), wanted)
+    rest = torch.full_like(few, float("nan"))
+    assert chosen(tmp_path / "of more", (few, rest), wanted, "--compression.count", "8") == first
+    with pytest.raises(DataError):
+        chosen(tmp_path / "all", (few, rest), wanted)

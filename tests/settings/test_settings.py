@@ -661,6 +661,11 @@ def test_what_a_size_chooses_is_said_to_have_no_effect() -> None:
     dense = ["--compression.size", "1MB", "--model.use_compression", "False"]
     said = ineffective(load("../config/train_resnet18.yaml", dense), "train", "classification")
     assert "compression.size has no effect: model.use_compression is False" in said
+    few = ["--compression.count", "32"]
+    neither = "compression.count has no effect: neither compression.size nor compression.ratio is given"
+    assert ineffective(load("../config/compress.yaml", few), "compress") == [neither]
+    for own in (["--compression.ratio", "20"], ["--compression.plan", "True"]):
+        assert ineffective(load("../config/compress.yaml", [*few, *own]), "compress") == []
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from .options import WeightOptions
 from .tradeoff import Tradeoff
 
 INPUTS = 128
-"""Inputs that are shown, at most."""
+"""Inputs that are shown, at most, where nobody says it."""
 MEASURABLE = (0.03, 0.7)
 """Shares of a weight's energy that are taken away, at least and at most."""
 ITERATIONS = 10
@@ -132,9 +132,11 @@ def _trial(weight: WeightOptions, plan: LayerPlan, parameter: Tensor, seed: int,
 def _measurable(weight: WeightOptions) -> tuple[int, int]:
     """d and k of the settings, or those next to them whose distortion can be measured by."""
     least, most = (share * weight.power for share in MEASURABLE)
+    # Python's own number: where next to nothing is lost the share is infinite, of which numpy would warn
+    nothing = float(np.finfo(float).tiny)
 
     def away(option: int) -> tuple[float, float]:
-        lost, (d, k) = max(float(weight.distortion[option]), np.finfo(float).tiny), weight.settings[option][:2]
+        lost, (d, k) = max(float(weight.distortion[option]), nothing), weight.settings[option][:2]
         outside = max(math.log(least / lost), math.log(lost / most), 0.0) if weight.power else 0.0
         return round(outside, 1), abs(math.log2(d / weight.own.d)) + abs(math.log2(k / weight.own.k))
 
