@@ -95,18 +95,17 @@ def compress(
     given, wanted = model_settings(settings), budget_settings(settings)
     _check_dense(model)
     batches = None if calibration is None else batches_of(calibration)
-    spec, search, known = quantization_of(given), search_of(given), ModelInfo(settings=_known(given, wanted, seed))
+    spec, known = quantization_of(given), ModelInfo(settings=_known(given, wanted, seed))
+    search = replace(search_of(given), thorough=batches is None)
     check_weights(model, plan := make_plan(model, spec))
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
     _check_groups(model, found, search.reshapes, seed, example_inputs)
-    if (budget := budget_of(wanted)) is not None:
-        if budget.size is not None:
-            budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
-        plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
-        if sized is not None and batches is not None:
-            plan = _chosen(model, sized, batches, seed, device, show_progress)
+    if (budget := budget_of(wanted)) is not None and budget.size is not None:
+        budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
+    plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
+    if sized is not None and batches is not None:
+        plan = _chosen(model, sized, batches, seed, device, show_progress)
     measure = candidate_distortion(plan, seed)
-    search = replace(search, thorough=batches is None)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)

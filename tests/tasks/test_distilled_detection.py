@@ -69,7 +69,7 @@ def test_the_teacher_judges_the_same_proposals_on_the_same_images(coco: Path) ->
     teacher = learned.learned.teacher
     torch.manual_seed(0)
     with learned.watching(model) as seen:
-        model(work._images(batch), batch.targets)
+        model(work.inputs(batch), batch.targets)
     assert not model.rpn.head._forward_hooks
     answers = learned.answers(seen)
     with torch.no_grad():
