@@ -34,7 +34,7 @@ from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
 from .compression.quantize.plan import Plan, make_plan
 from .compression.quantize.replaced import mark_replaced
-from .model_files.beside import bytes_beside
+from .model_files.beside import with_beside
 from .model_files.building import fill
 from .model_files.compression_report import applied
 from .model_files.inspected import Inspection
@@ -100,8 +100,7 @@ def compress(
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
     _check_groups(model, found, search.reshapes, seed, example_inputs)
     if (budget := budget_of(wanted)) is not None:
-        if budget.size is not None:
-            budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
+        budget = with_beside(budget, model, plan, found, search.reshapes, known)
         plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
         if sized is not None and batches is not None:
             plan = _chosen(model, sized, batches, seed, device, show_progress)
