@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from src.compression.quantize.budget.tradeoff import Prediction, measure
+from src.compression.quantize.budget.prediction import Prediction
+from src.compression.quantize.budget.tradeoff import measure
 from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.compress import compress
 from src.compression.quantize.subvector_size import BlockRule

@@ -91,7 +91,6 @@ WAYS: Mapping[str, Sequence[str]] = {
     "KL, T = 4, codebooks' rate 0.2": (*KL, "--distillation.temperature", "4", "--codebook_learning_rate", "0.2"),
     "KL, average": (*KL, "--ema", "0.99"),
     "KL, warm-up": (*KL, "--lr_scheduler.warmup", "20"),
-    "KL, other crops": (*KL, "--dataloader.crop", "random_resized"),
 }
 """Flags of `train_resnet` by the name of a row; `best` is what it does without any."""
 WHOLE = ("published", "best", "published, KL", "calibrated")
@@ -101,6 +100,8 @@ LOSS_LIMIT = 0.45
 SECONDS_LIMIT = 1 / 3
 """Of what `published` takes for four epochs."""
 DIGITS_PER_CLASS = 20
+SMALL_DENSE = ("--epochs", "1")
+SMALL = ("--calibration.count", "32", "--model.compression_parameters.k_means_n_iters", "1")
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,17 @@ def cifar10(weights: Path, photos: Path) -> Set:
     return Set("ResNet-18, CIFAR-10", photos, weights, (), _subject("ResNet-18, CIFAR-10", weights, photos))
 
 
-def digits(folder: Path) -> Set:
-    """The dense network of the demonstration, trained with all digits; a folder with 20 of each class to train on."""
+def digits(folder: Path, small: bool = False) -> Set:
+    """The dense network of the demonstration, trained with all digits; a folder with 20 of each class to train on.
+
+    Args:
+        folder: for both.
+        small: train for one epoch, and calibrate and cluster next to nothing: only to see that everything runs.
+    """
     everything, few, dense = folder / "digits", folder / "few_digits", folder / "dense"
     if not (dense / "results.json").exists():
         config = str(ROOT / "config/digits/train_dense_resnet18.yaml")
-        train(folder / "dense.log", "--config", config, *_paths(everything, dense))
+        train(folder / "dense.log", "--config", config, *_paths(everything, dense), *(SMALL_DENSE if small else ()))
     write_digits(everything)
     if not few.exists():
         shutil.copytree(everything / "val", few / "val")
@@ -156,7 +162,7 @@ def digits(folder: Path) -> Set:
             (few / "train" / kind.name).mkdir(parents=True)
             for path in sorted(kind.iterdir())[:DIGITS_PER_CLASS]:
                 shutil.copy(path, few / "train" / kind.name)
-    flags = ("--dataloader.batch_size", "32", "--dataloader.horizontal_flip", "False")
+    flags = ("--dataloader.batch_size", "32", "--dataloader.horizontal_flip", "False", *(SMALL if small else ()))
     weights, name = dense / "trained_models" / "best.pth", f"ResNet-18, {DIGITS_PER_CLASS} digits per class"
     return Set(name, few, weights, flags, _subject(name, weights, few))
 
@@ -284,13 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", nargs="+", type=int, default=[2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, help="folder that keeps what was measured; none: a temporary one")
+    parser.add_argument("--small", action="store_true", help="digits: only see that everything runs")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/finetune.json"))
     options = parser.parse_args(arguments)
     about = machine()
     print_machine(about)
     with tempfile.TemporaryDirectory() as temporary:
         runs = (options.runs or Path(temporary)).resolve()
-        of = digits(runs) if options.set == "digits" else cifar10(options.weights.resolve(), options.photos.resolve())
+        if options.set == "digits":
+            of = digits(runs, options.small)
+        else:
+            of = cifar10(options.weights.resolve(), options.photos.resolve())
         found: dict[Case, dict[str, Any]] = {}
         for seed in options.seeds:
             for blocks in options.blocks:

@@ -34,7 +34,7 @@ from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
 from .compression.quantize.plan import Plan, make_plan
 from .compression.quantize.replaced import mark_replaced
-from .model_files.beside import bytes_beside
+from .model_files.beside import with_beside
 from .model_files.building import fill
 from .model_files.compression_report import applied
 from .model_files.inspected import Inspection
@@ -100,11 +100,11 @@ def compress(
     check_weights(model, plan := make_plan(model, spec))
     found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
     _check_groups(model, found, search.reshapes, seed, example_inputs)
-    if (budget := budget_of(wanted)) is not None and budget.size is not None:
-        budget = replace(budget, beside=bytes_beside(model, plan, found, search.reshapes, known))
-    plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
-    if sized is not None and batches is not None:
-        plan = _chosen(model, sized, batches, seed, device, show_progress)
+    if (budget := budget_of(wanted)) is not None:
+        budget = with_beside(budget, model, plan, found, search.reshapes, known)
+        plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
+        if sized is not None and batches is not None:
+            plan = _chosen(model, sized, batches, seed, device, show_progress)
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}

@@ -39,6 +39,11 @@ class Answers:
         """Whether the first classes are the same."""
         return self.dense[0][0] == self.compressed[0][0]
 
+    @property
+    def shared(self) -> int:
+        """How many classes both name."""
+        return len({name for name, _ in self.dense} & {name for name, _ in self.compressed})
+
 
 def table(answers: Sequence[Answers], dense: str, compressed: str) -> str:
     """The classes as text, a block for every photo; photos of calibration have a star.

@@ -123,10 +123,12 @@ def _titles(results: Path) -> tuple[str, str]:
 def _summary(found: Sequence[Answers]) -> str:
     """How often the first answers are the same, and which photos were calibrated with."""
     new = [one for one in found if not one.calibrated]
-    same = sum(one.agree for one in new)
+    same, named = sum(one.agree for one in new), sum(one.shared for one in new)
+    likeliest = sum(len(one.dense) for one in new)
     starred = " and ".join(one.title for one in found if one.calibrated)
     return (
-        f"The same first answer to {same} of {len(new)} photos that the compressed network was not calibrated with.\n"
+        f"To {len(new)} photos that it was not calibrated with the compressed network gives {named} of the dense one's "
+        f"{likeliest} likeliest\nclasses, and to {same} of them the same first answer.\n"
         f"* crops of {starred} were among those that calibrated it, without a label."
     )
 

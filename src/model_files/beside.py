@@ -14,6 +14,7 @@ from torch import nn
 
 from ..compression.permute.binding import AnyGroup, bind
 from ..compression.permute.permute import GroupResult
+from ..compression.quantize.budget.wanted import Budget
 from ..compression.quantize.compress import build_quantized
 from ..compression.quantize.placing import quantized_layers
 from ..compression.quantize.plan import Plan
@@ -24,6 +25,8 @@ from .size import model_size
 
 LONG = 1 / 3
 """A number with as many digits as any."""
+SCALE_ENTRY = len('".codebook_scale":{"dtype":"F32","shape":[],"data_offsets":[99999,99999]},')
+"""Bytes of a scale's entry in the header of a file, at most, beside the weight's name."""
 METRICS = 8
 """Figures of a validation that a file may hold."""
 
@@ -65,3 +68,27 @@ def bytes_beside(
         path = Path(folder) / "model.safetensors"
         save_packed(quantized, path, info)
         return path.stat().st_size - model_size(quantized).bits // 8
+
+
+def with_beside(
+    budget: Budget,
+    model: nn.Module,
+    plan: Plan,
+    groups: Sequence[AnyGroup],
+    reshapes: Mapping[str, tuple[int, ...]],
+    info: ModelInfo,
+) -> Budget:
+    """A budget that knows what a packed file of the network needs beside what counts; a ratio is of what counts.
+
+    Args:
+        budget: what is wanted.
+        model, plan, groups, reshapes, info: as for `bytes_beside`.
+
+    Raises:
+        GroupError: a group does not fit.
+    """
+    if budget.size is None:
+        return budget
+    longest = max((len(name.encode()) for name in plan.layers), default=0)
+    beside = bytes_beside(model, plan, groups, reshapes, info)
+    return replace(budget, beside=beside, beside_scale=longest + SCALE_ENTRY)

@@ -21,7 +21,7 @@ from ..compression.quantize.budget.wanted import Budget
 from ..compression.quantize.compress import LayerResult, build_quantized, candidate_distortion, check_weights, compress
 from ..compression.quantize.plan import Plan, make_plan
 from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
-from ..model_files.beside import bytes_beside
+from ..model_files.beside import with_beside
 from ..model_files.compression_report import FILE_NAME, read_settings, report_text
 from ..model_files.metadata import ModelInfo
 from ..model_files.size import model_size
@@ -134,7 +134,7 @@ def _with_beside(
         settings=compression_settings(settings),
         producer=PRODUCER,
     )
-    return replace(wanted, beside=bytes_beside(model, plan, groups, search_spec(settings, architecture).reshapes, info))
+    return with_beside(wanted, model, plan, groups, search_spec(settings, architecture).reshapes, info)
 
 
 def _groups(

@@ -15,7 +15,8 @@ from ..architectures.architecture import Architecture
 from ..common.errors import SettingsError
 from ..common.log import log, note
 from ..common.paths import write_atomically, write_text
-from ..compression.quantize.budget.tradeoff import Prediction, Tradeoff
+from ..compression.quantize.budget.prediction import Prediction
+from ..compression.quantize.budget.tradeoff import Tradeoff
 from ..compression.quantize.budget.wanted import Budget
 from ..run.chosen import losses_by_photos
 from ..run.compression_specs import outlook, tradeoff_of

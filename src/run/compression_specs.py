@@ -10,7 +10,8 @@ from torch import nn
 from ..compression.permute.results import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
 from ..compression.quantize.budget.loss import Losses
-from ..compression.quantize.budget.tradeoff import Prediction, Tradeoff, measure
+from ..compression.quantize.budget.prediction import Prediction
+from ..compression.quantize.budget.tradeoff import Tradeoff, measure
 from ..compression.quantize.budget.wanted import Budget, megabytes
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.subvector_size import BlockRule
@@ -80,11 +81,8 @@ class Sized:
         text = f"block length and centroids of {len(found.layers)} weights are chosen for {self.budget}"
         if found.unit:
             text += " by what losing them changes"
-        beside = (
-            f", {self.budget.beside:,} bytes of a file for other things"
-            if self.budget.size and self.budget.beside
-            else ""
-        )
+        for_other = self.budget.beside + self.budget.beside_scale * found.scales
+        beside = f", {for_other:,} bytes of a file for other things" if self.budget.size and for_other else ""
         note = f"{text}: {outlook(found)}{beside} (as set: {outlook(self.tradeoff.of_settings())})"
         return replace(found.plan, notes=(*found.plan.notes, note))
 

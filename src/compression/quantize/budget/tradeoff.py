@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from ....common.errors import PlanError
@@ -20,62 +22,8 @@ from ..weights import WeightPlace
 from .choose import Choice, Chooser, Options
 from .loss import Floats, Losses
 from .options import WeightOptions, measured, settings_for, with_option
+from .prediction import PredictedLayer, Prediction
 from .wanted import Budget, megabytes
-
-
-@dataclass(frozen=True)
-class PredictedLayer:
-    """What a plan does to one weight, as far as it is known beforehand.
-
-    Attributes:
-        name: of the weight, of a tied one the first.
-        d: subvector length.
-        k: centroids.
-        codebook_bits: of a value of the codebook.
-        bits: of codes and codebook.
-        distortion: about the sum of squares that will be lost.
-        loss: what that costs the network.
-        power: sum of squares of the weight.
-        n_values: in the weight.
-    """
-
-    name: str
-    d: int
-    k: int
-    codebook_bits: int
-    bits: int
-    distortion: float
-    loss: float
-    power: float
-    n_values: int
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A plan, its exact size and about what it loses.
-
-    Attributes:
-        plan: what to do with every weight.
-        layers: what becomes of each.
-        bits: of the whole network, exactly.
-        dense_bits: of the network before.
-        loss: of all weights, summed.
-        share: of the energy of all quantized weights together that is lost, each as much as it matters.
-        unit: of the loss; empty: sums of squares.
-    """
-
-    plan: Plan
-    layers: tuple[PredictedLayer, ...]
-    bits: int
-    dense_bits: int
-    loss: float
-    share: float
-    unit: str = ""
-
-    @property
-    def ratio(self) -> float:
-        """Dense / quantized."""
-        return self.dense_bits / self.bits
 
 
 @dataclass(frozen=True)
@@ -117,11 +65,13 @@ class Tradeoff:
             PlanError: no plan is so small, or none so large; says what is possible.
         """
         bits = budget.bits(self.dense_bits)
-        if bits < self.smallest:
-            raise PlanError(self._impossible(budget, bits))
-        best = self._chooser.within(bits - self.other_bits)
-        if bits > self.largest and best.loss > 0:  # where nothing is lost, nothing would be gained by more
-            raise PlanError(self._impossible(budget, bits))
+        chooser = self._chooser_for(8 * budget.beside_scale) if budget.beside_scale else self._chooser
+        smallest, largest = self.other_bits + chooser.smallest, self.other_bits + chooser.largest
+        if bits < smallest:
+            raise PlanError(self._impossible(budget, bits, smallest, largest))
+        best = chooser.within(bits - self.other_bits)
+        if bits > largest and best.loss > 0:  # where nothing is lost, nothing would be gained by more
+            raise PlanError(self._impossible(budget, bits, smallest, largest))
         settings = self._of_settings
         if self.other_bits + settings.bits <= bits and settings.loss < best.loss:
             best = settings
@@ -154,8 +104,15 @@ class Tradeoff:
 
     @cached_property
     def _chooser(self) -> Chooser:
+        return self._chooser_for(0)
+
+    def _chooser_for(self, scale: int) -> Chooser:
+        """One that reckons with so many further bits of a file for a scale that the settings do not ask for."""
         return Chooser(
-            [Options(weight.bits, losses) for weight, losses in zip(self.weights, self._losses, strict=True)]
+            [
+                Options(weight.bits + scale * _scales(weight), losses)
+                for weight, losses in zip(self.weights, self._losses, strict=True)
+            ]
         )
 
     @cached_property
@@ -202,28 +159,34 @@ class Tradeoff:
         return Prediction(
             plan=replace(self.plan, layers=layers_plan, notes=notes, about_sizes=()),
             layers=tuple(layers),
-            bits=self.other_bits + choice.bits,
+            bits=self.other_bits + sum(layer.bits for layer in layers),
             dense_bits=self.dense_bits,
             loss=choice.loss,
             share=lost / power if power else 0.0,
             unit=self.losses.unit,
+            scales=sum(int(_scales(one)[at]) for one, at in zip(self.weights, choice.options, strict=True)),
         )
 
-    def _impossible(self, budget: Budget, bits: int) -> str:
-        verdict = "smaller" if bits < self.smallest else "larger"
+    def _impossible(self, budget: Budget, bits: int, smallest: int, largest: int) -> str:
+        verdict = "smaller" if bits < smallest else "larger"
         of_ratio = "" if budget.size is not None else f", that is {megabytes(bits)},"
         beside = 0 if budget.size is None else 8 * budget.beside
-        smallest, largest = self.smallest + beside, self.largest + beside
         text = (
-            f"{budget}{of_ratio} is {verdict} than this network can be made: from {megabytes(smallest)} "
-            f"({-(-smallest // 8):,} bytes, {self.dense_bits / self.smallest:.2f} times smaller) to "
-            f"{megabytes(largest)} ({largest // 8:,} bytes, {self.dense_bits / self.largest:.2f} times "
-            "smaller)"
+            f"{budget}{of_ratio} is {verdict} than this network can be made: from {megabytes(smallest + beside)} "
+            f"({-(-(smallest + beside) // 8):,} bytes, {self.dense_bits / self.smallest:.2f} times smaller) to "
+            f"{megabytes(largest + beside)} ({(largest + beside) // 8:,} bytes, "
+            f"{self.dense_bits / self.largest:.2f} times smaller)"
         )
-        if bits < self.smallest and self.plan.dense:
+        if bits < smallest and self.plan.dense:
             share = 100 * self.other_bits / self.smallest
             text += f". What stays dense is {share:.0f} % of the smallest: {', '.join(_names(self.plan))}"
         return text
+
+
+def _scales(weight: WeightOptions) -> NDArray[np.int64]:
+    """(c,) How many scales each option brings that the settings do not ask for: of codebooks of 8-bit values."""
+    asked = weight.own.codebook_bits == 8
+    return np.array([0 if asked or bits != 8 else len(weight.names) for _, _, bits in weight.settings], dtype=np.int64)
 
 
 def _names(plan: Plan, most: int = 8) -> list[str]:

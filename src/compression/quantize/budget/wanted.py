@@ -14,12 +14,14 @@ class Budget:
         ratio: how many times smaller than the dense network.
         prefix: what stands before the name of each in the user's settings.
         beside: bytes of the size that a file needs for what is not counted.
+        beside_scale: the same for the scale of each codebook of 8-bit values, where the settings do not ask for such.
     """
 
     size: int | None = None
     ratio: float | None = None
     prefix: str = ""
     beside: int = 0
+    beside_scale: int = 0
 
     def bits(self, dense_bits: int) -> int:
         """The most bits that are allowed, of a network of so many."""
