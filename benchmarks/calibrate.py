@@ -126,7 +126,7 @@ def run(
         clock.seconds["choose"] = chooser.seconds
     if search is not None:
         with clock.part("permute"):
-            _permuted(model, plan, search, subject.calibration[0][:2], not way.endswith("calibrated"))
+            _permuted(model, plan, search, subject.calibration[0][:2])
     if way.endswith("calibrated"):
         with clock.part("calibrate"):
             found = calibrate(model, plan, subject.calibration)
@@ -152,9 +152,9 @@ def run(
     }
 
 
-def _permuted(model: nn.Module, plan: Plan, search: str, example: Tensor, thorough: bool) -> None:
+def _permuted(model: nn.Module, plan: Plan, search: str, example: Tensor) -> None:
     groups, _ = groups_by_following(model, lambda net: net(example), 0)
-    spec = SearchSpec(search, 10_000, thorough=thorough)
+    spec = SearchSpec(search, 10_000)
     permute(model, groups, plan.sizes, spec, measure=candidate_distortion(plan, 0), show_progress=False)
 
 
