@@ -73,9 +73,12 @@ def test_what_a_recipe_sets_is_not_said_to_have_no_effect(file: Path) -> None:
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_the_shipped_files_follow_the_switch(path: Path) -> None:
+    """Of detectors but for what is measured for classifiers only."""
+    detector = path.stem in ("train_detector", "train_maskrcnn")
+    own = {"distillation.weight": 0.0, "codebook_learning_rate": 1.0} if detector else {}
     for recipe in RECIPES:
         settings = load(str(path), ["--recipe", recipe])
-        assert {key: value_of(settings, key) for key in RECIPES[recipe]} == RECIPES[recipe]
+        assert {key: value_of(settings, key) for key in RECIPES[recipe]} == {**RECIPES[recipe], **own}
 
 
 @pytest.mark.parametrize(
