@@ -15,14 +15,13 @@ import torch
 import src.compress as command
 from src import evaluate_classifier, train_classifier
 from src.model_files.pth import read_tensors
-from src.tasks.decoding import file_bytes
 from src.tasks.splits import list_splits
 from tests.conftest import write_images
 from tests.recipes.test_distillation import saved
 from tests.run.test_resume import at_step, stopped
 from tests.support import small_runs
 from tests.support.launching import launch
-from tests.support.stored import as_saved, as_shards
+from tests.support.stored import as_saved, as_shards, file_bytes
 from tests.test_entries import paths, refused
 
 FLAGS = [

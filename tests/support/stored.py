@@ -11,9 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from src.tasks.decoding import open_file
 from src.tasks.images import ImageFolderIndex, read_folder
 
 SPLITS = ("train", "val")
+
+
+def file_bytes(place: str) -> bytes:
+    """All bytes of an image, wherever it is stored."""
+    with open_file(place) as file:
+        return file.read()
 
 
 def write_tar(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:

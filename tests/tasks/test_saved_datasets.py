@@ -11,14 +11,14 @@ import torch
 
 from src.common.errors import DataError, SettingsError
 from src.tasks.classification import Classification, ImageSpec
-from src.tasks.decoding import file_bytes, load_rgb
+from src.tasks.decoding import load_rgb
 from src.tasks.images import check_images, read_folder
 from src.tasks.loading import LoaderSpec
 from src.tasks.places import describe
 from src.tasks.sources import check_package, is_saved
 from src.tasks.splits import list_splits, unlabelled
 from tests.conftest import write_images
-from tests.support.stored import as_saved, need_datasets
+from tests.support.stored import as_saved, file_bytes, need_datasets
 from tests.tasks.test_classification import FakeEngine
 
 KEY = "dataloader.imagenet_path"

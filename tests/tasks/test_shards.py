@@ -18,14 +18,14 @@ from PIL import Image
 from src.common.errors import DataError
 from src.tasks import remembered, shards
 from src.tasks.classification import Classification, ImageSpec
-from src.tasks.decoding import file_bytes, load_rgb
+from src.tasks.decoding import load_rgb
 from src.tasks.images import ImageFolderIndex, check_images, check_same_classes, leave_out, read_folder
 from src.tasks.loading import LoaderSpec
 from src.tasks.places import below, describe, holder, inside, is_inside, open_file
 from src.tasks.splits import list_splits, unlabelled
 from tests.conftest import write_images
 from tests.support.logs import logged
-from tests.support.stored import as_shards, write_tar
+from tests.support.stored import as_shards, file_bytes, write_tar
 from tests.tasks.test_classification import FakeEngine
 
 KEY = "dataloader.imagenet_path"

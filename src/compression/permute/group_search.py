@@ -144,8 +144,9 @@ class GroupSearch:
             if self._measure is not None and np.dot(objective.weights, [c.share for c in children]) >= SHARE_TO_LOOK:
                 measure = partial(_measured, children, self._sizes, self._measure)
             search_group = SEARCHES[self._spec.search]
-            more = self._deadline, measure, self._spec.thorough
-            found = search_group(objective, group.n_blocks, n_tries, generator, *more)
+            if not self._spec.thorough and SEARCHES.fact(self._spec.search, "may_be_brief"):
+                search_group = partial(search_group, thorough=False)
+            found = search_group(objective, group.n_blocks, n_tries, generator, self._deadline, measure)
         return GroupResult(
             label=group.label,
             children=names,

@@ -1,7 +1,8 @@
 """Searches for the permutation of a group by name. To add one: a function in a file, and its entry here.
 
 `SEARCHES` (`model.search`) holds whole searches, of the type `search.GroupSearch`; the fact `children` says on how many
-of a group's children they are scored (None: all), `reads` which settings of `model` they read that others do not.
+of a group's children they are scored (None: all), `reads` which settings of `model` they read that others do not,
+`may_be_brief` that they take `thorough=False`, for networks that are calibrated afterwards.
 `STEPS` (`permutation_specs.<layer>.optimization`) holds what a
 search can be put together from, of the type `search.Step`.
 """
@@ -18,7 +19,7 @@ SEARCHES: Registry[Any] = Registry(
         "best": Entry(
             ".compression.permute.search:search_best",
             "all children of a group, until nothing is gained",
-            {"reads": ("search_seconds",)},
+            {"reads": ("search_seconds",), "may_be_brief": True},
         ),
         "published": Entry(
             ".compression.permute.search:search_published",

@@ -132,10 +132,9 @@ distortion."""
 
 
 GroupSearch = Callable[
-    [GroupObjective, int, int, torch.Generator, "float | None", "CandidateMeasure | None", bool], SearchResult
+    [GroupObjective, int, int, torch.Generator, "float | None", "CandidateMeasure | None"], SearchResult
 ]
-"""Objective, blocks, swaps, generator, deadline, measure, thorough -> result; the arguments are those of
-`search_best`."""
+"""Objective, blocks, swaps, generator, deadline, measure -> result; the arguments are those of `search_best`."""
 
 
 def search_published(
@@ -145,7 +144,6 @@ def search_published(
     generator: torch.Generator,
     deadline: float | None = None,  # noqa: ARG001 (of GroupSearch)
     measure: CandidateMeasure | None = None,  # noqa: ARG001 (of GroupSearch)
-    thorough: bool = True,  # noqa: ARG001 (of GroupSearch)
 ) -> SearchResult:
     """The paper's search: greedy start, then `n_tries` swaps. It always ends, and needs no measure."""
     return search(objective, n_blocks, n_tries, generator)
