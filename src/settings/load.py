@@ -20,6 +20,9 @@ from .yaml_text import parse
 
 MOST_PROBLEMS = 10
 
+LONGEST_KEY = 100
+"""Characters of one part of a dotted key in a message."""
+
 
 def load(config_path: str, overrides: Sequence[str] = ()) -> Settings:
     """Read a settings file and put the overrides of a command line over it.
@@ -75,12 +78,17 @@ def _problem(details: ErrorDetails, tree: dict[str, Any], touched: set[Path], fi
     if details["type"] == "missing" and place and isinstance(place[-1], int):
         place = place[:-1]  # a list that is too short: the list is wrong, not the item it lacks
     names = tuple(str(part) for part in _until_index(place))
-    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    dotted = "".join(f"[{part}]" if isinstance(part, int) else f".{_cut(part)}" for part in place).lstrip(".")
     if details["type"] == "extra_forbidden":
         verdict = "unknown key; " + advice(names)
     else:
         verdict = "expected " + _expected(details, place)
     return f"{_source(names, tree, touched, file)}: {dotted} = {shown(value)}: {verdict}"
+
+
+def _cut(name: str) -> str:
+    """A key as a message shows it: those of damaged files may have hundreds of characters."""
+    return name if len(name) <= LONGEST_KEY else name[: LONGEST_KEY - 3] + "..."
 
 
 def _until_index(place: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -702,3 +702,12 @@ def test_a_key_given_in_vain_is_mentioned_once(file: Path, arguments: list[str],
 def test_a_file_written_for_training_may_be_given_to_an_evaluation() -> None:
     for name, task in (("train_resnet18", "classification"), ("train_maskrcnn", "detection")):
         assert ineffective(load(f"../config/{name}.yaml"), "evaluate", task) == []
+
+
+def test_a_key_of_hundreds_of_characters_is_cut_in_the_message(file: Path) -> None:
+    file.write_text(f"{'out' + 900 * '9'}: 1\n")
+    with pytest.raises(SettingsError) as error:
+        load(str(file))
+    assert len(str(error.value)) - len(str(file)) < 800
+    assert "out9999" in str(error.value)
+    assert "known keys here: " in str(error.value)
