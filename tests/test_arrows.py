@@ -49,6 +49,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "model_files.published": ("common",),
     "model_files.entropy": ("model_files.bit_packing",),
     "model_files.rans": ("model_files.bit_packing",),
+    "exports": ("common", "compression.quantize", "architectures", "model_files"),
     "settings": ("common", *REGISTRIES),
     "tasks": ("common", "engines.engine", "compression.finetune.task", "compression.finetune.distillation"),
     "run": (
@@ -66,7 +67,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.recorder": ("common", "run.output_folder", "compression.finetune.outcome"),
     "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs"),
     "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
-    "recipes": ("common", "engines", "settings", "compression", "architectures", "model_files", "tasks", "run"),
+    "recipes": (
+        "common",
+        "engines",
+        "settings",
+        "compression",
+        "architectures",
+        "model_files",
+        "exports",
+        "tasks",
+        "run",
+    ),
     "api": ("common", "settings", "compression", "architectures", "model_files", "run.compression_specs"),
     "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn", "compress", "api"),
 }

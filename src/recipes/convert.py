@@ -19,9 +19,9 @@ from ..compression.quantize.calibrate.inputs import few_inputs, run_on
 from ..compression.quantize.dequantize import dequantized_state
 from ..compression.quantize.layers import QuantizedLayer
 from ..engines.choosing import pick_device
+from ..exports.onnx_file import dense_graph, difference, put_codes, write_graph
 from ..model_files.norm_estimation import reestimate_norms, retake_norms, retakeable_norms
 from ..model_files.norms import folded_norms
-from ..model_files.onnx_file import dense_graph, difference, put_codes, write_graph
 from ..model_files.open_model_file import OpenModelFile, open_model_file
 from ..model_files.packed import is_packed, save_packed
 from ..model_files.pth import save_compressed, save_dense, save_dense_safetensors

@@ -167,7 +167,7 @@ def test_a_weight_that_was_changed_in_the_graph_is_noticed(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime", reason="pip install onnx onnxruntime")
-    from src.model_files import onnx_file
+    from src.exports import onnx_file
 
     monkeypatch.setattr(onnx_file, "_narrow", lambda codes, k: ((codes.reshape(-1) + 1) % k).numpy().astype(np.uint8))
     path = tmp_path / "model.onnx"

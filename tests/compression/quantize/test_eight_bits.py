@@ -20,9 +20,9 @@ from src.compression.quantize.dequantize import dense_again, dequantized_state
 from src.compression.quantize.kmeans import cluster, with_eight_bits
 from src.compression.quantize.plan import LayerSpec, make_plan
 from src.compression.quantize.stored_codebook import as_stored, eight_bit_scale, stored_values
+from src.exports.onnx_file import dense_graph, put_codes
 from src.model_files.building import build_and_load
 from src.model_files.inspection import examine, examine_model
-from src.model_files.onnx_file import dense_graph, put_codes
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import ModelInfo, load_packed, save_packed
 from src.model_files.plan_of_file import plan_of

@@ -15,8 +15,8 @@ from src.compression.quantize.compress import compress
 from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.plan import make_plan
 from src.compression.quantize.sixteen_bits import energies, rounding_loss, scale_of, weight_problem
+from src.exports.onnx_file import dense_graph, put_codes
 from src.model_files.building import build_and_load
-from src.model_files.onnx_file import dense_graph, put_codes
 from src.model_files.packed import ModelInfo, load_packed, save_packed
 from src.model_files.plan_of_file import plan_of
 from src.model_files.pth import read_tensors, save_compressed
