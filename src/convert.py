@@ -13,6 +13,7 @@ dense); the ending of OUT says what is written:
   .pth          the published format
   .safetensors  packed: codes at log2(k) bits, with everything that rebuilds the network
   .onnx         weights as codebook and codes (Gather), checked with onnxruntime
+  .mlpackage    Core ML, weights as table and codes
 
 With --dense the weights are dequantized first, for programs that know nothing of codes.
 
@@ -49,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         type=command.positive,
         default=224,
         metavar="N",
-        help="side of the images that trace and check an ONNX graph (default: 224)",
+        help="side of the images that trace and check a graph, and the only one of a Core ML package (default: 224)",
+    )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="re-quantize to 256 centroids what has more, which Core ML cannot hold, instead of writing it densely",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     arguments, keys = command.split_settings(sys.argv[1:] if argv is None else argv, ("seed", "device"))
@@ -67,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             arch=options.arch,
             image_size=options.image_size,
             overwrite=options.overwrite,
+            fit=options.fit,
         )
         return recipes.convert(options.source, options.target, wanted, settings)
 

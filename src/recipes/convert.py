@@ -20,6 +20,7 @@ from ..compression.quantize.calibrate.inputs import few_inputs, run_on
 from ..compression.quantize.dequantize import dequantized_state
 from ..compression.quantize.layers import QuantizedLayer
 from ..engines.choosing import pick_device
+from ..exports.coreml import write_coreml
 from ..exports.onnx_file import dense_graph, difference, put_codes, write_graph
 from ..model_files.norm_estimation import reestimate_norms, retake_norms, retakeable_norms
 from ..model_files.norms import folded_norms
@@ -42,6 +43,7 @@ class ConvertOptions:
         arch: name of the architecture, where the file does not tell.
         image_size: side of the images with which a graph is traced and checked.
         overwrite: replace what is there.
+        fit: re-quantize what a form cannot hold, where it is Core ML's.
     """
 
     dense: bool = False
@@ -49,6 +51,7 @@ class ConvertOptions:
     arch: str | None = None
     image_size: int = 224
     overwrite: bool = False
+    fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def _check_target(source: Path, target: Path, options: ConvertOptions) -> None:
         )
     if options.entropy_coding and (options.dense or target.suffix != ".safetensors"):
         raise SettingsError("--entropy is for packed files: write to a .safetensors file, without --dense")
+    if options.fit and (options.dense or target.suffix != ".mlpackage"):
+        raise SettingsError("--fit is for Core ML packages: write to a .mlpackage, without --dense")
     check_name(target)
     another_kind = target.exists() and target.is_dir() != form.is_folder
     if another_kind or (target.exists() and source.exists() and target.samefile(source)):
@@ -221,9 +226,27 @@ def _write_onnx(file: OpenModelFile, target: Path, options: ConvertOptions) -> N
     log.info("%s; %d weights as codebook and codes", checked, 0 if dense else quantized)
 
 
+def _write_coreml(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    if file.architecture.task != "classification":
+        raise SettingsError(
+            f"Core ML packages are written for classification networks; {file.architecture.name} is for "
+            f"{file.architecture.task}"
+        )
+    write_coreml(
+        file.model,
+        lambda: _dequantized(file),
+        target,
+        {"producer": PRODUCER, "arch": file.architecture.name},
+        dense=options.dense,
+        image_size=options.image_size,
+        fit=options.fit,
+    )
+
+
 FORMS: dict[str, Form] = {
     ".pth": Form(write=_write_pth),
     ".safetensors": Form(write=_write_safetensors),
     ".onnx": Form(write=_write_onnx, needs_network=True),
+    ".mlpackage": Form(write=_write_coreml, needs_network=True, is_folder=True),
 }
 """What can be written, by the ending of the name."""
