@@ -9,8 +9,9 @@ from torch import nn
 
 from ..common.log import log, note
 from ..compression.quantize.layers import QuantizedLayer
-from .coreml_package import CODE_BITS, LARGEST_K, check_installed, put_codes, traced_program, write_package
+from .coreml_package import check_installed, exported_program, put_codes, write_package
 from .fewer_centroids import fit_centroids
+from .tables import CODE_BITS, LARGEST_K, bits_of_code
 
 SHOWN = 8
 """Names that a note lists."""
@@ -48,7 +49,7 @@ def write_coreml(
                 "%s: %d of %s centroids, which adds an error of %.4f of its energy",
                 *(changed.name, LARGEST_K, f"{changed.k:,}", changed.lost),
             )
-    program = traced_program(dequantized(), image_size)
+    program = exported_program(dequantized(), image_size)
     layers = {} if dense else {id(m.codebook): m for m in model.modules() if isinstance(m, QuantizedLayer)}
     left = {} if dense else put_codes(program, model)
     _tell(left, fit)
@@ -77,5 +78,7 @@ def _tell(left: dict[str, str], fit: bool) -> None:
 def _tell_longer_codes(ks: list[int]) -> None:
     longer = sorted({k for k in ks if k <= LARGEST_K and k.bit_length() - 1 not in CODE_BITS})
     for k in longer:
-        bits = next(bits for bits in CODE_BITS if k <= 1 << bits)
-        note(f"{ks.count(k)} weights with k = {k}: a code takes {bits} bits in Core ML, not {k.bit_length() - 1}")
+        note(
+            f"{ks.count(k)} weights with k = {k}: a code takes {bits_of_code(k)} bits in Core ML, not "
+            f"{k.bit_length() - 1}"
+        )

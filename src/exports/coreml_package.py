@@ -1,27 +1,22 @@
 """Core ML packages: an ML program in which every quantized weight stays codebook and codes.
 
-The traced network becomes an ML program whose weights are constants under the parameters' names; before anything is
-folded, each quantized one gives way to `constexpr_lut_to_dense`, which holds the codebook as a table and the codes in
-1, 2, 3, 4, 6 or 8 bits, whichever is the first that holds them. A table's vectors run along one axis. Where a
-subvector is a kernel of several values no axis has it: the table fills a matrix (rows, values of a row), which is
-reshaped.
+The exported network becomes an ML program whose weights are constants. Before anything is folded, each quantized one
+gives way to `constexpr_lut_to_dense`, which holds a table and codes (`tables`); where the vectors run along no one
+axis of the weight, a reshape follows.
 
-What is computed is computed in 16-bit floats, without which the Neural Engine computes nothing. A 16-bit codebook is
-its table as it stands. One of 8 bits is a table of whole numbers with its scale, one with a scale of its own a table of
-32-bit floats: the weights are then the file's to the last bit too, and rounded to 16 bits when they are used. A batch
-norm becomes a factor and a summand per channel, rounded once; behind a dense convolution coremltools folds it.
+What is computed is computed in 16-bit floats: the Neural Engine has no others. A 16-bit codebook is its table as it
+stands. One of 8 bits is a table of whole numbers with its scale, one with a scale of its own a table of 32-bit floats:
+decoded they are the file's weights to the last bit too, and are rounded to 16 bits where they are used. A batch norm
+becomes a factor and a summand per channel, rounded once; behind a dense convolution coremltools folds it.
 
 The package coremltools is needed: pip install pqf[coreml]. It builds packages on Linux too, where nothing runs them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +28,26 @@ from ..common.errors import RunError, SettingsError
 from ..common.paths import write_folder_atomically
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.placing import dense_name
+from .quiet import quiet
+from .smaller_program import norms_in_two, replace, small_constants_once
+from .tables import LARGEST_K, Table, table_of, vector_axis
 
 INPUT, OUTPUT = "images", "logits"
-CODE_BITS = (1, 2, 3, 4, 6, 8)
-"""What a code may take in a package."""
-LARGEST_K = 1 << CODE_BITS[-1]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An ML program before anything is folded.
+
+    Attributes:
+        mil: coremltools' own object.
+        names: of its constants -> of the network's parameters; those that are not there have the parameter's name.
+        image_size: side of the one image that it takes.
+    """
+
+    mil: Any
+    names: Mapping[str, str]
+    image_size: int
 
 
 def check_installed() -> None:
@@ -46,12 +56,12 @@ def check_installed() -> None:
     Raises:
         SettingsError: the package coremltools is missing.
     """
-    with _quiet():
+    with quiet("coremltools"):
         _coremltools()
 
 
-def traced_program(model: nn.Module, image_size: int) -> Any:
-    """The ML program of a dense network in evaluation mode: one image (1, 3, S, S) in, logits out; nothing is folded.
+def exported_program(model: nn.Module, image_size: int) -> Program:
+    """The ML program of a dense network in evaluation mode: one image (1, 3, S, S) in, logits out.
 
     Args:
         model: takes images (B, 3, H, W) and gives one tensor.
@@ -59,69 +69,74 @@ def traced_program(model: nn.Module, image_size: int) -> Any:
 
     Raises:
         SettingsError: the package coremltools is missing.
-        RunError: the network has an operation that coremltools cannot convert.
+        RunError: the network has an operation that coremltools cannot convert, or values that are too large.
     """
-    with _quiet() as said:
-        ct = _coremltools()
-        try:
-            traced = torch.jit.trace(model.eval(), torch.zeros(1, 3, image_size, image_size), check_trace=False)
-            return ct.convert(
-                traced,
-                inputs=[ct.TensorType(name=INPUT, shape=(1, 3, image_size, image_size))],
-                outputs=[ct.TensorType(name=OUTPUT)],
-                convert_to="milinternal",
-                minimum_deployment_target=ct.target.iOS18,
-                compute_precision=ct.precision.FLOAT32,
-                pass_pipeline=ct.PassPipeline.EMPTY,
-            )
-        except Exception as error:  # of whatever type: converters of single operations raise what they like
-            where = next((line.removeprefix("ERROR - ").rstrip(": ") for line in said if "converting" in line), "")
-            raise RunError(
-                f"Core ML: coremltools cannot convert this network: {_first_line(error)}"
-                + (f" ({where})" if where else "")
-            ) from error
+    check_installed()
+    _check_range(model)
+    images = torch.zeros(1, 3, image_size, image_size)
+    problems: list[str] = []
+    for follow in (_exported, _traced):  # networks whose Python code depends on values can only be traced
+        with quiet("coremltools", "torch") as said:
+            try:
+                graph, names = follow(model.eval(), images)
+                return Program(_converted(graph, image_size), names, image_size)
+            except Exception as error:  # of whatever type: converters of single operations raise what they like
+                where = [line.removeprefix("ERROR - ").rstrip(": ") for line in said if "converting" in line]
+                problems.append(": ".join([*where[-1:], _first_line(error)]))
+    raise RunError(f"Core ML: coremltools cannot convert this network: {problems[0]}")
 
 
-def put_codes(program: Any, quantized: nn.Module) -> dict[str, str]:
+def put_codes(program: Program, quantized: nn.Module) -> dict[str, str]:
     """Replace the dense weights of `program` by codebooks and codes, in place.
 
     Args:
-        program: from `traced_program` of the dequantized network.
+        program: of the dequantized network.
         quantized: the network with quantized layers, of the same names.
 
     Returns:
         The quantized weights that stay dense there, by name, and why.
     """
-    layers = {dense_name(name, layer): layer for name, layer in _quantized(quantized)}
-    function = program.functions["main"]
+    layers = {
+        dense_name(prefix, layer): layer
+        for prefix, layer in quantized.named_modules()
+        if isinstance(layer, QuantizedLayer)
+    }
+    function = program.mil.functions["main"]
     dense: dict[str, str] = {}
-    done: set[int] = set()
+    found: set[int] = set()
     with function:
         for constant in list(function.operations):
-            layer = layers.get(constant.name) if constant.op_type == "const" else None
+            name = program.names.get(constant.name, constant.name)
+            layer = layers.get(name) if constant.op_type == "const" else None
             if layer is None or not _is_weight(constant, layer):
                 continue
+            found.add(id(layer.codebook))
             if reason := _why_dense(constant, layer):
-                dense[constant.name] = reason
+                dense[name] = reason
             else:
                 with _place_of(constant):
-                    _replace(function, constant, _decoded(constant, layer))
-            done.add(id(layer.codebook))
-    missing = {name: "is not in the ML program under its name" for name, layer in layers.items()
-               if id(layer.codebook) not in done and name not in dense}  # fmt: skip
-    return dense | missing
+                    replace(function, constant, _decoded(constant, name, table_of(layer)))
+    for name, layer in layers.items():
+        if id(layer.codebook) not in found:
+            dense[name] = "is not in the ML program as it stands in the network"
+    return dense
 
 
-def write_package(program: Any, path: Path, about: Mapping[str, str]) -> None:
+def write_package(program: Program, path: Path, about: Mapping[str, str]) -> None:
     """Write a package with metadata that says what it is, atomically; `program` is used up.
+
+    Args:
+        program: with codes or without.
+        path: the folder, which ends in `.mlpackage`.
+        about: metadata, `arch` and `weights` among it.
 
     Raises:
         RunError: it cannot be written, or coremltools cannot finish the network.
     """
 
     def write(temporary: Path) -> None:
-        with _quiet():
-            model = _finished(program)
+        with quiet("coremltools"):
+            model = _finished(program.mil)
             for key, value in about.items():
                 model.user_defined_metadata[key] = value
             model.short_description = f"{about['arch']}, weights: {about['weights']}"
@@ -129,43 +144,73 @@ def write_package(program: Any, path: Path, about: Mapping[str, str]) -> None:
             model.save(str(package))
         for part in package.rglob("*"):  # coremltools makes some that only their owner may read
             shutil.copymode(temporary if part.is_dir() else package / "Manifest.json", part)
-        for part in list(package.iterdir()):
-            part.rename(temporary / part.name)
-        package.rmdir()
+        for part in ("Data", "Manifest.json"):  # and not a list of operations, for debugging
+            (package / part).rename(temporary / part)
+        shutil.rmtree(package)
 
     write_folder_atomically(path, write)
 
 
-def _finished(program: Any) -> Any:
+Followed = tuple[Any, Mapping[str, str]]
+_Follow = Callable[[nn.Module, torch.Tensor], Followed]
+
+
+def _exported(model: nn.Module, images: torch.Tensor) -> Followed:
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), strict=False).run_decompositions({})
+    return program, dict(program.graph_signature.inputs_to_parameters)
+
+
+def _traced(model: nn.Module, images: torch.Tensor) -> Followed:
+    return torch.jit.trace(model, images, check_trace=False), {}
+
+
+def _converted(graph: Any, image_size: int) -> Any:
     ct = _coremltools()
-    _norms_in_two(program.functions["main"])
+    return ct.convert(
+        graph,
+        inputs=[ct.TensorType(name=INPUT, shape=(1, 3, image_size, image_size))],
+        outputs=[ct.TensorType(name=OUTPUT)],
+        convert_to="milinternal",
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT32,
+        pass_pipeline=ct.PassPipeline.EMPTY,
+    )
+
+
+def _finished(mil: Any) -> Any:
+    """Everything folded, and in 16-bit floats but for the tables."""
+    ct = _coremltools()
+    norms_in_two(mil.functions["main"], _builder(), _place_of)
+    small_constants_once(mil.functions["main"])
+    narrow = ct.transform.FP16ComputePrecision(op_selector=lambda op: not op.op_type.startswith("constexpr_"))
     try:
         model = ct.convert(
-            program,
+            mil,
             source="milinternal",
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS18,
-            compute_precision=ct.precision.FLOAT16,
+            compute_precision=narrow,
             skip_model_load=True,
         )
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
         raise RunError(f"Core ML: coremltools cannot finish this network: {_first_line(error)}; try --dense") from error
-    for op in model._mil_program.functions["main"].operations:
-        value = op.outputs[0].val if op.op_type == "const" else None
-        if isinstance(value, np.ndarray) and value.dtype == np.float16 and not np.isfinite(value).all():
-            raise RunError(
-                f"not written: {op.name} holds values that 16-bit floats cannot hold (above 65,504 or not finite), and "
-                "Core ML computes in them"
-            )
     return model
 
 
-def _quantized(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)]
+def _check_range(model: nn.Module) -> None:
+    """coremltools makes numbers that are too large for 16 bits smaller without a word."""
+    largest = torch.finfo(torch.float16).max
+    large = [name for name, parameter in model.named_parameters() if not bool((parameter.abs() <= largest).all())]
+    if large:
+        raise RunError(
+            f"Core ML computes in 16-bit floats, and {', '.join(large[:8])} hold{'s' if len(large) == 1 else ''} values "
+            f"above {largest:,.0f}, or that are not finite: the package was not written"
+        )
 
 
 def _is_weight(constant: Any, layer: QuantizedLayer) -> bool:
-    """Whether a constant is what `layer` stands for: other things have been known to have a weight's name."""
+    """Whether a constant is what `layer` stands for, and not something else that has its name."""
     value = constant.outputs[0].val
     weight = layer.dequantize_stored().detach().cpu().numpy()
     return value.shape == weight.shape and bool(np.array_equal(value, weight))
@@ -175,101 +220,48 @@ def _why_dense(constant: Any, layer: QuantizedLayer) -> str | None:
     """Why a weight cannot be table and codes; None: it can."""
     if layer.k > LARGEST_K:
         return f"k = {layer.k} is above {LARGEST_K}"
-    if _axis(layer) is not None:
+    if vector_axis(layer) is not None and layer.codebook_bits == 16 and layer.stored_scale() is None:
+        return None  # the table itself is what is used
+    variable = constant.outputs[0]
+    refusing = {user.op_type for user in variable.child_ops if not _takes_computed(user, variable)}
+    if not refusing:
         return None
-    for user in constant.outputs[0].child_ops:
-        types = user.input_spec.input_types
-        for name, given in user.inputs.items():
-            # a linear layer becomes a matrix product
-            if given is constant.outputs[0] and types[name].const and user.op_type != "linear":
-                return (
-                    f"a {user.op_type} takes no reshaped table, and its subvectors of {layer.d} lie along no one axis"
-                )
-    return None
+    what = "reshaped" if vector_axis(layer) is None else "scaled"
+    return f"its table would have to be {what}, and {', '.join(sorted(refusing))} takes constants only"
 
 
-def _axis(layer: QuantizedLayer) -> int | None:
-    """The axis of the weight along which its subvectors run; None: a matrix has to be reshaped."""
-    shape = layer.weight_shape
-    last = max((axis for axis, size in enumerate(shape) if size > 1), default=1)
-    return last if last >= 1 and shape[last] % layer.d == 0 else None
+def _takes_computed(user: Any, weight: Any) -> bool:
+    """Whether an operation takes a weight that is computed from a table, as Core ML's description of it says."""
+    if user.op_type == "conv":
+        return bool((user.dilations.val == 1).all())
+    if user.op_type == "linear":
+        return True  # becomes a matrix product
+    takes = user.input_spec.input_types
+    needs_constant = any(given is weight and takes[name].const for name, given in user.inputs.items())
+    return not needs_constant and user.op_type != "conv_transpose"
 
 
-def _decoded(constant: Any, layer: QuantizedLayer) -> Any:
+def _decoded(constant: Any, name: str, table: Table) -> Any:
     """The variable, of 32-bit floats, that decodes a weight; made before `constant`."""
-    mb = _builder()
-    bits = next(bits for bits in CODE_BITS if layer.k <= 1 << bits)
-    shape, axis = layer.weight_shape, _axis(layer)
-    if axis is None:
-        indices_shape, along = tuple(layer.codes_matrix.shape), 1
-    else:
-        indices_shape, along = (*shape[:axis], shape[axis] // layer.d, *shape[axis + 1 :]), axis
-    codes = layer.codes_matrix.cpu().numpy().reshape(indices_shape).astype(_unsigned(bits))
-    table = _table(layer, 1 << bits, len(indices_shape), constant)
-    name = f"{constant.name}_coded"
+    mb, name, ones = _builder(), f"{name}_coded", [1] * table.codes.ndim
+    values: Any = table.values.reshape(*ones, *table.values.shape)
+    if table.factor is not None:
+        factor = np.full([*ones, 1, 1], table.factor)
+        values = mb.constexpr_blockwise_shift_scale(data=values, scale=factor, before_op=constant)
+    codes = table.codes.astype(_unsigned(table.bits))
     decoded = mb.constexpr_lut_to_dense(
-        indices=codes, lut=table, vector_axis=np.int32(along), name=name, before_op=constant
+        indices=codes, lut=values, vector_axis=np.int32(table.axis), name=name, before_op=constant
     )
-    if axis is None:
-        decoded = mb.reshape(x=decoded, shape=shape, name=f"{name}_shaped", before_op=constant)
+    if table.shape is not None:
+        decoded = mb.reshape(x=decoded, shape=table.shape, name=f"{name}_shaped", before_op=constant)
     return mb.cast(x=decoded, dtype="fp32", name=f"{name}_wide", before_op=constant)
 
 
-def _table(layer: QuantizedLayer, rows: int, rank: int, before: Any) -> Any:
-    """The codebook as a table (1, ..., 1, rows, d), filled up with zeros, for indices of `rank` axes."""
-    stored, scale = layer.stored_codebook().cpu(), layer.stored_scale()
-    if scale is not None and layer.codebook_bits == 16:
-        stored, scale = stored.float() * scale.cpu(), None
-    table = torch.zeros(rows, layer.d, dtype=stored.dtype)
-    table[: layer.k] = stored
-    values = table.numpy().reshape(*[1] * rank, rows, layer.d)
-    if scale is None:
-        return values
-    mb = _builder()
-    factor = np.full([1] * (rank + 2), float(scale), np.float32)
-    return mb.constexpr_blockwise_shift_scale(data=values, scale=factor, before_op=before)
+def _unsigned(bits: int) -> Any:
+    """The type of numpy's that stands for codes of so many bits."""
+    from coremltools.converters.mil.mil.types import type_mapping
 
-
-def _replace(function: Any, constant: Any, new: Any) -> None:
-    function.replace_uses_of_var_after_op(
-        anchor_op=constant, old_var=constant.outputs[0], new_var=new, force_replace=True
-    )
-    function.remove_ops([constant])
-
-
-def _norms_in_two(function: Any) -> None:
-    """Batch norms with mean 0 and variance 1: two vectors instead of four, rounded to 16 bits once and not thrice."""
-    mb = _builder()
-    with function:
-        for norm in list(function.operations):
-            if norm.op_type != "batch_norm":
-                continue
-            mean, variance, gamma, beta = (
-                None if given is None else given.val for given in (norm.mean, norm.variance, norm.gamma, norm.beta)
-            )
-            if mean is None or variance is None:
-                continue
-            one = np.ones(1) if gamma is None else gamma.astype(np.float64)
-            factor = one / np.sqrt(variance.astype(np.float64) + norm.epsilon.val)
-            summand = (0 if beta is None else beta.astype(np.float64)) - mean.astype(np.float64) * factor
-            with _place_of(norm):
-                new = mb.batch_norm(
-                    x=norm.x,
-                    mean=np.zeros_like(mean),
-                    variance=np.ones_like(variance),
-                    gamma=(factor * np.sqrt(1 + norm.epsilon.val)).astype(np.float32),
-                    beta=summand.astype(np.float32),
-                    epsilon=norm.epsilon,
-                    name=f"{norm.name}_two",
-                    before_op=norm,
-                )
-            _replace(function, norm, new)
-
-
-def _builder() -> Any:
-    from coremltools.converters.mil.mil import Builder
-
-    return Builder
+    return type_mapping.nptype_from_builtin(type_mapping.string_to_builtin(f"uint{bits}"))
 
 
 def _place_of(operation: Any) -> Any:
@@ -279,38 +271,15 @@ def _place_of(operation: Any) -> Any:
     return _builder().scope(*[ScopeInfo(source, data) for source, data in operation.scopes.items()])
 
 
-def _unsigned(bits: int) -> Any:
-    """The type of numpy's that stands for codes of so many bits."""
-    from coremltools.converters.mil.mil.types import type_mapping as mapping
+def _builder() -> Any:
+    from coremltools.converters.mil.mil import Builder
 
-    return mapping.nptype_from_builtin(mapping.string_to_builtin(f"uint{bits}"))
+    return Builder
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[list[str]]:
-    """Keep what coremltools says of versions, progress and errors from the screen; gives its lines."""
-    said: list[str] = []
-
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.extend(line.strip() for line in record.getMessage().splitlines() if line.strip())
-
-    logger, handler = logging.getLogger("coremltools"), Kept()
-    passed_on = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield said
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = passed_on
 
 
 def _coremltools() -> Any:

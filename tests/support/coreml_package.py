@@ -185,6 +185,12 @@ class Package:
     def _add(self, op: Any) -> Array:
         return self.given(op, "x").astype(np.float32) + self.given(op, "y").astype(np.float32)
 
+    def _conv_transpose(self, op: Any) -> Array:
+        x, weight, bias = (self._wide(op, name) for name in ("x", "weight", "bias"))
+        assert self.given(op, "pad_type") == "custom"
+        assert not self.given(op, "pad").any()
+        return F.conv_transpose2d(x, weight, bias, [int(n) for n in self.given(op, "strides")]).numpy()
+
     def _linear(self, op: Any) -> Array:
         return F.linear(self._wide(op, "x"), self._wide(op, "weight"), self._wide(op, "bias")).numpy()
 
