@@ -144,8 +144,8 @@ def write_package(program: Program, path: Path, about: Mapping[str, str]) -> Non
             model.save(str(package))
         for part in package.rglob("*"):  # coremltools makes some that only their owner may read
             shutil.copymode(temporary if part.is_dir() else package / "Manifest.json", part)
-        for part in ("Data", "Manifest.json"):  # and not a list of operations, for debugging
-            (package / part).rename(temporary / part)
+        for name in ("Data", "Manifest.json"):  # and not a list of operations, for debugging
+            (package / name).rename(temporary / name)
         shutil.rmtree(package)
 
     write_folder_atomically(path, write)
@@ -204,8 +204,8 @@ def _check_range(model: nn.Module) -> None:
     large = [name for name, parameter in model.named_parameters() if not bool((parameter.abs() <= largest).all())]
     if large:
         raise RunError(
-            f"Core ML computes in 16-bit floats, and {', '.join(large[:8])} hold{'s' if len(large) == 1 else ''} values "
-            f"above {largest:,.0f}, or that are not finite: the package was not written"
+            f"Core ML computes in 16-bit floats, and {', '.join(large[:8])} hold{'s' if len(large) == 1 else ''} "
+            f"values above {largest:,.0f}, or that are not finite: the package was not written"
         )
 
 

@@ -33,11 +33,10 @@ def norms_in_two(function: Any, builder: Any, place_of: Callable[[Any], Abstract
     with function:
         norms = [op for op in function.operations if op.op_type == "batch_norm"]
         for number, norm in enumerate(norms):
-            given = (norm.mean, norm.variance, norm.gamma, norm.beta)
-            mean, variance, gamma, beta = (None if one is None else np.float64(one.val) for one in given)
+            mean, variance = np.float64(norm.mean.val), np.float64(norm.variance.val)
             epsilon = float(norm.epsilon.val)
-            factor = (1.0 if gamma is None else gamma) / np.sqrt(variance + epsilon)
-            summand = (0.0 if beta is None else beta) - mean * factor
+            factor = (1.0 if norm.gamma is None else np.float64(norm.gamma.val)) / np.sqrt(variance + epsilon)
+            summand = (0.0 if norm.beta is None else np.float64(norm.beta.val)) - mean * factor
             with place_of(norm):
                 new = builder.batch_norm(
                     x=norm.x,
