@@ -45,6 +45,8 @@ def bits_of_code(k: int) -> int:
 def vector_axis(layer: QuantizedLayer) -> int | None:
     """The axis of the weight along which its subvectors run; None: they are kernels of several values, and run along
     the second axis of a matrix (rows, values of a row)."""
+    if layer.layout == "output":
+        return 0
     shape = layer.weight_shape
     last = max((axis for axis, size in enumerate(shape) if size > 1), default=1)
     return last if last >= 1 and shape[last] % layer.d == 0 else None
