@@ -31,10 +31,11 @@ from ..run.inputs import teacher_source, weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
 from ..run.starting_norms import reestimate_starting_norms, warn_of_folded_norms
+from ..run.summaries import report_size
 from ..settings import Settings, explicit_keys
 from ..tasks.calibration import ImagesToShow
 from ..tasks.loading import amp_type
-from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network, report_size
+from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network
 from .data import calibration_fingerprint
 from .initial_model import StartingModel, dense_model
 from .specs import check_accumulation, finetune_spec, with_current_names
@@ -96,12 +97,10 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         if prepared.distillation is not None:
             digests[TEACHER] = weights_digest(prepared.distillation.teacher)
         run.check_inputs({**digests, **calibration_fingerprint(prepared.calibration)})
-        plan = (
-            plan_compression(run.settings, architecture, model, prepared.example)
-            if run.settings.model.use_compression and prepared.compressed is None
-            else None
-        )
-        compressed = prepared.compressed is not None
+        compressed, plan = prepared.compressed is not None, None
+        if run.settings.model.use_compression and not compressed:
+            shown = prepared.calibration is not None
+            plan = plan_compression(run.settings, architecture, model, prepared.example, calibrated=shown)
         warn_of_folded_norms(run, model, compressed)
         save = ModelWriter(run.settings, architecture, run.output, prepared.compressed)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)

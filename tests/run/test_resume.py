@@ -362,7 +362,7 @@ def test_kept_layers_of_other_weights_and_damaged_ones_are_clustered_again(
 def test_a_run_of_a_wanted_size_resumes_with_the_plan_that_it_began_with(
     small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ["--model.arch", "tests.support.own_network:Net", "--compression.ratio", "7"]
+    own = ["--model.arch", "tests.support.own_network:Net", "--compression.size", "7KB"]
     own += ["--model.compression_parameters.layer_specs", "{}", "--model.compression_parameters.ignored_modules", "[]"]
     output = tmp_path / "run"
     assert train_resnet.main([*SMALL, *paths(small_images, tmp_path / "whole"), *own]) == 0
