@@ -44,7 +44,7 @@ from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
 from .model_files.report import Report
 from .model_files.size import model_size
-from .run.compression_specs import budget_of, quantization_of, search_of, sized_for
+from .run.compression_specs import budget_of, quantization_of, search_of, sized_by_inputs
 from .settings import BudgetSettings, ModelSettings
 from .settings.keywords import budget_settings, model_settings
 
@@ -99,15 +99,10 @@ def compress(
     spec, known = quantization_of(given), ModelInfo(settings=_known(given, wanted, seed))
     search = replace(search_of(given), thorough=batches is None)
     check_weights(model, plan := make_plan(model, spec))
-    found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
-    _check_groups(model, found, search.reshapes, seed, example_inputs)
-    likely, calibrated = replace(known, arch=LIKELY_NAME), batches is not None
-    file = with_room(likely, model, plan, found, search.reshapes, calibrated=calibrated, n_figures=FIGURES)
-    budget = with_beside(budget_of(wanted), model, plan, file)
-    plan, sized = sized_for(model, spec, budget, seed, file=file, show_progress=show_progress)
-    if sized is not None and batches is not None:
-        sized = sized.by_inputs(model, batches, seed=seed, device=device, show_progress=show_progress)
-        plan = sized.plan()
+    found, notes = _groups(model, example_inputs, given, search.reshapes, seed)
+    file = _likely_file(known, model, plan, found, search.reshapes, batches is not None)
+    how: dict[str, Any] = {"seed": seed, "device": device, "show_progress": show_progress}
+    plan, sized = sized_by_inputs(model, spec, with_beside(budget_of(wanted), model, plan, file), file, batches, **how)
     notes = [*plan.notes, *notes]
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
@@ -117,7 +112,7 @@ def compress(
         notes += plan.notes
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)
-    model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
+    model, layers = quantize(model, plan, finished=finished, **how)
     mark_replaced(replaced, model)
     _keep_info(model, replace(known, outputs_lost=_outputs_lost(finished)))
     return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*notes, *more), outputs_lost)
@@ -219,6 +214,22 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _groups(
+    model: nn.Module,
+    example: Inputs | None,
+    given: ModelSettings,
+    reshapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+) -> tuple[Sequence[AnyGroup], list[str]]:
+    """The groups that may be permuted, seen to fit, and what was found out about them."""
+    found, notes = _wanted_groups(model, example, given.use_permutations, given.permutations, seed)
+    bind(model, found, reshapes)
+    by_layers = [group for group in found if isinstance(group, Group)]  # which somebody wrote: they are tried
+    if example is not None:
+        check_function(model, by_layers, torch.empty(0), reshapes, seed, lambda net, _: call(net, example))
+    return found, notes
+
+
+def _wanted_groups(
     model: nn.Module, example: Inputs | None, wanted: bool, given: Any, seed: int
 ) -> tuple[Sequence[AnyGroup], list[str]]:
     if not wanted:
@@ -241,21 +252,6 @@ def _known(given: ModelSettings, wanted: BudgetSettings, seed: int) -> dict[str,
     return {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed, **asked}
 
 
-def _check_groups(
-    model: nn.Module,
-    found: Sequence[AnyGroup],
-    reshapes: Mapping[str, tuple[int, ...]],
-    seed: int,
-    example: Inputs | None,
-) -> None:
-    """See that groups fit, and try those that somebody wrote, where there is something to try them on."""
-    bind(model, found, reshapes)
-    if example is None:
-        return
-    by_layers = [group for group in found if isinstance(group, Group)]
-    check_function(model, by_layers, torch.empty(0), reshapes, seed, lambda net, _: call(net, example))
-
-
 def _keep_info(model: nn.Module, info: ModelInfo) -> None:
     """Remember beside a network what files say about it."""
     vars(model)["_pqf_info"] = info
@@ -264,6 +260,19 @@ def _keep_info(model: nn.Module, info: ModelInfo) -> None:
 def _info_of(model: nn.Module) -> ModelInfo:
     found = vars(model).get("_pqf_info")
     return found if isinstance(found, ModelInfo) else ModelInfo()
+
+
+def _likely_file(
+    known: ModelInfo,
+    model: nn.Module,
+    plan: Plan,
+    found: Sequence[AnyGroup],
+    reshapes: Mapping[str, tuple[int, ...]],
+    calibrated: bool,
+) -> ModelInfo:
+    """About what a file of the network will say."""
+    likely = replace(known, arch=LIKELY_NAME)
+    return with_room(likely, model, plan, found, reshapes, calibrated=calibrated, n_figures=FIGURES)
 
 
 def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:

@@ -110,7 +110,9 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
             run.recorder.file(name, text)
         if plan is not None:
             model = _compressed(run, plan, prepared, resumed)
-        _permute_teacher(run, prepared)
+        if prepared.distillation is not None:
+            _permute_teacher(run, prepared, prepared.distillation)
+            prepared.distillation.make_fast()
         if run.settings.model.use_compression:
             results |= report_size(model, run.recorder)
         run.finish(_finetuned(run, model, prepared.task, resumed), results)
@@ -277,10 +279,9 @@ def _try_teacher(teacher: nn.Module, architecture: Architecture, source: str, ex
         note(f"distillation.teacher: {source} was made for images of {made_for} pixels and is shown {side} here")
 
 
-def _permute_teacher(run: Run, prepared: Prepared) -> None:
+def _permute_teacher(run: Run, prepared: Prepared, learned: Distillation) -> None:
     """Bring the channels of the teacher into the order of the network that is trained, where stages are compared."""
-    learned = prepared.distillation
-    if learned is None or not learned.spec.features or not run.settings.model.use_compression:
+    if not learned.spec.features or not run.settings.model.use_compression:
         return
     if prepared.compressed is not None:
         known = prepared.compressed.permutations

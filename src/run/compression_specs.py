@@ -84,27 +84,6 @@ class Sized:
         """The same with other losses."""
         return replace(self, tradeoff=self.tradeoff.with_losses(losses))
 
-    def by_inputs(
-        self,
-        model: nn.Module,
-        batches: Sequence[Any],
-        *,
-        seed: int,
-        device: torch.device | str | None,
-        show_progress: bool,
-    ) -> Sized:
-        """The same, to be spent on what matters to the outputs for some inputs."""
-        losses = losses_by_inputs(
-            model,
-            self.tradeoff,
-            first_inputs(batches),
-            outputs=batch_outputs,
-            seed=seed,
-            device=device,
-            show_progress=show_progress,
-        )
-        return self.by(losses)
-
     def plan(self) -> Plan:
         """The plan that loses least within the size; its last note says so."""
         found = self.tradeoff.plan_for(self.budget)
@@ -171,6 +150,44 @@ def sized_for(
     if budget is None:
         return make_plan(model, spec), None
     sized = Sized(budget, tradeoff_of(model, spec, seed, show_progress=show_progress), file)
+    return sized.plan(), sized
+
+
+def sized_by_inputs(
+    model: nn.Module,
+    spec: QuantizationSpec,
+    budget: Budget | None,
+    file: ModelInfo,
+    inputs: Sequence[Any] | None,
+    *,
+    seed: int,
+    device: torch.device | str | None,
+    show_progress: bool,
+) -> tuple[Plan, Sized | None]:
+    """As `sized_for`, and a size is spent on what matters to the outputs for some inputs, where there are any.
+
+    Args:
+        model, spec, budget, file, seed, show_progress: as for `sized_for`.
+        inputs: batches.
+        device: where to run the network; None: where it is.
+
+    Raises:
+        PlanError: layers cannot be quantized as asked, or the network cannot have such a size.
+        DataError: outputs are not finite, or cannot be compared.
+    """
+    plan, sized = sized_for(model, spec, budget, seed, file=file, show_progress=show_progress)
+    if sized is None or inputs is None:
+        return plan, sized
+    losses = losses_by_inputs(
+        model,
+        sized.tradeoff,
+        first_inputs(inputs),
+        outputs=batch_outputs,
+        seed=seed,
+        device=device,
+        show_progress=show_progress,
+    )
+    sized = sized.by(losses)
     return sized.plan(), sized
 
 

@@ -41,7 +41,9 @@ def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "are chosen for compression.size 0.0068 MB (7,168 bytes)" in printed
     assert "permuting took less of the compression.size" in printed
-    beside = [int(part.split()[-1].replace(",", "")) for part in printed.split(" bytes of a file for other things")[:-1]]
+    beside = [
+        int(part.split()[-1].replace(",", "")) for part in printed.split(" bytes of a file for other things")[:-1]
+    ]
     assert len(beside) == 2
     results = json.loads((output / "results.json").read_text())
     assert 0.98 * (7168 - beside[1]) * 8 <= results["bits"] <= (7168 - beside[1]) * 8
