@@ -54,16 +54,8 @@ ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "0"
 STEPS = 6
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """In this process as in those that are started: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
