@@ -13,6 +13,7 @@ dense); the ending of OUT says what is written:
   .pth          the published format
   .safetensors  packed: codes at log2(k) bits, with everything that rebuilds the network
   .onnx         weights as codebook and codes (Gather), checked with onnxruntime
+  .mlpackage    Core ML, weights as table and codes
 
 With --dense the weights are dequantized first, for programs that know nothing of codes.
 
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             size=options.size,
             opset=options.opset,
             exporter=options.exporter,
+            fit=options.fit,
         )
         return recipes.convert(options.source, options.target, wanted, settings)
 
@@ -74,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         type=command.positive,
         default=0,
         metavar="N",
-        help="side of the images that trace and check a graph (default: what the network is made for)",
+        help="side of the images that trace and check a graph, and of the only ones that a Core ML package takes "
+        "(default: what the network is made for)",
     )
     parser.add_argument(
         "--size",
@@ -88,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "torchscript", "dynamo"),
         default="auto",
         help="which of torch's makes an ONNX graph (default: dynamo, which needs onnxscript, where torchscript cannot)",
+    )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="re-quantize to 256 centroids what has more, which Core ML cannot hold, instead of writing it densely",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     return parser

@@ -1,7 +1,8 @@
 """The network's tensors put into a graph without them: quantized weights as codebook and codes, others densely.
 
 A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape), and by a fifth, which
-multiplies, where the codebook has a scale. onnxruntime folds them into the dense weight when it loads the file, so that
+multiplies, where the codebook has a scale; where subvectors run along outputs a Transpose stands before the Reshape.
+onnxruntime folds them into the dense weight when it loads the file, so that
 inference costs what it costs densely. Codes take 8 bits where k <= 256, else 16 or 32: ONNX has no types between.
 """
 
@@ -78,16 +79,20 @@ def decoding(graph: Any, name: str, layer: QuantizedLayer) -> list[Any]:
     prefix = name.removesuffix(".weight")
     graph.initializer.extend(
         [
-            onnx.numpy_helper.from_array(_narrow(layer.codes_matrix, layer.k), f"{prefix}.codes"),
+            onnx.numpy_helper.from_array(_narrow(layer), f"{prefix}.codes"),
             onnx.numpy_helper.from_array(layer.stored_codebook().cpu().numpy(), f"{prefix}.codebook"),
             onnx.numpy_helper.from_array(np.array(layer.weight_shape, np.int64), f"{prefix}.shape"),
         ]
     )
+    along_outputs = layer.layout == "output"
+    ordered = f"{prefix}.rows" if along_outputs else f"{prefix}.subvectors"
+    turn = [make("Transpose", [f"{prefix}.subvectors"], [ordered], perm=[0, 2, 1])] if along_outputs else []
     return [
         make("Cast", [f"{prefix}.codes"], [f"{prefix}.indices"], to=onnx.TensorProto.INT32),
         *_centroids(graph, prefix, layer),
         make("Gather", [f"{prefix}.centroids", f"{prefix}.indices"], [f"{prefix}.subvectors"], axis=0),
-        make("Reshape", [f"{prefix}.subvectors", f"{prefix}.shape"], [name]),
+        *turn,
+        make("Reshape", [ordered, f"{prefix}.shape"], [name]),
     ]
 
 
@@ -141,6 +146,8 @@ def _stored(tensor: Tensor, name: str) -> Any:
     return needed().numpy_helper.from_array(values.numpy(), name)
 
 
-def _narrow(codes: Tensor, k: int) -> np.ndarray[Any, Any]:
-    """Codes (R*m,) in the narrowest type of ONNX that holds them."""
-    return codes.cpu().reshape(-1).numpy().astype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)
+def _narrow(layer: QuantizedLayer) -> np.ndarray[Any, Any]:
+    """Codes (R*m,), along outputs (R/d, values of a row), in the narrowest type of ONNX that holds them."""
+    codes, k = layer.codes_matrix.cpu(), layer.k
+    shaped = codes if layer.layout == "output" else codes.reshape(-1)
+    return shaped.numpy().astype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)

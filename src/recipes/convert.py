@@ -17,6 +17,7 @@ from ..common.progress import bar
 from ..compression.quantize.calibrate.inputs import few_inputs, run_on
 from ..compression.quantize.dequantize import dequantized_state
 from ..engines.choosing import pick_device
+from ..exports.coreml import write_coreml
 from ..exports.onnx_file import AUTO, OnnxOptions, write_onnx
 from ..exports.onnx_trace import BATCH, FREE, OPSET
 from ..model_files.norm_estimation import reestimate_norms, retake_norms, retakeable_norms
@@ -43,6 +44,7 @@ class ConvertOptions:
         size: whether an ONNX graph takes images of any size: `auto` where it can, `free`, `fixed`.
         opset: of an ONNX graph; None: 18.
         exporter: torch's that makes an ONNX graph: `auto`, `torchscript`, `dynamo`.
+        fit: re-quantize what a form cannot hold, where it is Core ML's.
     """
 
     dense: bool = False
@@ -53,6 +55,7 @@ class ConvertOptions:
     size: str = AUTO
     opset: int | None = None
     exporter: str = AUTO
+    fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ def _check_target(source: Path, target: Path, options: ConvertOptions) -> None:
         )
     if options.entropy_coding and (options.dense or target.suffix != ".safetensors"):
         raise SettingsError("--entropy is for packed files: write to a .safetensors file, without --dense")
+    if options.fit and (options.dense or target.suffix != ".mlpackage"):
+        raise SettingsError("--fit is for Core ML packages: write to a .mlpackage, without --dense")
     check_name(target)
     another_kind = target.exists() and target.is_dir() != form.is_folder
     if another_kind or (target.exists() and source.exists() and target.samefile(source)):
@@ -224,9 +229,27 @@ def _write_onnx(file: OpenModelFile, target: Path, options: ConvertOptions) -> N
     log.info("%s; %d weights as codebook and codes", checked, len(made.filled.coded))
 
 
+def _write_coreml(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    if file.architecture.task != "classification":
+        raise SettingsError(
+            f"Core ML packages are written for classification networks; {file.architecture.name} is for "
+            f"{file.architecture.task}"
+        )
+    write_coreml(
+        file.model,
+        lambda: _dequantized(file),
+        target,
+        {"producer": PRODUCER, "arch": file.architecture.name},
+        dense=options.dense,
+        image_size=options.image_size,
+        fit=options.fit,
+    )
+
+
 FORMS: dict[str, Form] = {
     ".pth": Form(write=_write_pth),
     ".safetensors": Form(write=_write_safetensors),
     ".onnx": Form(write=_write_onnx, needs_network=True),
+    ".mlpackage": Form(write=_write_coreml, needs_network=True, is_folder=True),
 }
 """What can be written, by the ending of the name."""
