@@ -10,9 +10,10 @@ from torch import nn
 
 from ..architectures.structure import without_weights
 from ..common.errors import SettingsError
+from ..common.hub import find_model
 from ..common.log import log, note
 from ..common.memory import named_when_out_of_memory
-from ..common.paths import check_name, find
+from ..common.paths import check_name
 from ..common.progress import bar
 from ..common.randomness import stream
 from ..compression.quantize.calibrate.inputs import few_inputs, run_on
@@ -66,7 +67,7 @@ def convert(
         DataError: there are no images to take the statistics from.
         RunError: `target` cannot be written, or an ONNX file does not compute what it should.
     """
-    path, to = find(source, "the model to convert"), Path(target).expanduser()
+    path, to = find_model(source, "the model to convert"), Path(target).expanduser()
     _check_target(path, to, dense, entropy_coding, overwrite)
     retake = norms is not None and _check_norms(norms)
     needs_network = dense or retake or to.suffix == ".onnx" or not is_packed(path)
