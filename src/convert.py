@@ -59,17 +59,16 @@ def main(argv: list[str] | None = None) -> int:
         """Torch takes seconds to load: only when the command line is known to be good."""
         settings = command.settings_of(keys, READ, UNREAD) if keys else None
         from . import recipes
+        from .recipes.convert import ConvertOptions
 
-        return recipes.convert(
-            options.source,
-            options.target,
+        wanted = ConvertOptions(
             dense=options.dense,
             entropy_coding=options.entropy,
             arch=options.arch,
             image_size=options.image_size,
             overwrite=options.overwrite,
-            norms=settings,
         )
+        return recipes.convert(options.source, options.target, wanted, settings)
 
     return command.guarded(job)
 
