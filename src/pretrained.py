@@ -76,6 +76,7 @@ class PQFModel(nn.Module):
         if not any(isinstance(module, QuantizedLayer) for module in network.modules()):
             raise SettingsError("PQFModel: the network is not compressed; make it smaller with pqf.compress first")
         self.network = network
+        self.training = network.training
         self.arch = arch or info_of(network).arch
         known = _named(self.arch)
         self.task = task or (known.task if known is not None else "")
