@@ -66,7 +66,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.output_folder": ("common",),
     "run.recorder": ("common", "run.output_folder", "compression.finetune.outcome"),
     "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs"),
-    "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
+    "run.inputs": ("common", "settings", "architectures", "tasks.sources", "run.wandb_sink"),
+    "run.wandb_sink": ("common",),
     "recipes": (
         "common",
         "engines",

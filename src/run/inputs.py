@@ -13,6 +13,7 @@ from ..common.paths import candidates, find
 from ..settings import Settings, require
 from ..settings.reach import COMPRESS, DETECTION, TRAIN
 from ..tasks.sources import BY_TASK, Sources, check, check_package
+from .wandb_sink import check_wandb
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
 TEACHERS = (
@@ -33,6 +34,8 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
     Raises:
         SettingsError: one is not set, not there, or not known.
     """
+    if job in (TRAIN, COMPRESS):
+        check_wandb(settings.wandb_project)
     if job == COMPRESS:
         architectures.check(settings.model.arch, None)
         weights_source(settings)
