@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .common.errors import CheckpointError, SettingsError
+from .common.hub import fetched, on_hub
 from .compression.permute.auto import groups_by_following
 from .compression.permute.binding import AnyGroup, bind
 from .compression.permute.channels import ChannelGroup
@@ -28,6 +29,7 @@ from .compression.quantize.calibrate.calibrate import Calibration, calibrate
 from .compression.quantize.calibrate.inputs import batches_of, count, few_inputs
 from .compression.quantize.compress import candidate_distortion, check_weights
 from .compression.quantize.compress import compress as quantize
+from .compression.quantize.decoding import Decode, check_decode, set_decode
 from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
 from .compression.quantize.plan import Plan, make_plan
@@ -37,6 +39,7 @@ from .model_files.building import fill
 from .model_files.compression_report import applied
 from .model_files.inspected import Inspection
 from .model_files.inspection import examine, examine_model
+from .model_files.kept_info import info_of, keep_info
 from .model_files.metadata import ModelInfo
 from .model_files.open_model_file import read_model_file
 from .model_files.packed import check_layers_of, save_packed
@@ -114,7 +117,7 @@ def compress(
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)
     model, layers = quantize(model, plan, finished=finished, **how)
     mark_replaced(replaced, model)
-    _keep_info(model, replace(known, outputs_lost=_outputs_lost(finished)))
+    keep_info(model, replace(known, outputs_lost=_outputs_lost(finished)))
     return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*notes, *more), outputs_lost)
 
 
@@ -146,7 +149,7 @@ def save(model: nn.Module, file: Path_, *, arch: str | None = None, metric: Mapp
     if path.suffix == ".pth":
         save_compressed(model, path)
     elif path.suffix == ".safetensors":
-        info = _info_of(model)
+        info = info_of(model)
         producer = f"pqf {__version__}"
         info = replace(info, arch=arch or info.arch, metric=metric or info.metric, producer=producer)
         save_packed(model, path, info)
@@ -154,19 +157,23 @@ def save(model: nn.Module, file: Path_, *, arch: str | None = None, metric: Mapp
         raise SettingsError(f"{path} ends in {path.suffix!r}; expected .safetensors (packed) or .pth (as published)")
 
 
-def load(file: Path_, into: nn.Module) -> nn.Module:
+def load(file: Path_, into: nn.Module, *, decode: Decode = "kept") -> nn.Module:
     """Put a compressed or dense file into a network, in place.
 
     Args:
-        file: packed, published or dense.
+        file: packed, published or dense; or `hf:OWNER/NAME`, on the Hugging Face hub.
         into: the dense network that it was made of, of any values.
+        decode: when weights are decoded in evaluation: `kept`, once; `each_forward`, at every use, so that the weight
+            of one module is in memory at a time; `compiled`, in the graph that torch.compile makes.
 
     Returns: it, in evaluation mode, its weights quantized where those of the file are.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; the network is as it was.
+        SettingsError: `decode` is none of these, or it cannot be fetched.
     """
-    found = read_model_file(Path(file).expanduser())
+    check_decode(decode, next((one.device for one in into.parameters()), "cpu"))
+    found = read_model_file(_path(file))
     source = str(found.path)
     if any(isinstance(module, QuantizedLayer) for module in into.modules()):
         raise CheckpointError(f"{source}: the network to load into is compressed already; give the dense one")
@@ -180,8 +187,8 @@ def load(file: Path_, into: nn.Module) -> nn.Module:
     model = fill(into, plan, state, source)
     mark_replaced(replaced, model)
     if found.packed is not None:
-        _keep_info(model, found.packed.info)
-    return model
+        keep_info(model, found.packed.info)
+    return set_decode(model, decode)
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -201,9 +208,13 @@ def inspect(model_or_file: nn.Module | Path_, *, against: Path_ | None = None, a
         CheckpointError: the file cannot be read.
     """
     if isinstance(model_or_file, nn.Module):
-        return examine_model(model_or_file, _info_of(model_or_file))
-    dense = None if against is None else Path(against).expanduser()
-    return examine(Path(model_or_file).expanduser(), dense, arch)
+        return examine_model(model_or_file, info_of(model_or_file))
+    return examine(_path(model_or_file), None if against is None else _path(against), arch)
+
+
+def _path(file: Path_) -> Path:
+    """A file; one on the hub is fetched."""
+    return fetched(str(file), "pqf") if on_hub(str(file)) else Path(file).expanduser()
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -250,16 +261,6 @@ def _known(given: ModelSettings, wanted: BudgetSettings, seed: int) -> dict[str,
     """The settings that files name."""
     asked = {name: value for name, value in (("size", wanted.size), ("ratio", wanted.ratio)) if value is not None}
     return {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed, **asked}
-
-
-def _keep_info(model: nn.Module, info: ModelInfo) -> None:
-    """Remember beside a network what files say about it."""
-    vars(model)["_pqf_info"] = info
-
-
-def _info_of(model: nn.Module) -> ModelInfo:
-    found = vars(model).get("_pqf_info")
-    return found if isinstance(found, ModelInfo) else ModelInfo()
 
 
 def _likely_file(
