@@ -88,6 +88,8 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
     settings = with_current_names(settings, architecture)
     weights = weights_source(settings)
     with open_run(settings) as run:
+        if run.is_over:
+            return 0
         torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
         prepared = prepare(run, architecture, weights)
         model, results = prepared.model, dict(prepared.results)
@@ -96,12 +98,9 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         if prepared.distillation is not None:
             digests[TEACHER] = weights_digest(prepared.distillation.teacher)
         run.check_inputs({**digests, **calibration_fingerprint(prepared.calibration)})
-        plan = (
-            plan_compression(run.settings, architecture, model, prepared.example)
-            if run.settings.model.use_compression and prepared.compressed is None
-            else None
-        )
-        compressed = prepared.compressed is not None
+        plan, compressed = None, prepared.compressed is not None
+        if run.settings.model.use_compression and not compressed:
+            plan = plan_compression(run.settings, architecture, model, prepared.example)
         warn_of_folded_norms(run, model, compressed)
         save = ModelWriter(run.settings, architecture, run.output, prepared.compressed)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
