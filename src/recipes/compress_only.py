@@ -37,6 +37,8 @@ def compress_only(settings: Settings) -> int:
     if settings.compression.plan:
         return show_plan(settings, architecture, weights)
     with open_run(settings) as run:
+        if run.is_over:
+            return 0
         torch.manual_seed(settings.seed)  # random starting weights; everything else draws from streams of its own
         with first_here(run.engine):
             start = starting_model(settings, architecture, weights, architecture.n_classes, run.engine.is_main)

@@ -89,6 +89,8 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
     settings = with_current_names(settings, architecture)
     weights = weights_source(settings)
     with open_run(settings) as run:
+        if run.is_over:
+            return 0
         torch.manual_seed(settings.seed)  # initial weights and dropout; everything else draws from streams of its own
         prepared = prepare(run, architecture, weights)
         model, results = prepared.model, dict(prepared.results)
