@@ -140,14 +140,7 @@ def _finetuned(run: Run, model: nn.Module, task: Task, resumed: Resumed | None) 
         if settings.sync_batch_norm:
             model = join_batch_norms(model, engine)
     return finetune(
-        model,
-        task,
-        spec,
-        engine,
-        run.recorder,
-        keeper=run.checkpoints,
-        signals=run.signals,
-        resumed=resumed,
+        model, task, spec, engine, run.recorder, keeper=run.checkpoints, signals=run.signals, resumed=resumed
     )
 
 
