@@ -10,9 +10,10 @@ from torch import nn
 
 from ..architectures.structure import without_weights
 from ..common.errors import SettingsError
+from ..common.hub import find_model
 from ..common.log import log, note
 from ..common.memory import named_when_out_of_memory
-from ..common.paths import check_name, find
+from ..common.paths import check_name
 from ..common.progress import bar
 from ..compression.quantize.calibrate.inputs import few_inputs, run_on
 from ..compression.quantize.dequantize import dequantized_state
@@ -92,7 +93,7 @@ def convert(source: str, target: str, options: ConvertOptions, norms: Settings |
         DataError: there are no images to take the statistics from.
         RunError: `target` cannot be written, or does not compute what it should.
     """
-    path, to = find(source, "the model to convert"), Path(target).expanduser()
+    path, to = find_model(source, "the model to convert"), Path(target).expanduser()
     _check_target(path, to, options)
     form = FORMS[to.suffix]
     retake = norms is not None and _check_norms(norms)

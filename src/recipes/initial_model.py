@@ -14,6 +14,7 @@ from ..architectures.named import canonical
 from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import log, note
+from ..compression.quantize.decoding import check_decode, set_decode
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.weights import SUFFIX
 from ..model_files.compression_report import known_of_run
@@ -177,12 +178,16 @@ def model_to_evaluate(job: Job, task: str) -> EvaluatedModel:
 
     Raises:
         SettingsError: the file is not set or not there; the command line contradicts it. A settings file that does is
-            overridden, with a note.
+            overridden, with a note. Or weights cannot be decoded as asked.
         CheckpointError: it cannot be read, does not fit, or names an architecture that is not known for `task`.
     """
+    decode = job.settings.model.decode
+    if job.settings.model.use_compression:
+        check_decode(decode, job.engine.device, "model.decode")
     with first_here(job.engine):
         if job.settings.model.use_compression:
-            return _compressed_to_evaluate(job.settings, task)
+            found = _compressed_to_evaluate(job.settings, task)
+            return replace(found, model=set_decode(found.model, decode))
         return _dense_to_evaluate(job.settings, task, job.engine.is_main)
 
 

@@ -20,7 +20,7 @@ WITHOUT_INFLUENCE = (
     "dataloader.num_workers", "dataloader.source", "dataloader.verify_images", "device", "distillation.images",
     "distillation.teacher", "engine", "evaluation.detections", "evaluation.per_category",
     "evaluation.visualized_images", "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite",
-    "recipe", "resume", "resume_with_changes", "visualize",
+    "recipe", "resume", "resume_with_changes", "visualize", "wandb_project",
 )  # fmt: skip
 """Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
 hold that counts."""
@@ -86,6 +86,23 @@ class RunFingerprint:
         value = self.inputs.get(key, self.settings.get(key))
         text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
         return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def other_number(then: RunFingerprint, now: RunFingerprint) -> str:
+    """What another number of processes changes in a run, for a note; empty where it is the same number."""
+    before, here = (int(one.inputs[PROCESSES]) for one in (then, now))
+    if before == here:
+        return ""
+    rates = [
+        float(one.settings["learning_rate"]) * (number if one.settings["scale_learning_rate"] else 1)
+        for one, number in ((then, before), (now, here))
+    ]
+    return (
+        f"the run goes on with {here} process{'' if here == 1 else 'es'} instead of {before}: a batch of all together "
+        f"has {now.images_per_step} images instead of {then.images_per_step}, learning_rate is {rates[1]:g} instead of "
+        f"{rates[0]:g} (scale_learning_rate: {now.settings['scale_learning_rate']}), and the result will not be that "
+        f"of {before}"
+    )
 
 
 def is_among(key: str, keys: Iterable[str]) -> bool:

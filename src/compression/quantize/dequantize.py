@@ -10,6 +10,7 @@ from .weights import SUFFIX
 
 _OWN = (
     *("layout", "weight_shape", "quantized_kind", "has_scale", "codebook_bits", "channels_last"),
+    "keeps_weight",
     *("_kept", "_seen", "_members", "_has_zeros"),
 )
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .members import Dequantize, Members
 from .read_only import ADVICE, DequantizedWeight, watch
-from .stored_codebook import as_stored, check_codebook_bits, eight_bit_scale, stored_values
+from .stored_codebook import as_stored, check_codebook_bits, eight_bit_scale, some_are_zero, stored_values
 from .subvectors import bits_per_code, codes_shape, from_subvectors, scripted_vectors
 from .watch import KeptWeight, SeenCodes, is_ordinary, must_be_plain
 
@@ -38,6 +38,7 @@ class QuantizedLayer(nn.Module):
         codes_matrix: buffer (R, m) int32, values below k.
         codebook_scale: buffer () float32, a power of two: what files divide the codebook by; only where they do.
         codebook_bits: of a value of the codebook in files, 16 or 8 (`stored_codebook`).
+        keeps_weight: whether the dequantized weight is kept in evaluation (`decoding`).
         weight_shape: shape of the dequantized weight.
         layout: along what its subvectors run, "input" or "output".
         quantized_kind: the type of the dense module, with the parameter's name where that is not `weight`.
@@ -77,6 +78,7 @@ class QuantizedLayer(nn.Module):
         self._seen: SeenCodes | None = None
         self._members: Members | None = None
         self._has_zeros = False
+        self.keeps_weight = True
 
     @property
     def k(self) -> int:
@@ -109,11 +111,12 @@ class QuantizedLayer(nn.Module):
     def forget(self) -> None:
         """Take codebook and codes as they are now: what was derived from them is made anew when it is needed."""
         self._kept = self._members = None
-        self._seen = SeenCodes.of(self.codes_matrix) if is_ordinary(self.codes_matrix) else None
+        watched = self.keeps_weight and is_ordinary(self.codes_matrix)
+        self._seen = SeenCodes.of(self.codes_matrix) if watched else None
         codebook = self._parameters["codebook"]
         watch(codebook)
         if is_ordinary(codebook) and not self.codebook.is_meta:
-            self._has_zeros = _some_are_zero(self.codebook)
+            self._has_zeros = some_are_zero(self.codebook)
 
     def dequantize(self) -> Tensor:
         """The weight with the codebook as it is trained; differentiable with respect to the codebook.
@@ -161,7 +164,9 @@ class QuantizedLayer(nn.Module):
             RuntimeError: by an average over buffers.
         """
         seen = self._seen
-        if seen is None or not seen.still(self.codes_matrix):
+        if not (self.keeps_weight or self.training):  # nothing is held that was made from them, nor a copy of them
+            self._seen = self._members = None
+        elif seen is None or not seen.still(self.codes_matrix):
             if seen is not None:
                 seen.check_change(self.codes_matrix, self.k)
             self._members = None
@@ -200,6 +205,9 @@ class QuantizedLayer(nn.Module):
         if torch.is_grad_enabled() and self.codebook.requires_grad:
             self._kept = None  # a step may follow, and fused optimizers count no versions
             return DequantizedWeight.of(self.dequantize_stored())
+        if not self.keeps_weight:
+            self._kept = None
+            return DequantizedWeight.of(self.dequantize_stored())
         self.check_codes()
         kept, seen = self._kept, self._seen
         if kept is not None and kept.was_written_into():
@@ -236,7 +244,8 @@ class QuantizedLayer(nn.Module):
         return {**plain_state(super()), "_kept": None, "_seen": None, "_members": None}  # which `forget` makes anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"codebook_bits": 16, "layout": "input", **state})  # pickles of before do not say it
+        before = {"codebook_bits": 16, "layout": "input", "keeps_weight": True}  # pickles of then do not say it
+        super().__setstate__({**before, **state})
         self.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -253,13 +262,6 @@ class QuantizedLayer(nn.Module):
 def plain_state(parent: Any) -> dict[str, Any]:
     """The state of a module as its own class gives it (before Python 3.11 objects have no method for it)."""
     return dict(parent.__getstate__() if hasattr(parent, "__getstate__") else parent.__self__.__dict__)
-
-
-def _some_are_zero(codebook: Tensor) -> bool:
-    """Whether centroids are zero, but not all of them: a weight that is zero everywhere is one that begins so."""
-    with torch.no_grad():
-        zero = (codebook == 0).all(1)
-        return bool(zero.any() and not zero.all())
 
 
 def dense_type(module: nn.Module) -> Any:

@@ -94,6 +94,7 @@ RESERVED = frozenset(
             "codes_matrix",
             "set_codes",
         ),
+        "keeps_weight",
         *(
             "forget",
             "codebook_scale",
