@@ -65,8 +65,8 @@ class CompressionSettings(Section):
     layout: Literal["input", "output"] | None = Field(
         None,
         description=(
-            "Along what blocks run: input, the inputs and kernel of one output; output, neighbouring outputs, as "
-            "Apple's Neural Engine decodes them: blocks of 2, 4, 8 or 16 (pw_subvector_size for all convolutions) with "
+            "Along what blocks run: input, the inputs and kernel of one output; output, neighbouring outputs, by "
+            "the rule of Apple's Neural Engine: blocks of 2, 4, 8 or 16 (pw_subvector_size for all convolutions) with "
             "k times their length at most 256. null: input."
         ),
     )
