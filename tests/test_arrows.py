@@ -63,9 +63,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "tasks.workers",
     ),
     "run.signals": (),
-    "run.output_folder": ("common",),
+    "run.launched": ("common",),
+    "run.output_folder": ("common", "run.launched"),
     "run.recorder": ("common", "run.output_folder", "compression.finetune.outcome"),
-    "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs"),
+    "run.said": ("common", "engines.launch"),
+    "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs", "run.said"),
     "run.inputs": ("common", "settings", "architectures", "tasks.sources", "run.wandb_sink"),
     "run.wandb_sink": ("common",),
     "recipes": (

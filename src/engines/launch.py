@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..common.errors import SettingsError
 from .registry import ENGINES
@@ -68,6 +70,40 @@ def here(environment: Mapping[str, str] | None = None) -> Launch:
             f"({launcher.rank}, {launcher.world_size}, {launcher.local_rank}, {launcher.local_size})"
         )
     return Launch(engines.pop(), rank, size, local_rank, local_size)
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """What torchrun's agent says to the processes that it starts, and starts again when one is lost.
+
+    Attributes:
+        agent: tells this start of torchrun on this machine from every other one, also through a script in between;
+            empty: torchrun did not start this process, or does not say.
+        folder: of the agent's logs, new at each start of torchrun and the same at each restart of the processes.
+        done, most: restarts after a failure, so far and in all. One that a machine's coming causes is not counted.
+    """
+
+    agent: str = ""
+    folder: Path | None = None
+    done: int = 0
+    most: int = 0
+
+
+def restarts(environment: Mapping[str, str] | None = None) -> Restarts:
+    """What the environment (None: this process's) says of restarts.
+
+    Raises:
+        SettingsError: a variable that is not a number.
+    """
+    variables = os.environ if environment is None else environment
+    if "TORCHELASTIC_RESTART_COUNT" not in variables:
+        return Restarts()
+    done, most = (_number(variables, f"TORCHELASTIC_{name}", 0) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    # <logs>/<run>_<random>/attempt_<restarts>/<local rank>/error.json
+    places = Path(variables.get("TORCHELASTIC_ERROR_FILE") or "/").parents
+    if len(places) < 3 or not places[1].name.startswith("attempt_"):
+        return Restarts("", None, done, most)
+    return Restarts(f"{socket.gethostname()} {places[2]}", places[2], done, most)
 
 
 def _number(variables: Mapping[str, str], name: str, default: int | None) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..common.errors import SettingsError
 from .launch import Launch
+from .meeting import store_of_this_start
 from .processes import Processes, device_for
 
 MEETING_TIME = timedelta(minutes=5)
@@ -39,7 +40,10 @@ class TorchRun(Processes):
         super().__init__(launch, device_for(launch, device))
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend, timeout=MEETING_TIME, rank=self.rank, world_size=self.world_size)
+            store = store_of_this_start(launch, MEETING_TIME)
+            dist.init_process_group(
+                backend, timeout=MEETING_TIME, store=store, rank=self.rank, world_size=self.world_size
+            )
         except (dist.DistError, RuntimeError, ValueError) as error:
             raise SettingsError(_no_meeting(error, launch)) from error
         group = dist.new_group(timeout=WORKING_TIME)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..architectures.structure import without_weights
@@ -16,12 +15,12 @@ from ..common.log import log, note
 from ..common.memory import named_when_out_of_memory
 from ..common.paths import check_name
 from ..common.progress import bar
-from ..common.randomness import stream
 from ..compression.quantize.calibrate.inputs import few_inputs, run_on
 from ..compression.quantize.dequantize import dequantized_state
-from ..compression.quantize.layers import QuantizedLayer
 from ..engines.choosing import pick_device
-from ..exports.onnx_file import dense_graph, difference, put_codes, write_graph
+from ..exports.coreml import write_coreml
+from ..exports.onnx_file import AUTO, OnnxOptions, write_onnx
+from ..exports.onnx_trace import BATCH, FREE, OPSET
 from ..model_files.norm_estimation import reestimate_norms, retake_norms, retakeable_norms
 from ..model_files.norms import folded_norms
 from ..model_files.open_model_file import OpenModelFile, open_model_file
@@ -41,15 +40,23 @@ class ConvertOptions:
         dense: dequantized weights, for programs that know nothing of codes. Dense networks are always written densely.
         entropy_coding: entropy-code the codes of a packed file where that is smaller.
         arch: name of the architecture, where the file does not tell.
-        image_size: side of the images with which a graph is traced and checked.
+        image_size: side of the images with which a graph is traced and checked; 0: what the network is made for.
         overwrite: replace what is there.
+        size: whether an ONNX graph takes images of any size: `auto` where it can, `free`, `fixed`.
+        opset: of an ONNX graph; None: 18.
+        exporter: torch's that makes an ONNX graph: `auto`, `torchscript`, `dynamo`.
+        fit: re-quantize what a form cannot hold, where it is Core ML's.
     """
 
     dense: bool = False
     entropy_coding: bool = False
     arch: str | None = None
-    image_size: int = 224
+    image_size: int = 0
     overwrite: bool = False
+    size: str = AUTO
+    opset: int | None = None
+    exporter: str = AUTO
+    fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ def convert(source: str, target: str, options: ConvertOptions, norms: Settings |
     retake = norms is not None and _check_norms(norms)
     needs_network = options.dense or retake or form.needs_network or not is_packed(path)
     file = open_model_file(path, options.arch, needs_network=needs_network)
-    options = replace(options, dense=options.dense or not file.quantized)
+    side = options.image_size or file.architecture.image_size
+    options = replace(options, dense=options.dense or not file.quantized, image_size=side)
     if options.dense and options.entropy_coding:
         raise SettingsError("--entropy: a dense network has no codes")
     log.info("%s: %s %s, %s bytes", path, file.kind, file.architecture.name, f"{path.stat().st_size:,}")
@@ -119,6 +127,8 @@ def _check_target(source: Path, target: Path, options: ConvertOptions) -> None:
         )
     if options.entropy_coding and (options.dense or target.suffix != ".safetensors"):
         raise SettingsError("--entropy is for packed files: write to a .safetensors file, without --dense")
+    if options.fit and (options.dense or target.suffix != ".mlpackage"):
+        raise SettingsError("--fit is for Core ML packages: write to a .mlpackage, without --dense")
     check_name(target)
     another_kind = target.exists() and target.is_dir() != form.is_folder
     if another_kind or (target.exists() and source.exists() and target.samefile(source)):
@@ -195,36 +205,52 @@ def _write_safetensors(file: OpenModelFile, target: Path, options: ConvertOption
 
 
 def _write_onnx(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
-    dense, image_size = options.dense, options.image_size
-    if file.architecture.task != "classification":
-        raise SettingsError(
-            f"ONNX files are written for classification networks; {file.architecture.name} is for "
-            f"{file.architecture.task}"
-        )
-    graph = dense_graph(_dequantized(file), image_size)
-    if not dense:
-        put_codes(graph, file.model)
+    how = OnnxOptions(
+        image_size=options.image_size, size=options.size, opset=options.opset or OPSET, exporter=options.exporter
+    )
     about = {
         "producer": PRODUCER,
         "arch": file.architecture.name,
-        "weights": "dense" if dense else "codebook and codes",
+        "weights": "dense" if options.dense else "codebook and codes",
     }
-    images = torch.randn(2, 3, image_size, image_size, generator=stream(0, "onnx check"))
-    found: list[float | None] = []
-    write_graph(graph, target, about, lambda written: found.append(difference(written, file.model, images)))
-    off = found[0]
-    quantized = sum(isinstance(module, QuantizedLayer) for module in file.model.modules())
-    checked = (
-        "not checked: onnxruntime is not installed"
-        if off is None
-        else f"onnxruntime's logits are PyTorch's to {off:.1e}"
+    coded = None if options.dense else file.model
+    made = write_onnx(_dequantized(file), coded, target, how, about)
+    side, kept = options.image_size, made.why_not_free
+    if made.free != FREE:
+        batch = "any number of" if made.free == BATCH else "one"
+        why = f": {kept}" if kept else ""
+        note(f"the file takes {batch} images of {side} x {side} pixels only (--image_size N sets another size){why}")
+    if made.filled.unused:
+        names = ", ".join(made.filled.unused)
+        note(f"left out, because evaluation does not use them: {names}")
+    if made.off is None:
+        checked = "not checked: onnxruntime is not installed"
+    else:
+        checked = f"onnxruntime's {made.outputs[0]} are PyTorch's to {made.off:.1e}"
+    log.info("%s; %d weights as codebook and codes", checked, len(made.filled.coded))
+
+
+def _write_coreml(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    if file.architecture.task != "classification":
+        raise SettingsError(
+            f"Core ML packages are written for classification networks; {file.architecture.name} is for "
+            f"{file.architecture.task}"
+        )
+    write_coreml(
+        file.model,
+        lambda: _dequantized(file),
+        target,
+        {"producer": PRODUCER, "arch": file.architecture.name},
+        dense=options.dense,
+        image_size=options.image_size,
+        fit=options.fit,
     )
-    log.info("%s; %d weights as codebook and codes", checked, 0 if dense else quantized)
 
 
 FORMS: dict[str, Form] = {
     ".pth": Form(write=_write_pth),
     ".safetensors": Form(write=_write_safetensors),
     ".onnx": Form(write=_write_onnx, needs_network=True),
+    ".mlpackage": Form(write=_write_coreml, needs_network=True, is_folder=True),
 }
 """What can be written, by the ending of the name."""

@@ -258,7 +258,9 @@ def _difference(packed: PackedFile, architecture: Architecture, plan: Callable[[
         if mine is None or theirs is None:
             there, here = ("quantized" if one else "dense" for one in (theirs, mine))
             return f"layer {name} is {there} in the file, {here} with the settings"
-        for what, own, other in (("k", mine.k, theirs.k), ("d", mine.d, theirs.d)):
+        for what, own, other in (
+            ("k", mine.k, theirs.k), ("d", mine.d, theirs.d), ("layout", mine.layout, theirs.layout)
+        ):  # fmt: skip
             if own != other:
                 return f"layer {name} has {what} = {other} in the file, {own} with the settings"
     return None

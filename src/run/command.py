@@ -15,6 +15,7 @@ from ..common.log import lines_of, log
 from ..engines import launch
 from ..settings import Settings, from_command_line, help_text, ineffective, load
 from .inputs import check_inputs
+from .said import or_that_it_was_said
 from .signals import Terminated
 
 INTERRUPTED = 130
@@ -97,7 +98,7 @@ def _status(job: Callable[[], int]) -> int:
         with lines_of(lambda: launch.here().is_main), _quiet_threads():
             return job()
     except UserError as error:
-        output.err(f"error: {_whose(error)}{error}\n")
+        output.err(f"error: {_whose(error)}{or_that_it_was_said(str(error))}\n")
         return error.status
     except KeyboardInterrupt as interrupt:
         if launch.here().is_main:

@@ -88,6 +88,23 @@ class RunFingerprint:
         return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def other_number(then: RunFingerprint, now: RunFingerprint) -> str:
+    """What another number of processes changes in a run, for a note; empty where it is the same number."""
+    before, here = (int(one.inputs[PROCESSES]) for one in (then, now))
+    if before == here:
+        return ""
+    rates = [
+        float(one.settings["learning_rate"]) * (number if one.settings["scale_learning_rate"] else 1)
+        for one, number in ((then, before), (now, here))
+    ]
+    return (
+        f"the run goes on with {here} process{'' if here == 1 else 'es'} instead of {before}: a batch of all together "
+        f"has {now.images_per_step} images instead of {then.images_per_step}, learning_rate is {rates[1]:g} instead of "
+        f"{rates[0]:g} (scale_learning_rate: {now.settings['scale_learning_rate']}), and the result will not be that "
+        f"of {before}"
+    )
+
+
 def is_among(key: str, keys: Iterable[str]) -> bool:
     """Whether `key` is one of `keys`, or in one of the sections among them."""
     return any(key == one or (one.endswith(".") and key.startswith(one)) for one in keys)

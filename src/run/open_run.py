@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.log import log
+from ..common.log import log, note
 from ..compression.finetune.hooks import Resumed
 from ..compression.finetune.outcome import Outcome
+from ..engines import launch
 from ..engines.engine import Engine
 from ..settings import Settings, is_placeholder, require, to_yaml
+from .agreement import once
 from .checkpoints import CheckpointFolder
 from .fingerprint import PROCESSES, RunFingerprint
-from .output_folder import OutputFolder
+from .launched import Launched, began_by
+from .output_folder import FINISHED, OutputFolder
 from .processes import processes
 from .recorder import AnyRecorder, NoRecorder, RunRecorder, Save, Sink
 from .resume import Resume, UnfinishedRun, alone, came_from, source_of
@@ -47,12 +50,14 @@ class Run(Job):
         resume: whether it resumes, and from what.
         recorder: of figures and models; keeps nothing before `begin`, nor on processes other than the first.
         checkpoints: what it can be resumed from; there from `begin` on.
+        is_over: a process was lost when the run had ended, and its launcher started them again: nothing is left to do.
     """
 
     signals: Stop
     output: OutputFolder
     resume: Resume
     recorder: AnyRecorder = field(default_factory=NoRecorder)
+    is_over: bool = False
     _fingerprint: RunFingerprint | None = None
     _checkpoints: CheckpointFolder | None = None
 
@@ -146,36 +151,69 @@ def open_run(settings: Settings) -> Iterator[Run]:
     with ExitStack() as stack:
         engine = stack.enter_context(processes(settings))
         signals = stack.enter_context(stopping())
-        output, resume = _output_and_resume(settings, engine)
+        launched = _launched(settings, engine)
+        output, resume = _output_and_resume(settings, engine, launched)
         stack.callback(output.close)
         run = Run(settings=settings, engine=engine, signals=signals, output=output, resume=resume)
+        run.is_over = launched.again and once(engine, lambda: output.is_finished)
+        if run.is_over:
+            log.info("the run in %s has ended; nothing is left to do", output.path)
+            if engine.is_main:
+                output.forget()
         stack.callback(lambda: run.recorder.close())
         yield run
 
 
-def _output_and_resume(settings: Settings, engine: Engine) -> tuple[OutputFolder, Resume]:
-    wanted, own = settings.resume, Path(require(settings, "output_path")).expanduser().resolve()
-    folder, last = (None, None) if wanted in ("auto", "none") else source_of(wanted)
-    if (
-        folder is not None and folder != own and came_from(own, folder)
-    ):  # this command was stopped before: it has its own
-        folder, last = own, None
+def _launched(settings: Settings, engine: Engine) -> Launched:
+    restarts = launch.restarts()
+    agents = sorted({agent for agent in engine.gather([restarts.agent]) if agent})
+    launched = Launched(agents, agents != [] and once(engine, lambda: began_by(agents, _own_folder(settings))))
+    if launched.again:
+        count = f" (restart {restarts.done} of {restarts.most})" if restarts.done else ""
+        note(f"torchrun has started the processes again{count}: they go on with the run in {_own_folder(settings)}")
+    return launched
+
+
+def _own_folder(settings: Settings) -> Path:
+    return Path(require(settings, "output_path")).expanduser().resolve()
+
+
+def _output_and_resume(settings: Settings, engine: Engine, launched: Launched) -> tuple[OutputFolder, Resume]:
+    wanted, own = settings.resume, _own_folder(settings)
+    folder, last = _named_source(wanted, own, launched.again)
     elsewhere = folder is not None and folder != own
-    output = open_output(settings, engine, may_resume=wanted != "none" and not elsewhere)
+    output = open_output(settings, engine, may_resume=wanted != "none" and not elsewhere, launched=launched)
     try:
         # auto leaves the run that --overwrite True is to replace; `resume` may name that very run
-        if folder is None and wanted == "auto" and not settings.overwrite and output.is_unfinished:
+        takes_up = launched.again or (wanted == "auto" and not settings.overwrite)
+        if folder is None and takes_up and output.is_unfinished:
             folder = own
         earlier = None if folder is None else UnfinishedRun.read(folder / "resume")
         if folder is not None and elsewhere and engine.is_main:
             with alone(folder):
                 pass
-        resume = Resume(output, earlier, last, settings.resume_with_changes)
+        resume = Resume(output, earlier, last, settings.resume_with_changes, launched.again)
         resume.check(RunFingerprint.of(settings))
     except BaseException:
         output.close()
         raise
     return output, resume
+
+
+def _named_source(wanted: str, own: Path, again: bool) -> tuple[Path | None, str | None]:
+    """The output folder that `resume` names, and the checkpoint in it, if it names one; None: it names no folder, or
+    processes that were started `again` have the run of those before them instead.
+
+    Raises:
+        SettingsError: what it names is not there, or holds no unfinished run.
+    """
+    named = Path(wanted).expanduser().resolve()
+    if wanted in ("auto", "none") or (again and (own in (named, *named.parents) or (own / FINISHED).exists())):
+        return None, None
+    folder, last = source_of(wanted)
+    if folder != own and came_from(own, folder):  # this command was stopped before: it has its own
+        return own, None
+    return folder, last
 
 
 @dataclass

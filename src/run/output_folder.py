@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from ..common.errors import SettingsError
 from ..common.paths import remove_half_written
+from .launched import Launched
 
 fcntl: Any
 try:
@@ -40,6 +41,8 @@ STARTED = "resume/run.json"
 
 PATIENCE_SECONDS = 2.0
 """A process that was just killed may take so long to let go of its folder."""
+LOST_PATIENCE_SECONDS = 300.0
+"""The same for one whose agent was lost, and that has yet to notice, or whose machine was, and the disk has."""
 
 
 class OutputFolder:
@@ -52,6 +55,7 @@ class OutputFolder:
         files: Sequence[str] = TRAINING_FILES,
         is_main: bool = True,
         may_resume: bool = False,
+        launched: Launched | None = None,
     ) -> None:
         """Take the folder, and check that the run can be written to it.
 
@@ -61,19 +65,25 @@ class OutputFolder:
             files: names in the folder that a run writes, and replaces.
             is_main: False where another process writes; nothing is checked then.
             may_resume: accept a folder with a run that did not finish.
+            launched: how the processes of the run came to be; one that they go on with is accepted, finished or not.
 
         Raises:
             SettingsError: it cannot be written, another run is going on in it, or it already holds a run.
         """
         self.path = path.expanduser().absolute()
         self.files = files
+        self._launched = Launched() if launched is None else launched
         self._lock: IO[str] | None = None
         if not is_main:
             return
         probe = self.path / ".write_test"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = take(self.path / ".lock", "output_path: choose another one, or wait until that run has ended")
+            self._lock = take(
+                self.path / ".lock",
+                "output_path: choose another one, or wait until that run has ended",
+                LOST_PATIENCE_SECONDS if self._launched.again else PATIENCE_SECONDS,
+            )
             probe.write_bytes(b"pqf")
             probe.unlink()
         except OSError as error:
@@ -84,7 +94,8 @@ class OutputFolder:
                 f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
             ) from error
         held = [name for name in files if (self.path / name).exists()]
-        if held and not overwrite and not (may_resume and self.is_unfinished):
+        accepted = overwrite or self._launched.again or (may_resume and self.is_unfinished)
+        if held and not accepted:
             self.close()
             resume = "resume it: --resume auto, or " if self.is_unfinished and files == TRAINING_FILES else ""
             raise SettingsError(
@@ -95,7 +106,12 @@ class OutputFolder:
     @property
     def is_unfinished(self) -> bool:
         """Whether the folder holds a training run that began and did not end."""
-        return (self.path / STARTED).exists() and not (self.path / FINISHED).exists()
+        return (self.path / STARTED).exists() and not self.is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds a training run that ended."""
+        return (self.path / FINISHED).exists()
 
     def begin(self) -> None:
         """Remove what an earlier run left (only the files and folders of a run), and make the folder of this one."""
@@ -105,6 +121,7 @@ class OutputFolder:
                 shutil.rmtree(place)
             elif place.exists():
                 place.unlink()
+        self._launched.mark(self.path)
         if "trained_models" in self.files:
             self.models.mkdir(parents=True)
 
@@ -114,6 +131,11 @@ class OutputFolder:
             place.mkdir(exist_ok=True)
         for place in (self.path, self.models, self.resume, *self.resume.glob("*/")):
             remove_half_written(place)
+        self._launched.mark(self.path)
+
+    def forget(self) -> None:
+        """Remove what nothing resumes from any more, as the run has ended."""
+        shutil.rmtree(self.resume, ignore_errors=True)
 
     def close(self) -> None:
         """Let other runs have the folder."""
@@ -134,8 +156,8 @@ class OutputFolder:
         return self.path / "resume"
 
 
-def take(path: Path, advice: str) -> IO[str] | None:
-    """Lock a file, made for it, for as long as it is open and this process lives.
+def take(path: Path, advice: str, patience: float = PATIENCE_SECONDS) -> IO[str] | None:
+    """Lock a file, made for it, for as long as it is open and this process lives; waits `patience` seconds for it.
 
     The lock is the operating system's own: it ends with the process, however that ends, and is not handed down to
     loader processes. None where the system or the disk has no locks.
@@ -146,7 +168,7 @@ def take(path: Path, advice: str) -> IO[str] | None:
     """
     if fcntl is None:
         return None
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + patience
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
         try:

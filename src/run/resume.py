@@ -22,7 +22,7 @@ from ..common.log import log, note
 from ..common.paths import find, write_text
 from ..compression.finetune.hooks import Resumed
 from .checkpoints import StoredCheckpoint, checkpoint_number, checkpoints_in
-from .fingerprint import OF_THE_NETWORK, OF_THE_SCHEDULE, RunFingerprint, is_among
+from .fingerprint import OF_THE_NETWORK, OF_THE_SCHEDULE, PROCESSES, RunFingerprint, is_among, other_number
 from .output_folder import FINISHED, STARTED, TRAINING_FILES, OutputFolder, take
 
 FORMAT = 2
@@ -102,7 +102,14 @@ class UnfinishedRun:
 class Resume:
     """The decision whether a run resumes, and from which checkpoint."""
 
-    def __init__(self, output: OutputFolder, earlier: UnfinishedRun | None, last: str | None, may_change: bool) -> None:
+    def __init__(
+        self,
+        output: OutputFolder,
+        earlier: UnfinishedRun | None,
+        last: str | None,
+        may_change: bool,
+        any_number: bool = False,
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -110,11 +117,13 @@ class Resume:
             earlier: the run to resume, in this folder or in another one; None: the run is a new one.
             last: name of the checkpoint to resume from; None: the last one.
             may_change: the user allows that settings of the training differ (`resume_with_changes`).
+            any_number: the launcher decides how many processes go on with the run.
         """
         self.earlier = earlier
         self._output = output
         self._last = last
         self._may_change = may_change
+        self._any_number = any_number
         self._elsewhere = earlier is not None and earlier.folder != output.resume.resolve()
 
     def check(self, now: RunFingerprint) -> None:
@@ -125,6 +134,7 @@ class Resume:
                 message names it.
         """
         keys = [] if self.earlier is None else self.earlier.fingerprint.differences(now)
+        keys = [key for key in keys if key != PROCESSES or not self._any_number]
         fixed = [key for key in keys if is_among(key, OF_THE_NETWORK)]
         if self.earlier is None or not keys or (self._may_change and not fixed):
             return
@@ -161,10 +171,12 @@ class Resume:
         for path in reversed(self._usable(self.earlier.folder)):
             found = StoredCheckpoint.read(path)
             if isinstance(found, StoredCheckpoint):
+                _tell_of_number(found.fingerprint, now)
                 return _resumed(found, now), found
             log.warning("%s The checkpoint before it is used.", found)
         if found is not None:
             raise CheckpointError(f"{found} There is no other checkpoint; --overwrite True starts the run over.")
+        _tell_of_number(self.earlier.fingerprint, now)
         return None
 
     def _usable(self, folder: Path) -> list[Path]:
@@ -202,6 +214,11 @@ class Resume:
             versions=versions(),
             origin=origin,
         ).write()
+
+
+def _tell_of_number(then: RunFingerprint, now: RunFingerprint) -> None:
+    if text := other_number(then, now):
+        note(text)
 
 
 def _resumed(stored: StoredCheckpoint, now: RunFingerprint) -> Resumed:

@@ -12,6 +12,7 @@ from ..common.errors import SettingsError
 from ..engines.engine import Engine
 from ..settings import Settings, require
 from .agreement import once
+from .launched import Launched
 from .output_folder import TRAINING_FILES, OutputFolder
 
 SHARED_FOLDER_SECONDS = 5.0
@@ -19,18 +20,23 @@ SHARED_FOLDER_SECONDS = 5.0
 
 
 def open_output(
-    settings: Settings, engine: Engine, files: Sequence[str] = TRAINING_FILES, may_resume: bool = False
+    settings: Settings,
+    engine: Engine,
+    files: Sequence[str] = TRAINING_FILES,
+    may_resume: bool = False,
+    launched: Launched | None = None,
 ) -> OutputFolder:
     """The run's folder, checked by the first process, and by the others to be the same folder; the run will write
     `files` into it.
 
-    With `may_resume` an unfinished run in it is accepted.
+    With `may_resume` an unfinished run in it is accepted, and the one that these processes go on with as `launched`
+    says.
 
     Raises:
         SettingsError: it is not set, cannot be written, already holds a run, or is another folder on another machine.
     """
     require(settings, "output_path")
-    output = OutputFolder(Path(settings.output_path), settings.overwrite, files, engine.is_main, may_resume)
+    output = OutputFolder(Path(settings.output_path), settings.overwrite, files, engine.is_main, may_resume, launched)
     try:
         _check_shared(output, engine)
     except BaseException:

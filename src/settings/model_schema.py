@@ -36,6 +36,7 @@ class LayerSpec(Section):
     codebook_bits: Annotated[Literal[16, 8] | None, COMPRESSING] = Field(
         None, description="Bits of each of the codebook's values, of this layer."
     )
+    layout: Literal["input", "output"] | None = Field(None, description="Along what this layer's blocks run.")
 
 
 class CompressionSettings(Section):
@@ -59,6 +60,14 @@ class CompressionSettings(Section):
         description=(
             "Bits of each value of a codebook: 16, floats, or 8, whole numbers times one scale per layer. null: 16, or "
             "what pays where compression.size or compression.ratio is given."
+        ),
+    )
+    layout: Literal["input", "output"] = Field(
+        "input",
+        description=(
+            "Along what blocks run: input, the inputs and kernel of one output; output, neighbouring outputs, as "
+            "Apple's Neural Engine decodes them: blocks of 2, 4, 8 or 16 (pw_subvector_size for all convolutions) with "
+            "k times their length at most 256."
         ),
     )
     ignored_modules: tuple[Text, ...] = Field((), description="Layers to leave uncompressed.")

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,49 @@ def together(
             texts.append(stream.read().decode(errors="replace"))
     assert not late or failed, f"still running after {seconds} s:\n" + "".join(texts)
     return Finished(max(abs(process.returncode) for process in running if process not in late), *texts, took, left)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A torchrun that was started, and what it and its processes print."""
+
+    process: subprocess.Popen[bytes]
+    mark: str
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, when: Callable[[], bool]) -> None:
+        """Until it comes true, which it must before the agent ends."""
+        deadline = time.monotonic() + PATIENCE
+        while not when():
+            assert self.process.poll() is None, f"ended before:\n{self.text}"
+            assert time.monotonic() < deadline, f"took too long:\n{self.text}"
+            time.sleep(0.05)
+
+    def vanish(self) -> None:
+        """End with everything that it started, at once, as a machine does that loses its power."""
+        kill([self.process.pid, *marked(self.mark)])
+        kill(marked(self.mark))
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def agent(arguments: Sequence[str], log: Path) -> Iterator[Agent]:
+    """`torchrun ARGUMENTS` of this Python; nothing of it is left afterwards."""
+    mark = uuid.uuid4().hex
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            cwd=ROOT, env=environment({MARK: mark}), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+        )  # fmt: skip
+    started = Agent(process, mark, log)
+    try:
+        yield started
+    finally:
+        started.vanish()
 
 
 def marked(mark: str) -> list[int]:

@@ -1,0 +1,94 @@
+"""torchrun starts the processes of a run again when one is lost, or when machines leave or come, and they go on with the
+run: nobody has to say so."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from src import train_resnet
+from tests.conftest import ROOT, write_images
+from tests.run.test_resume_processes import arguments
+from tests.support.killing import newest
+from tests.support.launching import agent, environment, free_port, need
+from tests.support.patience import PATIENCE
+
+pytestmark = pytest.mark.timeout(2 * PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills", "images"), [(0, 2, 8), pytest.param(1, 20, 40, marks=pytest.mark.slow)], ids=["2", "20"]
+)
+def test_a_run_that_loses_processes_ends_as_the_one_that_lost_none(
+    seed: int, kills: int, images: int, tmp_path: Path
+) -> None:
+    """One of two processes is killed, drawn at random, at moments spread over search, clustering, training and end."""
+    need("torchrun")
+    write_images(tmp_path / "images" / "train", 3, images, seed=0)
+    write_images(tmp_path / "images" / "val", 3, 4, seed=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.losing", *map(str, (tmp_path, tmp_path / "images", seed, kills))],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout)
+    assert len(report["kills"]) >= kills
+    if kills >= 20:
+        assert {rank for rank, _ in report["kills"]} == {0, 1}
+        assert {was for _, was in report["kills"]} >= {"clustering", "training or validating"}, report["kills"]
+    for lost in report["lost"]:
+        assert lost == report["whole"], [name for name in lost if lost[name] != report["whole"].get(name)]
+
+
+@pytest.mark.slow
+def test_machines_that_leave_and_come(small_images: Path, tmp_path: Path) -> None:
+    """Two agents with a process each; one is lost with its process, the other goes on alone, and a new one joins."""
+    need("torchrun")
+    output = tmp_path / "run"
+    machine = [
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", "127.0.0.1"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "run"),
+        *("--rdzv-conf", "last_call_timeout=5,keep_alive_interval=1"),
+        *("-m", "src.train_resnet", *arguments(small_images, output, "--epochs", "100000")),
+    ]
+
+    def said(text: str) -> int:
+        return sum(path.read_text(errors="replace").count(text) for path in tmp_path.glob("*.log"))
+
+    with ExitStack() as stack:
+        first = stack.enter_context(agent(machine, tmp_path / "first.log"))
+        second = stack.enter_context(agent(machine, tmp_path / "second.log"))
+        first.wait_for(lambda: said("2 processes: learning_rate 0.0002") > 0)
+        reached = newest(output)
+        first.wait_for(lambda: newest(output) > reached + 2)
+        second.vanish()
+        first.wait_for(lambda: said("the run goes on with 1 process instead of 2") == 1)
+        reached, grown = newest(output), said("the run goes on with 2 processes instead of 1")
+        first.wait_for(lambda: newest(output) > reached + 2)
+        third = stack.enter_context(agent(machine, tmp_path / "third.log"))
+        first.wait_for(lambda: said("the run goes on with 2 processes instead of 1") > grown)
+        reached = newest(output)
+        first.wait_for(lambda: newest(output) > reached + 2)
+        first.process.send_signal(signal.SIGTERM)
+        third.process.send_signal(signal.SIGTERM)
+        first.process.wait()
+        text = first.text
+    assert "a batch of all together has 2 images instead of 4, learning_rate is 0.0001 instead of 0.0002" in text
+    assert "a batch of all together has 4 images instead of 2, learning_rate is 0.0002 instead of 0.0001" in text
+    assert "--resume_with_changes" not in text, text
+    epochs = max(int(path.stem) for path in (output / "trained_models").glob("[0-9]*.pth")) + 1
+    alone = arguments(small_images, output, "--epochs", str(epochs), "--resume_with_changes", "True")
+    assert train_resnet.main(alone) == 0
+    history = json.loads((output / "results.json").read_text())["history"]
+    assert sorted(map(int, history)) == list(range(epochs + 1))
