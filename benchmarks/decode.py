@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from src.architectures.detectors import set_image_size
-from src.compression.quantize.decoding import set_decode
 from src.compression.quantize.dequantize import dense_again
+from src.model_files.decoding import set_decode
 from src.model_files.metadata import ModelInfo
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import save_packed

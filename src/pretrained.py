@@ -26,9 +26,9 @@ from .common.errors import CheckpointError, SettingsError
 from .common.hub import MODEL_FILE, HubAccess, NoHubFileError, fetch, on_hub, send
 from .common.log import note
 from .common.paths import write_text
-from .compression.quantize.decoding import Decode, check_decode, set_decode
 from .compression.quantize.layers import QuantizedLayer
 from .model_files.card import MARK, About, card
+from .model_files.decoding import Decode, check_decode, set_decode
 from .model_files.inspection import examine_model
 from .model_files.kept_info import info_of, keep_info
 from .model_files.metadata import ModelInfo
