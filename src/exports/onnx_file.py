@@ -189,7 +189,7 @@ def _attempt(
         wanted.called.eval()  # which drops the dense weights that quantized layers keep
         traced = skeleton(called, checks[0].images[:1], free, exporter, how.opset)
         if free == FREE and how.size == AUTO and traced.doubts and not called.detects:
-            raise SettingsError(f"Python code in it looks at the size ({_short(traced.doubts[0])})")
+            raise SettingsError(f"Python code in it looks at the size ({traced.doubts[0]})")
         tensors = _tensors(called.net)
         filled = fill(traced.graph, tensors, quantized)
         off = _write(traced, path, about, checks, sum(one.numel() for one in tensors.values()))
@@ -286,7 +286,3 @@ def _write(traced: Skeleton, path: Path, about: Mapping[str, str], checks: list[
 
     write_atomically(path, write)
     return found[0]
-
-
-def _short(doubt: str) -> str:
-    return " ".join(doubt.split(". ")[0].split())

@@ -45,6 +45,7 @@ def exporting_program() -> Any:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SettingsError(
-            "--exporter dynamo needs the package onnxscript, which is not installed: pip install onnxscript"
+            "--exporter dynamo needs the package onnxscript, which is not installed: pip install pqf[onnx], or pip "
+            "install onnxscript"
         ) from error
     return onnx_ir

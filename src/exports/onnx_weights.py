@@ -66,10 +66,11 @@ def fill(graph: Any, tensors: Mapping[str, Tensor], quantized: nn.Module | None)
     graph.graph.node.extend([*nodes, *old])
     needed().checker.check_model(graph)
     own = [name for name in layers if same.get(name, name) == name]
-    coded = tuple(name for name in own if name in wanted)
+    made = wanted | {name for node in old if node.op_type == "Identity" for name in node.output}  # equal to another
+    coded = tuple(name for name in own if name in made)
     if layers and not coded:
         raise RunError("the ONNX graph uses none of the quantized weights; write the dense graph instead (--dense)")
-    return Filled(coded=coded, unused=tuple(name for name in own if name not in wanted))
+    return Filled(coded=coded, unused=tuple(name for name in own if name not in made))
 
 
 def decoding(graph: Any, name: str, layer: QuantizedLayer) -> list[Any]:
