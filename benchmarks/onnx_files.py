@@ -241,7 +241,7 @@ def _earlier(path: Path) -> list[dict]:
 def _names(given: str | None, small: bool, known: set[str]) -> list[str]:
     if given is not None:
         return [name for name in given.split(",") if name]
-    names = [name for name in classifiers() if name not in known]
+    names = sorted((name for name in classifiers() if name not in known), key=_parameters)
     return [name for name in names if not small or _parameters(name) <= SMALL]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from src.exports.onnx_file import OnnxOptions, Written, graph_of, write_onnx
 from src.exports.onnx_outputs import Called
 from src.exports.onnx_pooling import pooled
 from src.model_files.size import model_size
+from tests.conftest import ROOT
 from tests.support.helpers import lively, quantized, spec
 from tests.support.onnx_networks import Branching, Maps, OneSize, Pooled, Tied, Unknown
 
@@ -373,3 +375,20 @@ def test_the_graph_is_small() -> None:
     assert len(constants) > 5
     assert not [node for node in graph.graph.node if node.op_type == "Constant"]
     assert sum(node.ByteSize() for node in graph.graph.node) < 60 * len(graph.graph.node)
+
+
+def test_the_documentation_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = coded(Pooled)
+    write(model, tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    usual, unfolded = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    given: dict[str, Any] = {}
+    exec(usual, given)
+    with torch.no_grad():
+        wanted = model(torch.zeros(1, 3, 224, 224)).numpy()
+    assert np.abs(given["logits"] - wanted).max() <= CLOSE
+    exec(unfolded, given)
+    (found,) = given["session"].run(None, {"images": given["images"]})
+    assert np.abs(found - wanted).max() <= CLOSE
