@@ -36,7 +36,7 @@ from .onnx_trace import (
     reason,
     skeleton,
 )  # fmt: skip
-from .onnx_weights import Filled, fill
+from .onnx_weights import Filled, check_size, fill
 
 UserFailure = SettingsError | RunError
 
@@ -44,8 +44,6 @@ AUTO = "auto"
 SIZES, EXPORTERS = (AUTO, FREE, FIXED), (AUTO, TORCHSCRIPT, DYNAMO)
 OTHER_SIZES = ((37, 50), (32, 64))
 """What is added to height and width for another size of images; the first that the network takes counts."""
-LARGEST = (1 << 31) - 1
-"""Bytes of an ONNX file without others beside it, which protobuf sets."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,7 @@ def write_onnx(
     """
     needed()
     check_options(how)
+    check_size(_tensors(dense), quantized)
     called, reference = Called(dense, with_heads=True), Called(quantized or dense, with_heads=True)
     wanted = _Wanted(reference, how.image_size)
     failed: dict[str, UserFailure] = {}
@@ -271,12 +270,6 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
 def _write(traced: Skeleton, path: Path, about: Mapping[str, str], checks: list[Wanted], n_values: int) -> float | None:
     compact(traced.graph, frozenset([INPUT, *(one.name for one in traced.heads)]))
     needed().helper.set_model_props(traced.graph, dict(about))
-    size = traced.graph.ByteSize()
-    if size > LARGEST:
-        raise RunError(
-            f"cannot write {path}: it would have {size:,} bytes, and an ONNX file has at most {LARGEST:,}. Write the "
-            "weights as codebook and codes (without --dense)"
-        )
     contents = traced.graph.SerializeToString(deterministic=True)
     found: list[float | None] = []
 

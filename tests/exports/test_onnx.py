@@ -27,6 +27,7 @@ from src.exports.onnx_check import SCORE, NotTheSame, _compare_detections
 from src.exports.onnx_file import OnnxOptions, Written, graph_of, write_onnx
 from src.exports.onnx_outputs import Called
 from src.exports.onnx_pooling import pooled
+from src.exports.onnx_weights import check_size
 from src.model_files.size import model_size
 from tests.conftest import ROOT
 from tests.support.helpers import lively, quantized, spec
@@ -351,6 +352,15 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert [entry.name for entry in disk.iterdir()] == ["filler"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_above_2_gb_is_refused_before_any_work() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(*(nn.Linear(20_000, 20_000) for _ in range(2)))
+    tensors = dict(net.named_parameters())
+    with pytest.raises(SettingsError, match=r"3,200,160,000 bytes.*leave --dense out"):
+        check_size(tensors, None)
+    check_size({name: one for name, one in tensors.items() if name.startswith("0.")}, None)
 
 
 def test_a_dense_network_is_written_densely(tmp_path: Path) -> None:
