@@ -184,7 +184,7 @@ def remove_half_written(folder: Path) -> None:
 def _disk_reason(error: Exception, path: Path) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "no space left on the disk"
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError | shutil.Error):  # which hold an errno in their text only
         try:
             status = os.statvfs(path.parent)
             if status.f_bavail * status.f_frsize < 1 << 20:

@@ -14,7 +14,9 @@ The package coremltools is needed: pip install pqf[coreml]. It builds packages o
 
 from __future__ import annotations
 
+import errno
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,13 @@ from ..common.errors import RunError, SettingsError
 from ..common.paths import write_folder_atomically
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.placing import dense_name
-from .quiet import quiet
+from .quiet import first_line, quiet
 from .smaller_program import norms_in_two, replace, small_constants_once
 from .tables import LARGEST_K, Table, table_of, vector_axis
 
 INPUT, OUTPUT = "images", "logits"
+LITTLE = 1 << 20
+"""Bytes with less than which a disk is full."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def exported_program(model: nn.Module, image_size: int) -> Program:
                 return Program(_converted(graph, image_size), names, image_size)
             except Exception as error:  # of whatever type: converters of single operations raise what they like
                 where = [line.removeprefix("ERROR - ").rstrip(": ") for line in said if "converting" in line]
-                problems.append(": ".join([*where[-1:], _first_line(error)]))
+                problems.append(": ".join([*where[-1:], first_line(error)]))
     raise RunError(f"Core ML: coremltools cannot convert this network: {problems[0]}")
 
 
@@ -194,7 +198,12 @@ def _finished(mil: Any) -> Any:
             skip_model_load=True,
         )
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
-        raise RunError(f"Core ML: coremltools cannot finish this network: {_first_line(error)}; try --dense") from error
+        raise RunError(f"Core ML: coremltools cannot finish this network: {first_line(error)}; try --dense") from error
+    except (RuntimeError, OSError) as error:
+        folder = tempfile.gettempdir()
+        if shutil.disk_usage(folder).free >= LITTLE:
+            raise
+        raise OSError(errno.EIO, f"no space left in {folder}, where coremltools writes first") from error
     return model
 
 
@@ -275,11 +284,6 @@ def _builder() -> Any:
     from coremltools.converters.mil.mil import Builder
 
     return Builder
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _coremltools() -> Any:

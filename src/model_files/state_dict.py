@@ -256,7 +256,8 @@ def _quantization_advice(layer: str, leaf: str, found: torch.Size, wanted: torch
             f": the file's subvectors have {found[1]} values, the settings give {wanted[1]} (large_subvectors, "
             "pw_subvector_size, fc_subvector_size)"
         )
-    return ": another subvector size (large_subvectors, pw_subvector_size, fc_subvector_size) or another architecture"
+    sizes = "large_subvectors, pw_subvector_size, fc_subvector_size, layout"
+    return f": another subvector size ({sizes}) or another architecture"
 
 
 def check_codes(state: Mapping[str, Tensor], source: str) -> None:

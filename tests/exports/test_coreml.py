@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,30 @@ for target in ({str(old)!r}, {str(new)!r}):
         "old.mlpackage",
         "old.mlpackage/mine",
     ]
+
+
+def test_a_disk_that_is_really_full_is_called_so(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The package's own, and that on which coremltools writes it first."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    flags = ["--image_size", "8", "--arch", ARCH]
+    try:
+        assert convert.main([str(small), str(disk / "a.mlpackage"), *flags]) == 1
+        assert "a.mlpackage: no space left on the disk; nothing was left behind" in capsys.readouterr().err
+        assert not list(disk.iterdir())
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        assert convert.main([str(small), str(tmp_path / "b.mlpackage"), *flags]) == 1
+        assert f"no space left in {disk}, where coremltools writes first" in capsys.readouterr().err
+        assert [entry.name for entry in tmp_path.iterdir()] == ["disk"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_without_coremltools_one_line_says_how_to_install_it(
