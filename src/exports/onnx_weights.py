@@ -76,15 +76,15 @@ def fill(graph: Any, tensors: Mapping[str, Tensor], quantized: nn.Module | None)
 def decoding(graph: Any, name: str, layer: QuantizedLayer) -> list[Any]:
     """The nodes that compute the weight `name`; what they read is added to the graph."""
     onnx, make = needed(), needed().helper.make_node
-    prefix = name.removesuffix(".weight")
+    prefix, along_outputs = name.removesuffix(".weight"), layer.layout == "output"
+    codes = layer.codes_matrix if along_outputs else layer.codes_matrix.reshape(-1)
     graph.initializer.extend(
         [
-            onnx.numpy_helper.from_array(_narrow(layer), f"{prefix}.codes"),
+            onnx.numpy_helper.from_array(_narrow(codes, layer.k), f"{prefix}.codes"),
             onnx.numpy_helper.from_array(layer.stored_codebook().cpu().numpy(), f"{prefix}.codebook"),
             onnx.numpy_helper.from_array(np.array(layer.weight_shape, np.int64), f"{prefix}.shape"),
         ]
     )
-    along_outputs = layer.layout == "output"
     ordered = f"{prefix}.rows" if along_outputs else f"{prefix}.subvectors"
     turn = [make("Transpose", [f"{prefix}.subvectors"], [ordered], perm=[0, 2, 1])] if along_outputs else []
     return [
@@ -146,8 +146,6 @@ def _stored(tensor: Tensor, name: str) -> Any:
     return needed().numpy_helper.from_array(values.numpy(), name)
 
 
-def _narrow(layer: QuantizedLayer) -> np.ndarray[Any, Any]:
+def _narrow(codes: Tensor, k: int) -> np.ndarray[Any, Any]:
     """Codes (R*m,), along outputs (R/d, values of a row), in the narrowest type of ONNX that holds them."""
-    codes, k = layer.codes_matrix.cpu(), layer.k
-    shaped = codes if layer.layout == "output" else codes.reshape(-1)
-    return shaped.numpy().astype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)
+    return codes.cpu().numpy().astype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)

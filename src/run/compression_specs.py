@@ -41,7 +41,7 @@ def quantization_of(model: ModelSettings) -> QuantizationSpec:
         layer_specs={name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
         k_means_tolerance=given.k_means_tolerance,
         codebook_bits=given.codebook_bits,
-        layout=given.layout,
+        layout=given.layout or "input",
     )
 
 

@@ -62,12 +62,12 @@ class CompressionSettings(Section):
             "what pays where compression.size or compression.ratio is given."
         ),
     )
-    layout: Literal["input", "output"] = Field(
-        "input",
+    layout: Literal["input", "output"] | None = Field(
+        None,
         description=(
-            "Along what blocks run: input, the inputs and kernel of one output; output, neighbouring outputs, as "
-            "Apple's Neural Engine decodes them: blocks of 2, 4, 8 or 16 (pw_subvector_size for all convolutions) with "
-            "k times their length at most 256."
+            "Along what blocks run: input, the inputs and kernel of one output; output, neighbouring outputs, by "
+            "the rule of Apple's Neural Engine: blocks of 2, 4, 8 or 16 (pw_subvector_size for all convolutions) with "
+            "k times their length at most 256. null: input."
         ),
     )
     ignored_modules: tuple[Text, ...] = Field((), description="Layers to leave uncompressed.")

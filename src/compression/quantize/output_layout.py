@@ -1,8 +1,8 @@
-"""The layout "output": subvectors of neighbouring output channels, in the lengths that Apple's Neural Engine decodes.
+"""The layout "output": subvectors of neighbouring output channels, by the rule of Apple's Neural Engine.
 
 A subvector holds what d neighbouring outputs do with one input, so that a permutation of a layer's outputs, which the
-layers after it undo, makes alike what stands together. The Neural Engine decodes tables along the outputs with d = 2,
-4, 8 or 16 and k d <= 256 while it computes; other tables become dense weights before.
+layers after it undo, makes alike what stands together. The Neural Engine is said to decode tables along the outputs
+with d = 2, 4, 8 or 16 and k d <= 256 while it computes, and other ones before.
 """
 
 from __future__ import annotations
