@@ -47,7 +47,7 @@ class Words(nn.Module):
 @cache
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
-    how = {"eight bits": {"codebook_bits": 8}}.get(name, {})
+    how = {"eight bits": {"codebook_bits": 8}, "along outputs": {"layout": "output"}}.get(name, {})
     return pqf.compress(Words() if name == "words" else Net(), **FAST, **how)[0].eval()
 
 
@@ -60,7 +60,7 @@ def layers(model: nn.Module) -> list[QuantizedLayer]:
     return [module for module in model.modules() if isinstance(module, QuantizedLayer)]
 
 
-@pytest.mark.parametrize("name", ["own", "words", "eight bits"])
+@pytest.mark.parametrize("name", ["own", "words", "eight bits", "along outputs"])
 def test_each_forward_computes_the_same_to_the_bit_and_keeps_nothing(name: str) -> None:
     (kept, x), (each, _) = network(name), network(name, "each_forward")
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -148,6 +148,7 @@ def test_loading_takes_the_choice_and_refuses_others(tmp_path: Path) -> None:
         pqf.load(tmp_path / "model.safetensors", Net(), decode="never")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_an_evaluation_says_so_before_it_reads_images(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"which is not read before")
     (tmp_path / "images" / "val").mkdir(parents=True)
