@@ -13,6 +13,7 @@ from . import (
     coco_memory,
     compress,
     cost,
+    decode,
     distillation,
     finetune,
     loader,
@@ -28,6 +29,10 @@ MEASUREMENTS = {
     "cost": (
         cost.main,
         ["--batch", "1", "--size", "64", "--repeats", "1", "--archs", "resnet18", "--plain-iterations", "1"],
+    ),
+    "decode": (
+        decode.main,
+        ["--networks", "resnet18", "--ways", "kept", "each_forward", "--size", "64", "--passes", "1", "--repeats", "1"],
     ),
     "distillation": (
         distillation.main,

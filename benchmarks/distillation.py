@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for features in (0.0, 1.0):
             teacher, model = dense_model(arch).to(device), quantized_model(arch).to(device).train()
             learned = Distillation(teacher, DistillationSpec(features=features, stages=stages))
+            learned.make_fast()
             batch = images.to(device), labels.to(device)
             pair = time_pairs(stepping(model, batch, None), stepping(model, batch, learned), options.repeats, device)
             what = "answers and stages" if features else "answers"

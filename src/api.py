@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .architectures.detector_outputs import batch_outputs
 from .common.errors import CheckpointError, SettingsError
+from .common.hub import fetched, on_hub
 from .compression.permute.auto import groups_by_following
 from .compression.permute.binding import AnyGroup, bind
 from .compression.permute.channels import ChannelGroup
 from .compression.permute.groups import Group, check_function
 from .compression.permute.permute import permute
-from .compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
 from .compression.quantize.calibrate.calibrate import Calibration, calibrate
 from .compression.quantize.calibrate.inputs import batches_of, count, few_inputs
 from .compression.quantize.compress import candidate_distortion, check_weights
@@ -34,11 +33,13 @@ from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
 from .compression.quantize.plan import Plan, make_plan
 from .compression.quantize.replaced import mark_replaced
-from .model_files.beside import with_beside
+from .model_files.beside import with_beside, with_room
 from .model_files.building import fill
 from .model_files.compression_report import applied
+from .model_files.decoding import Decode, check_decode, set_decode
 from .model_files.inspected import Inspection
 from .model_files.inspection import examine, examine_model
+from .model_files.kept_info import info_of, keep_info
 from .model_files.metadata import ModelInfo
 from .model_files.open_model_file import read_model_file
 from .model_files.packed import check_layers_of, save_packed
@@ -46,9 +47,12 @@ from .model_files.plan_of_file import plan_of
 from .model_files.pth import save_compressed
 from .model_files.report import Report
 from .model_files.size import model_size
-from .run.compression_specs import Sized, budget_of, quantization_of, search_of, sized_for
+from .run.compression_specs import budget_of, quantization_of, search_of, sized_by_inputs
 from .settings import BudgetSettings, ModelSettings
 from .settings.keywords import budget_settings, model_settings
+
+LIKELY_NAME, FIGURES = "package.module:callable", 2
+"""What a file may be given when it is saved, for which a wanted size leaves room: a name that long, so many figures."""
 
 Path_ = str | PathLike[str]
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -98,23 +102,23 @@ def compress(
     spec, known = quantization_of(given), ModelInfo(settings=_known(given, wanted, seed))
     search = replace(search_of(given), thorough=batches is None)
     check_weights(model, plan := make_plan(model, spec))
-    found, notes = _groups(model, example_inputs, given.use_permutations, given.permutations, seed)
-    _check_groups(model, found, search.reshapes, seed, example_inputs)
-    if (budget := budget_of(wanted)) is not None:
-        budget = with_beside(budget, model, plan, found, search.reshapes, known)
-        plan, sized = sized_for(model, spec, budget, seed, show_progress=show_progress)
-        if sized is not None and batches is not None:
-            plan = _chosen(model, sized, batches, seed, device, show_progress)
+    found, notes = _groups(model, example_inputs, given, search.reshapes, seed)
+    file = _likely_file(known, model, plan, found, search.reshapes, batches is not None)
+    how: dict[str, Any] = {"seed": seed, "device": device, "show_progress": show_progress}
+    plan, sized = sized_by_inputs(model, spec, with_beside(budget_of(wanted), model, plan, file), file, batches, **how)
+    notes = [*plan.notes, *notes]
     measure = candidate_distortion(plan, seed)
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
+    known = replace(known, permutations=applied(found, permuted, search.reshapes))
+    if sized is not None:
+        plan = sized.once_permuted(model, plan, known.permutations).plan_anew(plan)
+        notes += plan.notes
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)
-    model, layers = quantize(model, plan, seed=seed, device=device, show_progress=show_progress, finished=finished)
+    model, layers = quantize(model, plan, finished=finished, **how)
     mark_replaced(replaced, model)
-    known = replace(known, permutations=applied(found, permuted, search.reshapes))
-    _keep_info(model, replace(known, outputs_lost=_outputs_lost(finished)))
-    said = (*plan.notes, *notes, *more)
-    return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), said, outputs_lost)
+    keep_info(model, replace(known, outputs_lost=_outputs_lost(finished)))
+    return model, Report(tuple(layers), plan.dense, tuple(permuted), model_size(model), (*notes, *more), outputs_lost)
 
 
 def groups(model: nn.Module, example_inputs: Inputs, *, seed: int = 0) -> list[ChannelGroup]:
@@ -145,7 +149,7 @@ def save(model: nn.Module, file: Path_, *, arch: str | None = None, metric: Mapp
     if path.suffix == ".pth":
         save_compressed(model, path)
     elif path.suffix == ".safetensors":
-        info = _info_of(model)
+        info = info_of(model)
         producer = f"pqf {__version__}"
         info = replace(info, arch=arch or info.arch, metric=metric or info.metric, producer=producer)
         save_packed(model, path, info)
@@ -153,19 +157,23 @@ def save(model: nn.Module, file: Path_, *, arch: str | None = None, metric: Mapp
         raise SettingsError(f"{path} ends in {path.suffix!r}; expected .safetensors (packed) or .pth (as published)")
 
 
-def load(file: Path_, into: nn.Module) -> nn.Module:
+def load(file: Path_, into: nn.Module, *, decode: Decode = "kept") -> nn.Module:
     """Put a compressed or dense file into a network, in place.
 
     Args:
-        file: packed, published or dense.
+        file: packed, published or dense; or `hf:OWNER/NAME`, on the Hugging Face hub.
         into: the dense network that it was made of, of any values.
+        decode: when weights are decoded in evaluation: `kept`, once; `each_forward`, at every use, so that the weight
+            of one module is in memory at a time; `compiled`, in the graph that torch.compile makes.
 
     Returns: it, in evaluation mode, its weights quantized where those of the file are.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; the network is as it was.
+        SettingsError: `decode` is none of these, or it cannot be fetched.
     """
-    found = read_model_file(Path(file).expanduser())
+    check_decode(decode, next((one.device for one in into.parameters()), "cpu"))
+    found = read_model_file(_path(file))
     source = str(found.path)
     if any(isinstance(module, QuantizedLayer) for module in into.modules()):
         raise CheckpointError(f"{source}: the network to load into is compressed already; give the dense one")
@@ -179,8 +187,8 @@ def load(file: Path_, into: nn.Module) -> nn.Module:
     model = fill(into, plan, state, source)
     mark_replaced(replaced, model)
     if found.packed is not None:
-        _keep_info(model, found.packed.info)
-    return model
+        keep_info(model, found.packed.info)
+    return set_decode(model, decode)
 
 
 def dequantize(model: nn.Module) -> nn.Module:
@@ -200,9 +208,13 @@ def inspect(model_or_file: nn.Module | Path_, *, against: Path_ | None = None, a
         CheckpointError: the file cannot be read.
     """
     if isinstance(model_or_file, nn.Module):
-        return examine_model(model_or_file, _info_of(model_or_file))
-    dense = None if against is None else Path(against).expanduser()
-    return examine(Path(model_or_file).expanduser(), dense, arch)
+        return examine_model(model_or_file, info_of(model_or_file))
+    return examine(_path(model_or_file), None if against is None else _path(against), arch)
+
+
+def _path(file: Path_) -> Path:
+    """A file; one on the hub is fetched."""
+    return fetched(str(file), "pqf") if on_hub(str(file)) else Path(file).expanduser()
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -213,6 +225,22 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _groups(
+    model: nn.Module,
+    example: Inputs | None,
+    given: ModelSettings,
+    reshapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+) -> tuple[Sequence[AnyGroup], list[str]]:
+    """The groups that may be permuted, seen to fit, and what was found out about them."""
+    found, notes = _wanted_groups(model, example, given.use_permutations, given.permutations, seed)
+    bind(model, found, reshapes)
+    by_layers = [group for group in found if isinstance(group, Group)]  # which somebody wrote: they are tried
+    if example is not None:
+        check_function(model, by_layers, torch.empty(0), reshapes, seed, lambda net, _: call(net, example))
+    return found, notes
+
+
+def _wanted_groups(
     model: nn.Module, example: Inputs | None, wanted: bool, given: Any, seed: int
 ) -> tuple[Sequence[AnyGroup], list[str]]:
     if not wanted:
@@ -235,45 +263,17 @@ def _known(given: ModelSettings, wanted: BudgetSettings, seed: int) -> dict[str,
     return {"compression_parameters": given.compression_parameters.model_dump(mode="json"), "seed": seed, **asked}
 
 
-def _check_groups(
+def _likely_file(
+    known: ModelInfo,
     model: nn.Module,
+    plan: Plan,
     found: Sequence[AnyGroup],
     reshapes: Mapping[str, tuple[int, ...]],
-    seed: int,
-    example: Inputs | None,
-) -> None:
-    """See that groups fit, and try those that somebody wrote, where there is something to try them on."""
-    bind(model, found, reshapes)
-    if example is None:
-        return
-    by_layers = [group for group in found if isinstance(group, Group)]
-    check_function(model, by_layers, torch.empty(0), reshapes, seed, lambda net, _: call(net, example))
-
-
-def _keep_info(model: nn.Module, info: ModelInfo) -> None:
-    """Remember beside a network what files say about it."""
-    vars(model)["_pqf_info"] = info
-
-
-def _info_of(model: nn.Module) -> ModelInfo:
-    found = vars(model).get("_pqf_info")
-    return found if isinstance(found, ModelInfo) else ModelInfo()
-
-
-def _chosen(
-    model: nn.Module, sized: Sized, batches: Sequence[Any], seed: int, device: Any, show_progress: bool
-) -> Plan:
-    """The plan that costs the outputs for some inputs least within a wanted size."""
-    losses = losses_by_inputs(
-        model,
-        sized.tradeoff,
-        first_inputs(batches),
-        outputs=batch_outputs,
-        seed=seed,
-        device=device,
-        show_progress=show_progress,
-    )
-    return sized.by(losses).plan()
+    calibrated: bool,
+) -> ModelInfo:
+    """About what a file of the network will say."""
+    likely = replace(known, arch=LIKELY_NAME)
+    return with_room(likely, model, plan, found, reshapes, calibrated=calibrated, n_figures=FIGURES)
 
 
 def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.support.coco import varied_coco
@@ -34,6 +36,24 @@ def small_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "train", 3, 8, seed=0)
     write_images(root / "val", 3, 4, seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of images of 12 pixels, four each to train and two each to validate with."""
+    root = tmp_path_factory.mktemp("tiny images")
+    write_images(root / "train", 3, 4, seed=0, side=12)
+    write_images(root / "val", 3, 2, seed=1, side=12)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """In this process as in those that are started: sums depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "run.recorder": ("common", "run.output_folder", "compression.finetune.outcome"),
     "run.said": ("common", "engines.launch"),
     "run.command": ("common", "engines.launch", "settings", "run.signals", "run.inputs", "run.said"),
-    "run.inputs": ("common", "settings", "architectures", "tasks.sources"),
+    "run.inputs": ("common", "settings", "architectures", "tasks.sources", "run.wandb_sink"),
+    "run.wandb_sink": ("common",),
     "recipes": (
         "common",
         "engines",
@@ -81,6 +82,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "run",
     ),
     "api": ("common", "settings", "compression", "architectures", "model_files", "run.compression_specs"),
+    "pretrained": ("common", "compression.quantize", "architectures", "model_files", "api"),
     "demo": ("common", "train_resnet", "evaluate_resnet", "train_maskrcnn", "evaluate_maskrcnn", "compress", "api"),
 }
 ENTRY_MAY = ("common", "run.command", "recipes", "settings")
@@ -142,7 +144,7 @@ def allowed(name: str) -> tuple[str, tuple[str, ...]] | None:
         part = max(rows, key=len)
         return part, ALLOWED[part]
     if name in {"", "compression"}:  # the root's and the science's __init__; the root's shows the Python interface
-        return f"{name}.__init__", () if name else ("api",)
+        return f"{name}.__init__", () if name else ("api", "pretrained")
     return None
 
 

@@ -119,6 +119,50 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder beside `path`, flush it to the disk, then rename it to `path`.
+
+    A reader never sees a half. A folder that is there is moved aside, with the two names changing one after the other,
+    and removed; on any failure it stays, and the new one is removed.
+
+    Raises:
+        SettingsError: no folder can be called so.
+        RunError: the disk is full or the folder cannot be written; the message says what was kept.
+    """
+    check_name(path)
+    temporary = path.parent / temporary_name(path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        write(temporary)
+        for entry in temporary.rglob("*"):
+            if entry.is_file():
+                with open(entry, "rb") as written:
+                    os.fsync(written.fileno())
+        _exchange(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = _disk_reason(error, path)
+        kept = f"the previous {path.name} is unchanged" if _exists(path) else "nothing was left behind"
+        raise RunError(f"cannot write {path}: {reason}; {kept}. Free some space or choose another place.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Rename the folder `new` to `path`; what was there is removed."""
+    if not _exists(path):
+        os.rename(new, path)
+        return
+    old = path.parent / temporary_name(path.name)
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
 

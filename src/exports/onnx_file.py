@@ -1,171 +1,292 @@
 """ONNX files: the dense network, or the same graph with every quantized weight as codebook and codes, so that the small
 size survives.
 
-A quantized weight is computed by four nodes: Reshape(Gather(Cast(codebook), Cast(codes)), shape), and by a fifth, which
-multiplies, where the codebook has a scale. onnxruntime folds
-them into the dense weight when it loads the file, so that inference costs what it costs densely. Codes take 8 bits
-where k <= 256, else 16 or 32: ONNX has no types between.
-
-The package onnx is needed for writing, onnxruntime for checking: pip install pqf[onnx].
+A file is checked before it is there: onnxruntime has to compute what PyTorch computes, for the size of images that it
+was made with and, where it says that any size will do, for another one. The package onnx is needed for writing,
+onnxruntime for checking: pip install pqf[onnx].
 """
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable
-from functools import partial
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..common.errors import RunError, SettingsError
 from ..common.paths import write_atomically
-from ..compression.quantize.layers import QuantizedLayer
-from ..compression.quantize.placing import dense_name
+from ..common.randomness import stream
+from .onnx_check import NotTheSame, Wanted, check, wanted_of
+from .onnx_compact import compact
+from .onnx_outputs import INPUT, Called
+from .onnx_package import exporting_program, needed
+from .onnx_trace import (
+    BATCH,
+    DYNAMO,
+    FIXED,
+    FREE,
+    LOWEST_OPSET,
+    OPSET,
+    TORCHSCRIPT,
+    Skeleton,
+    reason,
+    skeleton,
+)  # fmt: skip
+from .onnx_weights import Filled, fill
 
-OPSET = 18
-INPUT, OUTPUT = "images", "logits"
-TOLERANCE = 1e-4
-"""Accepted difference of onnxruntime's logits from PyTorch's, relative to the largest logit where that is above 1."""
+UserFailure = SettingsError | RunError
+
+AUTO = "auto"
+SIZES, EXPORTERS = (AUTO, FREE, FIXED), (AUTO, TORCHSCRIPT, DYNAMO)
+OTHER_SIZES = ((37, 50), (32, 64))
+"""What is added to height and width for another size of images; the first that the network takes counts."""
+LARGEST = (1 << 31) - 1
+"""Bytes of an ONNX file without others beside it, which protobuf sets."""
 
 
-def dense_graph(model: nn.Module, image_size: int) -> Any:
-    """The ONNX graph of a dense network in evaluation mode; batch size, height and width stay free.
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How an ONNX file is made.
+
+    Attributes:
+        image_size: side of the images that trace and check it.
+        size: whether height and width stay free: `auto` where they can, `free`, `fixed`.
+        opset: of the graph.
+        exporter: torch's `torchscript` or `dynamo`; `auto`: the second where the first cannot and it is installed.
+    """
+
+    image_size: int = 224
+    size: str = AUTO
+    opset: int = OPSET
+    exporter: str = AUTO
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a network.
+
+    Attributes:
+        free: what of the images' shape is free (`onnx_trace.FREE`, `BATCH`, `FIXED`).
+        why_not_free: why height and width are not, where that was tried.
+        exporter: that made it.
+        off: largest difference from PyTorch, see `check`; None: not checked.
+        filled: which weights are coded.
+        outputs: their names.
+    """
+
+    free: str
+    why_not_free: str
+    exporter: str
+    off: float | None
+    filled: Filled
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class _Wanted:
+    """What PyTorch gives for the images of every check, computed when it is first asked for."""
+
+    called: Called
+    side: int
+    found: dict[tuple[int, int, int], Wanted] = field(default_factory=dict)
+
+    def of(self, batch: int, height: int, width: int) -> Wanted:
+        shape = (1 if self.called.detects else batch, height, width)
+        if shape not in self.found:
+            draw = stream(0, "onnx check", *shape)
+            self.found[shape] = wanted_of(self.called, torch.randn(shape[0], 3, *shape[1:], generator=draw))
+        return self.found[shape]
+
+    def usual(self, batch: int) -> Wanted:
+        """For the size of the trace.
+
+        Raises:
+            SettingsError: the network does not take it.
+        """
+        try:
+            return self.of(batch, self.side, self.side)
+        except Exception as error:  # what a user's own code raises
+            raise SettingsError(
+                f"the network cannot take {batch} images of {self.side} x {self.side} pixels: {reason(error)}; "
+                "--image_size N sets another size"
+            ) from error
+
+    def other(self) -> Wanted:
+        """For another size.
+
+        Raises:
+            SettingsError: the network takes none.
+        """
+        failed: list[Exception] = []
+        for height, width in OTHER_SIZES:
+            with _noted(failed):
+                return self.of(1, self.side + height, self.side + width)
+        raise SettingsError(f"it takes images of one size only ({reason(failed[-1])})") from failed[-1]
+
+
+@contextlib.contextmanager
+def _noted(failed: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # what a user's own code raises
+        failed.append(error)
+
+
+def write_onnx(
+    dense: nn.Module, quantized: nn.Module | None, path: Path, how: OnnxOptions, about: Mapping[str, str]
+) -> Written:
+    """Write a network as an ONNX file, atomically, and only if it computes what it should.
 
     Args:
-        model: takes images (B, 3, H, W) and gives one tensor.
-        image_size: side of the images with which it is traced.
+        dense: the dense network, which is exported.
+        quantized: the network with quantized layers, of the same names, whose codebooks and codes are written and with
+            which the file is compared; None: dense weights.
+        path: of the file.
+        how: size, opset, exporter.
+        about: properties of the file.
 
     Raises:
-        SettingsError: the package onnx is missing.
+        SettingsError: a package is missing, or the network cannot be exported as asked; says what is in the way.
+        RunError: the file would not compute the network, or cannot be written.
     """
-    onnx = _needed("onnx")
-    free = {INPUT: {0: "batch", 2: "height", 3: "width"}, OUTPUT: {0: "batch"}}
-    buffer: Any = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # that this exporter is the old one; the new one needs one more package and gives larger graphs
-        torch.onnx.export(
-            model.eval(), (torch.zeros(1, 3, image_size, image_size),), buffer, dynamo=False, opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT], dynamic_axes=free, do_constant_folding=False,
-            training=torch.onnx.TrainingMode.PRESERVE,
-        )  # fmt: skip
-    return onnx.load_from_string(buffer.getvalue())
+    needed()
+    check_options(how)
+    called, reference = Called(dense, with_heads=True), Called(quantized or dense, with_heads=True)
+    wanted = _Wanted(reference, how.image_size)
+    failed: dict[str, UserFailure] = {}
+    why_not_free = ""
+    try:
+        wanted.usual(1)
+        for exporter, free in _attempts(how, called.detects):
+            made = _attempt(called, quantized, wanted, path, how, about, exporter, free)
+            if isinstance(made, Written):
+                return replace(made, why_not_free=why_not_free)
+            why_not_free = why_not_free or (str(made) if free == FREE else "")
+            failed[exporter] = made
+        raise failed.get(TORCHSCRIPT) or next(iter(failed.values()))
+    finally:
+        called.leave()
+        reference.leave()
 
 
-def put_codes(graph: Any, quantized: nn.Module) -> Any:
-    """Replace the dense weights of `graph` by codebooks and codes, in place.
+def _attempt(
+    called: Called,
+    quantized: nn.Module | None,
+    wanted: _Wanted,
+    path: Path,
+    how: OnnxOptions,
+    about: Mapping[str, str],
+    exporter: str,
+    free: str,
+) -> Written | UserFailure:
+    """Write the file by one exporter with one choice of free sizes; returns why that cannot be."""
+    try:
+        checks = _checks(wanted, free)
+        wanted.called.eval()  # which drops the dense weights that quantized layers keep
+        traced = skeleton(called, checks[0].images[:1], free, exporter, how.opset)
+        if free == FREE and how.size == AUTO and traced.doubts and not called.detects:
+            raise SettingsError(f"Python code in it looks at the size ({_short(traced.doubts[0])})")
+        tensors = _tensors(called.net)
+        filled = fill(traced.graph, tensors, quantized)
+        off = _write(traced, path, about, checks, sum(one.numel() for one in tensors.values()))
+    except (SettingsError, NotTheSame) as error:
+        return error
+    return Written(
+        free=free,
+        why_not_free="",
+        exporter=exporter,
+        off=off,
+        filled=filled,
+        outputs=tuple(one.name for one in traced.graph.graph.output),
+    )
+
+
+def graph_of(dense: nn.Module, quantized: nn.Module | None, image_size: int) -> Any:
+    """The ONNX graph of a network for images of any size, not checked.
 
     Args:
-        graph: from `dense_graph` of the dequantized network.
-        quantized: the network with quantized layers, of the same names.
+        dense: the dense network.
+        quantized: the one with quantized layers; None: dense weights.
+        image_size: side of the images that trace it.
+    """
+    traced = skeleton(Called(dense), torch.zeros(1, 3, image_size, image_size), FREE, TORCHSCRIPT, OPSET)
+    fill(traced.graph, _tensors(dense), quantized)
+    compact(traced.graph, frozenset())
+    return traced.graph
+
+
+def check_options(how: OnnxOptions) -> None:
+    """See that the options can be followed.
 
     Raises:
-        RunError: the graph does not hold a quantized layer's weight under its name.
+        SettingsError: they cannot.
     """
-    onnx = _needed("onnx")
-    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
-    aliases = {node.output[0]: node.input[0] for node in graph.graph.node if node.op_type == "Identity"}
-    nodes: list[Any] = []
-    for prefix, layer in quantized.named_modules():
-        if not isinstance(layer, QuantizedLayer):
-            continue
-        name = dense_name(prefix, layer)
-        name = aliases.get(name, name)  # the exporter stores equal tensors once
-        if name not in weights:
-            if any(name in node.output for node in nodes):
-                continue
-            raise RunError(f"the ONNX graph has no weight {name!r}; write the dense graph instead (--dense)")
-        graph.graph.initializer.remove(weights.pop(name))
-        graph.graph.initializer.extend(
-            [
-                onnx.numpy_helper.from_array(_narrow(layer.codes_matrix, layer.k), f"{prefix}.codes"),
-                onnx.numpy_helper.from_array(layer.stored_codebook().cpu().numpy(), f"{prefix}.codebook"),
-                onnx.numpy_helper.from_array(np.array(layer.weight_shape, np.int64), f"{prefix}.shape"),
-            ]
+    constants = torch.onnx._constants
+    highest = constants.ONNX_MAX_OPSET if how.exporter == DYNAMO else constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
+    lowest = OPSET if how.exporter == DYNAMO else LOWEST_OPSET
+    highest = min(highest, needed().defs.onnx_opset_version())
+    if not lowest <= how.opset <= highest:
+        raise SettingsError(
+            f"--opset {how.opset}: expected {lowest} to {highest}, which this version of torch can write"
+            + (f" with --exporter {how.exporter}" if how.exporter != AUTO else "")
         )
-        make = onnx.helper.make_node
-        nodes += [
-            make("Cast", [f"{prefix}.codes"], [f"{prefix}.indices"], to=onnx.TensorProto.INT32),
-            *_centroids(graph, prefix, layer),
-            make("Gather", [f"{prefix}.centroids", f"{prefix}.indices"], [f"{prefix}.subvectors"], axis=0),
-            make("Reshape", [f"{prefix}.subvectors", f"{prefix}.shape"], [name]),
-        ]
-    old = list(graph.graph.node)
-    del graph.graph.node[:]
-    graph.graph.node.extend([*nodes, *old])
-    onnx.checker.check_model(graph)
-    return graph
+    if how.exporter == DYNAMO:
+        exporting_program()
 
 
-def _centroids(graph: Any, prefix: str, layer: QuantizedLayer) -> list[Any]:
-    """What makes the centroids of a stored codebook, multiplied by its scale where it has one."""
-    onnx, scale, made = _needed("onnx"), layer.stored_scale(), f"{prefix}.centroids"
-    cast = partial(onnx.helper.make_node, "Cast", [f"{prefix}.codebook"], to=onnx.TensorProto.FLOAT)
-    if scale is None:
-        return [cast([made])]
-    graph.graph.initializer.append(onnx.numpy_helper.from_array(scale.cpu().numpy(), f"{prefix}.scale"))
-    divided = f"{prefix}.divided"
-    return [cast([divided]), onnx.helper.make_node("Mul", [divided, f"{prefix}.scale"], [made])]
+def _attempts(how: OnnxOptions, detects: bool) -> Iterator[tuple[str, str]]:
+    """Which exporter is to leave what of the images' shape free, in the order in which it is tried."""
+    sizes = {AUTO: (FREE, BATCH, FIXED), FREE: (FREE,), FIXED: (BATCH, FIXED)}[how.size]
+    exporters = [TORCHSCRIPT, DYNAMO] if how.exporter == AUTO else [how.exporter]
+    for exporter in exporters:
+        if how.exporter == AUTO and exporter == DYNAMO and (detects or not _has_dynamo(how.opset)):
+            continue
+        yield from ((exporter, size) for size in sizes)
 
 
-def write_graph(graph: Any, path: Path, about: dict[str, str], check: Callable[[Path], None]) -> None:
-    """Write a graph with properties that say what it is, atomically, and only if `check` of the written file raises
-    nothing.
+def _has_dynamo(opset: int) -> bool:
+    try:
+        exporting_program()
+    except SettingsError:
+        return False
+    return opset >= OPSET
 
-    Raises:
-        RunError: as all writing does.
-    """
-    _needed("onnx").helper.set_model_props(graph, about)
-    contents = graph.SerializeToString(deterministic=True)
+
+def _checks(wanted: _Wanted, free: str) -> list[Wanted]:
+    """What a file is compared on: with so many images and sizes as it leaves free."""
+    usual = wanted.usual(1 if free == FIXED else 2)
+    return [usual, wanted.other()] if free == FREE else [usual]
+
+
+def _tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all their names, those that no state dict holds too."""
+    tensors = dict(net.named_parameters(remove_duplicate=False))
+    return {name: one.detach() for name, one in (*tensors.items(), *net.named_buffers(remove_duplicate=False))}
+
+
+def _write(traced: Skeleton, path: Path, about: Mapping[str, str], checks: list[Wanted], n_values: int) -> float | None:
+    compact(traced.graph, frozenset([INPUT, *(one.name for one in traced.heads)]))
+    needed().helper.set_model_props(traced.graph, dict(about))
+    size = traced.graph.ByteSize()
+    if size > LARGEST:
+        raise RunError(
+            f"cannot write {path}: it would have {size:,} bytes, and an ONNX file has at most {LARGEST:,}. Write the "
+            "weights as codebook and codes (without --dense)"
+        )
+    contents = traced.graph.SerializeToString(deterministic=True)
+    found: list[float | None] = []
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(contents)
-        check(temporary)
+        found.append(check(temporary, traced.heads, checks, n_values))
 
     write_atomically(path, write)
+    return found[0]
 
 
-def difference(path: Path, model: nn.Module, images: Tensor) -> float | None:
-    """Largest difference between onnxruntime's logits for the file and PyTorch's for `model`; None where onnxruntime is
-    missing.
-
-    Raises:
-        RunError: the difference is above `TOLERANCE`.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run([OUTPUT], {INPUT: images.numpy()})
-    with torch.no_grad():
-        wanted = model.eval()(images).numpy()
-    largest = float(np.abs(found - wanted).max())
-    if not largest <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-        raise RunError(
-            f"not written: onnxruntime's logits differ from PyTorch's by {largest:.2e}, more than {TOLERANCE:g}"
-        )
-    return largest
-
-
-def _narrow(codes: Tensor, k: int) -> np.ndarray[Any, Any]:
-    """Codes (R*m,) in the narrowest type of ONNX that holds them."""
-    return codes.cpu().reshape(-1).numpy().astype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)
-
-
-def _needed(package: str) -> Any:
-    try:
-        import onnx
-    except ImportError as error:
-        raise SettingsError(
-            f"ONNX files need the package {package}, which is not installed: pip install pqf[onnx], or pip install "
-            "onnx onnxruntime"
-        ) from error
-    return onnx
+def _short(doubt: str) -> str:
+    return " ".join(doubt.split(". ")[0].split())

@@ -31,6 +31,7 @@ class Row:
         sqnr: power of the dense weight over power of the difference, in dB; None where there is nothing to compare
             with.
         outputs_lost: share of the energy of the layer's outputs that was lost when it was quantized with calibration.
+        layout: along what its subvectors run, "input" or "output".
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     frequencies: tuple[int, ...] = ()
     sqnr: float | None = None
     outputs_lost: float | None = None
+    layout: str = "input"
 
     @property
     def bits(self) -> int:
@@ -149,7 +151,7 @@ def cells(row: Row, found: Inspection) -> list[str]:
         row.name or "(model)",
         row.kind,
         "x".join(map(str, row.shape)),
-        shown(row.d),
+        shown(row.d) + (" out" if row.layout == "output" else ""),
         shown(row.k),
         shown(row.n_codes),
         f"{row.bits:,}",

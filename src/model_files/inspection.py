@@ -113,6 +113,7 @@ def _row(name: str, module: Layer) -> Row | None:
             d=module.d,
             k=module.k,
             value_bits=module.codebook_bits,
+            layout=module.layout,
             n_codes=n_codes,
             used=int(torch.unique(used, dim=0).shape[0]),
             entropy=float(-(share * share.log2()).sum()) + 0.0,

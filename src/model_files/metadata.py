@@ -4,8 +4,6 @@ written."""
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 from ..common.errors import CheckpointError
 from ..compression.quantize.weights import SUFFIX
 from .bit_packing import packed_size, unpack
+from .packed_layer import PackedLayer, read_layer
 from .stored_places import StoredPlaces, inflated, read_rows
 
 
@@ -63,21 +62,6 @@ class ModelInfo:
     permutations: tuple[AppliedPermutation, ...] | None = None
     producer: str = ""
     outputs_lost: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """How a layer of a packed file is quantized: type and shape of its weight, subvector length d, centroids k."""
-
-    kind: str
-    shape: tuple[int, ...]
-    d: int
-    k: int
-
-    @property
-    def n_codes(self) -> int:
-        """Subvectors of the weight."""
-        return math.prod(self.shape) // self.d
 
 
 OUTPUTS_LOST = "outputs_lost"
@@ -209,21 +193,10 @@ class _Reader:
         return {name.removesuffix(SUFFIX): float(share) for name, share in shares if share is not None}
 
     def _layer(self, name: str, entry: Any) -> PackedLayer:
-        """`[type, shape, d, k]`."""
-        if (
-            not isinstance(entry, list)
-            or len(entry) != 4
-            or not isinstance(entry[0], str)
-            or not re.fullmatch(r"[\w.]{1,200}", entry[0])
-        ):
-            raise self._wrong(f"layer {name!r}")
-        kind, shape, d, k = entry
-        numbers = shape if isinstance(shape, list) and 2 <= len(shape) <= 8 else [None]
-        if not all(type(n) is int and 1 <= n < 1 << 31 for n in [*numbers, d, k]) or k < 2 or k & (k - 1):
-            raise self._wrong(f"layer {name!r}")
-        if math.prod(shape[1:]) % d or math.prod(shape) >= 1 << 48:
-            raise self._wrong(f"layer {name!r}: d = {d} does not divide the rows of {shape}")
-        return PackedLayer(kind=kind, shape=tuple(shape), d=d, k=k)
+        try:
+            return read_layer(entry)
+        except ValueError as error:
+            raise self._wrong(": ".join(filter(None, (f"layer {name!r}", str(error))))) from None
 
     def _permutations(self, packed: Tensor | None) -> tuple[AppliedPermutation, ...] | None:
         groups = self._json("permutations")

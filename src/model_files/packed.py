@@ -8,14 +8,14 @@ Tensors (L: quantized layer, B: batch norm):
   everything else as in the published format (`pth`);
 - `permutations`: U8, the permutations that were applied, one after the other, ceil(log2(width)) bits per channel.
 
-Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`:
-architecture, number of classes, compression settings and metric, null where not known, and where the network was
-calibrated `outputs_lost`, the share of the energy of each layer's outputs that was lost; `layers`: for each quantized
-layer type, weight shape, d, k; `norms`: width of each norm in `.norms`, in their order; `permutations`: parents,
-children, width and reshapes of each group, or width, blocks and places of a group of channels, then deflated as a
-whole (`stored_places`); `tied`: names that share the tensors of another name; `renamed`, where there are any: tensors
-that stand under other names than the network's (`renamed`). A file without `.norms` has the format version 2, one
-with places 4, one with codebooks of 8-bit values 5.
+Metadata, JSON but for the first four: `format` (pqf), `format_version`, `producer`, `checksum`; `model`: architecture,
+number of classes, compression settings and metric, null where not known, and where the network was calibrated
+`outputs_lost`, the share of the energy of each layer's outputs that was lost; `layers`: for each quantized layer type,
+weight shape, d, k, and "output" where its subvectors run along outputs; `norms`: width of each norm in `.norms`, in
+their order; `permutations`: parents, children, width and reshapes of each group, or width, blocks and places of a group
+of channels, then deflated as a whole (`stored_places`); `tied`: names that share another's tensors; `renamed`, where
+there are any: tensors under other names than the network's (`renamed`). A file without `.norms` has the format version
+2, one with places 4, one with codebooks of 8-bit values 5, one with subvectors along outputs 6.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from torch import Tensor, nn
 from ..common.errors import CheckpointError
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.plan import LayerPlan, Plan
-from ..compression.quantize.subvectors import bits_per_code
+from ..compression.quantize.subvectors import bits_per_code, codes_shape
 from ..compression.quantize.weights import find_weight
 from . import entropy, rans
 from .bit_packing import Bytes, pack, packed_size, unpack
 from .metadata import (
     AppliedPermutation,
     ModelInfo,
-    PackedLayer,
     describe,
     group_entry,
     index_bits,
     norm_widths,
     shares,
 )
+from .packed_layer import PackedLayer, described_layer, version_for_layers
 from .packed_norms import STREAM, put_norms, take_norms
 from .pth import compressed_state, key_of, scaled
 from .renamed import RENAMED, read_renamed, stored_names
@@ -57,8 +57,7 @@ FORMAT = "pqf"
 FORMAT_VERSION = 3
 VERSION_WITHOUT_NORMS = 2
 VERSION_WITH_PLACES = 4
-VERSION_WITH_EIGHT_BITS = 5
-READABLE_VERSIONS = ("1", "2", "3", "4", "5")
+READABLE_VERSIONS = ("1", "2", "3", "4", "5", "6")
 PACKED, HUFFMAN, RANS = "codes_packed", "codes_huffman", "codes_entropy"
 CODES = (PACKED, HUFFMAN, RANS)
 PERMUTATIONS = "permutations"
@@ -94,7 +93,9 @@ class PackedFile:
     def plan(self) -> Plan:
         """What builds the quantized network, without any setting."""
         layers = {
-            name: LayerPlan(name=name, d=layer.d, k=layer.k, k_means_type="kmeans", k_means_n_iters=0)
+            name: LayerPlan(
+                name=name, d=layer.d, k=layer.k, k_means_type="kmeans", k_means_n_iters=0, layout=layer.layout
+            )
             for name, layer in self.layers.items()
         }
         tied = {name: self.tensors[owner] for name, owner in self.tied.items() if owner in self.tensors}
@@ -133,7 +134,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     norms, stream = take_norms(model, state, tied)
     tensors, renamed = _stored(model, {name: state[name] for name in state if name not in tied}, entropy_coding)
     layers = {
-        prefix: [module.quantized_kind, list(module.weight_shape), module.d, module.k]
+        prefix: described_layer(module)
         for prefix, module in model.named_modules()  # a layer used twice once
         if isinstance(module, QuantizedLayer)
     }
@@ -161,8 +162,7 @@ def save_packed(model: nn.Module, path: Path, info: ModelInfo, *, entropy_coding
     version = FORMAT_VERSION if norms else VERSION_WITHOUT_NORMS
     if any(group.places is not None for group in info.permutations or ()):
         version, described["permutations"] = VERSION_WITH_PLACES, deflated(groups)
-    if any(isinstance(module, QuantizedLayer) and module.codebook_bits == 8 for module in model.modules()):
-        version = VERSION_WITH_EIGHT_BITS
+    version = version_for_layers(model) or version
     metadata = {"format": FORMAT, "format_version": str(version), "producer": info.producer}
     for name, value in described.items():
         metadata[name] = json.dumps(value, separators=(",", ":"))
@@ -291,7 +291,7 @@ def _unpacked(source: str, name: str, layer: PackedLayer, leaf: str, stream: Ten
             codes = (entropy if leaf == HUFFMAN else rans).decode(stream.numpy(), layer.n_codes, layer.k)
     except ValueError as error:
         raise CheckpointError(f"{source}: the codes of layer {name!r} are damaged: {error}") from error
-    return torch.from_numpy(codes).view(layer.shape[0], -1)
+    return torch.from_numpy(codes).view(codes_shape(layer.shape, layer.d, layer.layout))
 
 
 __all__ = [

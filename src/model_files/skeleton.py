@@ -131,12 +131,12 @@ def _quantized(
     below = leaf.endswith(SUFFIX)
     host: Layer = _part(root, prefix if below else name, source)
     attribute = leaf.removesuffix(SUFFIX) if below else "weight"
-    if math.prod(shape[1:]) % d:
+    if plan.layout == "input" and math.prod(shape[1:]) % d:
         raise CheckpointError(f"{source}: layer {name!r}: subvectors of {d} do not fill its rows")
     with torch.device("meta"):
         weight = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
     host._parameters[attribute] = weight
     place = WeightPlace(host=host, attribute=attribute, name=name, below=below)
-    layer = quantize_weight(place, d, k, plan.scale, plan.codebook_bits)
+    layer = quantize_weight(place, d, k, plan.scale, plan.codebook_bits, plan.layout)
     layer.to_empty(device="cpu")
     layer.quantized_kind = kind

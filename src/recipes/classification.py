@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..architectures.architecture import Architecture, n_outputs
+from ..common.hub import on_hub
 from ..common.log import log
 from ..compression.quantize.layers import set_memory_format
 from ..model_files.size import model_size
@@ -21,7 +22,6 @@ from ..tasks import unlabelled
 from ..tasks.checking import unreadable, warn_of_skipped
 from ..tasks.classification import check_batch_norms, check_classes
 from ..tasks.images import unreadable_error
-from ..tasks.sources import on_hub
 from ..tasks.unlabelled import Unlabelled, read_unlabelled
 from .data import (
     SAME_IMAGES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,26 +17,29 @@ from ..compression.permute.binding import AnyGroup, bind
 from ..compression.permute.groups import Group, check_function
 from ..compression.permute.permute import GroupResult, SearchSpec, permute
 from ..compression.quantize.budget.wanted import Budget
-from ..compression.quantize.compress import LayerResult, build_quantized, candidate_distortion, check_weights, compress
+from ..compression.quantize.compress import build_quantized, candidate_distortion, check_weights, compress
 from ..compression.quantize.plan import Plan, make_plan
 from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
-from ..model_files.beside import with_beside
-from ..model_files.compression_report import FILE_NAME, read_settings, report_text
+from ..model_files.beside import with_beside, with_room
+from ..model_files.compression_report import FILE_NAME, applied, read_settings, report_text
 from ..model_files.metadata import ModelInfo
-from ..model_files.size import model_size
 from ..run.calibrated import calibrated
 from ..run.calibration_report import report_calibration
-from ..run.chosen import chosen_by_photos
+from ..run.chosen import chosen_anew, chosen_by_photos
 from ..run.compression_specs import Sized, budget_of, sized_for
 from ..run.model_writer import PRODUCER, compression_settings
 from ..run.open_run import Run
-from ..run.recorder import AnyRecorder
+from ..run.summaries import distortion_rows, permutation_summary, quantization_summary
 from ..settings import Settings, given_on_command_line
 from .compress_distributed import agreed, permute_together, quantize_together
 from .specs import quantization_spec, search_spec
 
 EXAMPLES = 2
 """Images of the batch on which groups are tried: a norm over the batch needs more than one."""
+
+KEYS = "compression."
+FIGURES = {"classification": 8, "detection": 32}
+"""Figures of a validation that a file may hold, by task."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,13 @@ class CompressionPlan:
 
 
 def plan_compression(
-    settings: Settings, architecture: Architecture, model: nn.Module, example: Tensor
+    settings: Settings,
+    architecture: Architecture,
+    model: nn.Module,
+    example: Tensor,
+    *,
+    calibrated: bool = False,
+    trained: bool = True,
 ) -> CompressionPlan:
     """Resolve plan and groups and check both on the network, random permutations included.
 
@@ -71,6 +79,8 @@ def plan_compression(
         architecture: gives the groups where the settings do not.
         model: the dense network.
         example: a batch of inputs (B, 3, H, W) to try the groups on.
+        calibrated: whether there will be images to calibrate the network with.
+        trained: whether the network will be trained, so that its file holds figures of a validation.
 
     Raises:
         PlanError: a layer cannot be quantized as asked, or the network cannot have the wanted size.
@@ -83,9 +93,9 @@ def plan_compression(
     bind(model, groups, search.reshapes)
     by_layers = [group for group in groups if isinstance(group, Group)]
     check_function(model, by_layers, example, search.reshapes, settings.seed, architecture.outputs)
-    wanted = _with_beside(settings, architecture, model, quantization, groups)
+    wanted, file = _wanted(settings, architecture, model, quantization, groups, calibrated, trained)
     if wanted is not None:
-        quantization, sized = sized_for(model, spec, wanted, settings.seed)
+        quantization, sized = sized_for(model, spec, wanted, settings.seed, file=file)
     return CompressionPlan(
         quantization=quantization,
         groups=groups,
@@ -102,39 +112,49 @@ def example_images(settings: Settings, architecture: Architecture) -> Tensor:
     return torch.randn(EXAMPLES, 3, side, side)
 
 
-def wanted_size(settings: Settings, architecture: Architecture, model: nn.Module) -> Budget | None:
-    """The size that is asked for, and what of it a file needs for what is not counted.
+def wanted_size(settings: Settings, architecture: Architecture, model: nn.Module, *, calibrated: bool) -> Budget | None:
+    """The size that is asked for of a network that will not be trained, and what of it a file needs for what is not
+    counted.
 
     Args:
         settings: of the job.
         architecture: of the network.
-        model: the dense network, which is not trained.
+        model: the dense network.
+        calibrated: whether there are images to calibrate it with.
 
     Raises:
         PlanError: a layer cannot be quantized as asked.
         GroupError: a group does not fit.
     """
-    wanted = budget_of(settings.compression, "compression.")
-    if wanted is None or wanted.size is None:  # channels need not be followed for it
-        return wanted
+    if settings.compression.size is None:  # then channels need not be followed
+        return budget_of(settings.compression, KEYS)
     plan = make_plan(model, quantization_spec(settings))
     groups, _ = _groups(settings, architecture, model, example_images(settings, architecture))
-    return _with_beside(settings, architecture, model, plan, groups)
+    return _wanted(settings, architecture, model, plan, groups, calibrated, False)[0]
 
 
-def _with_beside(
-    settings: Settings, architecture: Architecture, model: nn.Module, plan: Plan, groups: Sequence[AnyGroup]
-) -> Budget | None:
-    wanted = budget_of(settings.compression, "compression.")
+def _wanted(
+    settings: Settings,
+    architecture: Architecture,
+    model: nn.Module,
+    plan: Plan,
+    groups: Sequence[AnyGroup],
+    calibrated: bool,
+    trained: bool,
+) -> tuple[Budget | None, ModelInfo | None]:
+    """What is wanted, and where that is a size, what a file of it will say."""
+    wanted = budget_of(settings.compression, KEYS)
     if wanted is None or wanted.size is None:
-        return wanted
-    info = ModelInfo(
+        return wanted, None
+    known = ModelInfo(
         arch=architecture.name,
         num_classes=n_outputs(architecture, model),
         settings=compression_settings(settings),
         producer=PRODUCER,
     )
-    return with_beside(wanted, model, plan, groups, search_spec(settings, architecture).reshapes, info)
+    reshapes, n_figures = search_spec(settings, architecture).reshapes, FIGURES[architecture.task] if trained else 0
+    file = with_room(known, model, plan, groups, reshapes, calibrated=calibrated, n_figures=n_figures)
+    return with_beside(wanted, model, plan, file), file
 
 
 def _groups(
@@ -180,15 +200,15 @@ def compress_network(
         images: batches that the network is calibrated with, and that say what a wanted size is best spent on, the same
             on every process: (B, 3, H, W), or lists of images as detectors take them; None: there are none.
     """
-    if plan.sized is not None and images is not None:
-        quantization = chosen_by_photos(run, plan.sized, model, images)
-    else:
-        quantization = agreed(run.engine, plan.quantization)
-    plan = replace(plan, quantization=quantization, search=replace(plan.search, thorough=images is None))
+    quantization, sized = agreed(run.engine, plan.quantization), plan.sized
+    if sized is not None and images is not None:
+        quantization, sized = chosen_by_photos(run, sized, model, images)
+    plan = replace(plan, quantization=quantization, sized=sized, search=replace(plan.search, thorough=images is None))
     for text in (*quantization.notes, *plan.notes):
         note(text)
     permuted = _permute(run, plan, model)
-    log.info("%s", _permutation_summary(permuted))
+    log.info("%s", permutation_summary(permuted))
+    plan = _with_room_left(run, plan, model, permuted)
     calibration = None if images is None else calibrated(run, model, plan.quantization, plan.seed, images)
     if calibration is not None:
         report_calibration(run.recorder, calibration)
@@ -201,18 +221,32 @@ def compress_network(
     )
     model, layers = quantize_together(run.engine, model, plan.quantization, quantize)
     if calibration is None:  # which keeps outputs rather than weights, and has said so
-        log.info("%s", _quantization_summary(layers))
+        log.info("%s", quantization_summary(layers))
     for layer in layers:
         if layer.codebook_bits == 16 and layer.rounding > WORTH_A_NOTE:
             note(
                 f"{layer.name or 'the model'}: {100 * layer.rounding:.2g} % of its energy is lost by 16-bit floats "
                 "alone: its values are near the smallest that they can hold"
             )
-    run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], _distortion_rows(layers))
+    run.recorder.table("distortion", ["layer", "share of the weights' energy lost"], distortion_rows(layers))
     lost = None if calibration is None else calibration.lost
     about = (layers, plan.groups, permuted, plan.search.reshapes, plan.quantization.dense, lost)
     run.recorder.file(FILE_NAME, report_text(*about))
     return model
+
+
+def _with_room_left(
+    run: Run, plan: CompressionPlan, model: nn.Module, permuted: Sequence[GroupResult]
+) -> CompressionPlan:
+    """The plan for what is left of a wanted size, now that it is known which groups were permuted."""
+    if plan.sized is None:
+        return plan
+    permutations = applied(plan.groups, permuted, plan.search.reshapes)
+    sized = plan.sized.once_permuted(model, plan.quantization, permutations)
+    quantization = chosen_anew(run, sized, plan.quantization)
+    for text in quantization.notes:
+        note(text)
+    return replace(plan, quantization=quantization)
 
 
 def rebuild_network(run: Run, plan: CompressionPlan, model: nn.Module) -> nn.Module:
@@ -244,49 +278,3 @@ def _permute(run: Run, plan: CompressionPlan, model: nn.Module) -> list[GroupRes
         plan.search.reshapes,
         lambda part, groups, numbers: search(part, groups, finished=run.checkpoints.searches(numbers)),
     )
-
-
-def report_size(model: nn.Module, recorder: AnyRecorder) -> dict[str, float]:
-    """Log and record the size of a quantized network; returns its figures."""
-    counted = model_size(model)
-    log.info("size: %s", counted.summary())
-    recorder.table(
-        "size",
-        ["", "bits", "MB"],
-        [
-            [name, f"{bits:,}", f"{bits / 8 / 2**20:.2f}"]
-            for name, bits in (
-                ("codes", counted.codes),
-                ("codebooks", counted.codebooks),
-                ("other", counted.other),
-                ("all", counted.bits),
-                (f"dense network, {counted.ratio:.2f} times as large", counted.original),
-            )
-        ],
-    )
-    return {"bits": counted.bits, "megabytes": round(counted.megabytes, 4), "ratio": round(counted.ratio, 4)}
-
-
-def _permutation_summary(results: Sequence[GroupResult]) -> str:
-    if not results:
-        return "permute: no groups"
-    improved = [r for r in results if r.children and r.after < r.before]
-    fixed = sum(not r.children for r in results)
-    mean = sum(r.after - r.before for r in improved) / len(improved) if improved else 0.0
-    text = f"permute: {len(improved)} of {len(results)} groups permuted, log det(Cov) changed by {mean:.3f} on average"
-    return text + (f"; {fixed} do not depend on a permutation" if fixed else "")
-
-
-def _quantization_summary(layers: Sequence[LayerResult]) -> str:
-    if not layers:
-        return "quantize: no layer was quantized"
-    lost = sum(layer.distortion for layer in layers) / (sum(layer.power for layer in layers) or math.nan)
-    worst = max(layers, key=lambda layer: layer.relative_error)
-    most = f"most in {worst.name or 'the model'}: {100 * worst.relative_error:.2f} %"
-    return f"quantize: {len(layers)} layers quantized, {100 * lost:.2f} % of the weights' energy lost ({most})"
-
-
-def _distortion_rows(layers: Sequence[LayerResult]) -> list[list[str]]:
-    """The layers that lost most first."""
-    falling = sorted(layers, key=lambda layer: -layer.relative_error)
-    return [[layer.name or "(model)", f"{100 * layer.relative_error:.3f} %"] for layer in falling]

@@ -14,8 +14,9 @@ from ..run.fingerprint import IMAGES, WEIGHTS, weights_digest
 from ..run.inputs import weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import open_run
+from ..run.summaries import report_size
 from ..settings import Settings
-from .compress import compress_network, example_images, plan_compression, report_size
+from .compress import compress_network, example_images, plan_compression
 from .data import images_of_folder
 from .initial_model import starting_model
 from .show_plan import show_plan
@@ -45,7 +46,8 @@ def compress_only(settings: Settings) -> int:
             raise SettingsError(f"model.weights: {weights} is a compressed model already; inspect and convert read it")
         model, images = start.model.eval(), images_of_folder(settings, architecture, run.engine.is_main)
         run.check_inputs({WEIGHTS: weights_digest(model), IMAGES: digest_of([] if images is None else images.paths)})
-        plan = plan_compression(settings, architecture, model, example_images(settings, architecture))
+        example, with_images = example_images(settings, architecture), images is not None
+        plan = plan_compression(settings, architecture, model, example, calibrated=with_images, trained=False)
         save = ModelWriter(settings, architecture, run.output)
         run.begin({}, save, "bits")
         model = compress_network(run, plan, model, None if images is None else images.read(run.engine.is_main))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..architectures.structure import without_weights
 from ..common.errors import SettingsError
+from ..common.hub import find_model
 from ..common.log import log, note
 from ..common.memory import named_when_out_of_memory
-from ..common.paths import check_name, find
+from ..common.paths import check_name
 from ..common.progress import bar
-from ..common.randomness import stream
 from ..compression.quantize.calibrate.inputs import few_inputs, run_on
 from ..compression.quantize.dequantize import dequantized_state
-from ..compression.quantize.layers import QuantizedLayer
 from ..engines.choosing import pick_device
-from ..exports.onnx_file import dense_graph, difference, put_codes, write_graph
+from ..exports.coreml import write_coreml
+from ..exports.onnx_file import AUTO, OnnxOptions, write_onnx
+from ..exports.onnx_trace import BATCH, FREE, OPSET
 from ..model_files.norm_estimation import reestimate_norms, retake_norms, retakeable_norms
 from ..model_files.norms import folded_norms
 from ..model_files.open_model_file import OpenModelFile, open_model_file
@@ -30,30 +31,56 @@ from ..run.model_writer import PRODUCER
 from ..settings import Settings
 from .data import images_of_folder
 
-SUFFIXES = (".pth", ".safetensors", ".onnx")
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to write, and how.
+
+    Attributes:
+        dense: dequantized weights, for programs that know nothing of codes. Dense networks are always written densely.
+        entropy_coding: entropy-code the codes of a packed file where that is smaller.
+        arch: name of the architecture, where the file does not tell.
+        image_size: side of the images with which a graph is traced and checked; 0: what the network is made for.
+        overwrite: replace what is there.
+        size: whether an ONNX graph takes images of any size: `auto` where it can, `free`, `fixed`.
+        opset: of an ONNX graph; None: 18.
+        exporter: torch's that makes an ONNX graph: `auto`, `torchscript`, `dynamo`.
+        fit: re-quantize what a form cannot hold, where it is Core ML's.
+    """
+
+    dense: bool = False
+    entropy_coding: bool = False
+    arch: str | None = None
+    image_size: int = 0
+    overwrite: bool = False
+    size: str = AUTO
+    opset: int | None = None
+    exporter: str = AUTO
+    fit: bool = False
 
 
-def convert(
-    source: str,
-    target: str,
-    *,
-    dense: bool = False,
-    entropy_coding: bool = False,
-    arch: str | None = None,
-    image_size: int = 224,
-    overwrite: bool = False,
-    norms: Settings | None = None,
-) -> int:
-    """Read `source`, whatever it is, and write it as `target`, whose ending says as what.
+@dataclass(frozen=True)
+class Form:
+    """A form that files are written in, known by the ending of the name.
+
+    Attributes:
+        write: writes an open model file under a name, as the options say.
+        needs_network: whether it takes more than the tensors of a file.
+        is_folder: whether what is written is a folder.
+    """
+
+    write: Callable[[OpenModelFile, Path, ConvertOptions], None]
+    needs_network: bool = False
+    is_folder: bool = False
+
+
+def convert(source: str, target: str, options: ConvertOptions, norms: Settings | None = None) -> int:
+    """Read `source`, whatever it is, and write it as `target`, whose ending says as what (`FORMS`).
 
     Args:
         source: `.pth` or `.safetensors`.
         target: `.pth`: published format; `.safetensors`: packed; `.onnx`: codebooks and codes.
-        dense: dequantize the weights instead, for other programs. Dense networks are always written densely.
-        entropy_coding: entropy-code the codes of a packed file where that is smaller.
-        arch: name of the architecture, where the file does not tell.
-        image_size: side of the images with which an ONNX graph is traced and checked.
-        overwrite: replace `target`.
+        options: what else says what to write.
         norms: with `model.reestimate_norms` the running statistics of batch norms are taken anew from
             `calibration.images`.
 
@@ -64,46 +91,50 @@ def convert(
         SettingsError: the file is not there, `target` is, or the two do not go together.
         CheckpointError: `source` cannot be read.
         DataError: there are no images to take the statistics from.
-        RunError: `target` cannot be written, or an ONNX file does not compute what it should.
+        RunError: `target` cannot be written, or does not compute what it should.
     """
-    path, to = find(source, "the model to convert"), Path(target).expanduser()
-    _check_target(path, to, dense, entropy_coding, overwrite)
+    path, to = find_model(source, "the model to convert"), Path(target).expanduser()
+    _check_target(path, to, options)
+    form = FORMS[to.suffix]
     retake = norms is not None and _check_norms(norms)
-    needs_network = dense or retake or to.suffix == ".onnx" or not is_packed(path)
-    file = open_model_file(path, arch, needs_network=needs_network)
-    dense = dense or not file.quantized
-    if dense and entropy_coding:
+    needs_network = options.dense or retake or form.needs_network or not is_packed(path)
+    file = open_model_file(path, options.arch, needs_network=needs_network)
+    side = options.image_size or file.architecture.image_size
+    options = replace(options, dense=options.dense or not file.quantized, image_size=side)
+    if options.dense and options.entropy_coding:
         raise SettingsError("--entropy: a dense network has no codes")
     log.info("%s: %s %s, %s bytes", path, file.kind, file.architecture.name, f"{path.stat().st_size:,}")
     if norms is not None and retake:
         _retake_norms(file, norms)
-    if to.suffix == ".onnx":
-        _write_onnx(file, to, dense, image_size)
-    elif dense:
-        (save_dense if to.suffix == ".pth" else save_dense_safetensors)(_dequantized(file), to)
-    elif to.suffix == ".pth":
-        save_compressed(file.model, to)
-    else:
-        save_packed(file.model, to, replace(file.info, producer=PRODUCER), entropy_coding=entropy_coding)
-    bits = model_size(file.model).bits
-    share = "" if dense else f", {to.stat().st_size / (bits / 8):.4f} of the {bits / 8:,.0f} that are reported"
-    log.info("%s: %s, %s bytes%s", to, "dense" if dense else "quantized", f"{to.stat().st_size:,}", share)
+    form.write(file, to, options)
+    bits, size = model_size(file.model).bits, _bytes_of(to)
+    share = "" if options.dense else f", {size / (bits / 8):.4f} of the {bits / 8:,.0f} that are reported"
+    log.info("%s: %s, %s bytes%s", to, "dense" if options.dense else "quantized", f"{size:,}", share)
     return 0
 
 
-def _check_target(source: Path, target: Path, dense: bool, entropy_coding: bool, overwrite: bool) -> None:
-    if target.suffix not in SUFFIXES:
+def _bytes_of(path: Path) -> int:
+    """The size of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _check_target(source: Path, target: Path, options: ConvertOptions) -> None:
+    form = FORMS.get(target.suffix)
+    if form is None:
         raise SettingsError(
-            f"{target} ends in {target.suffix!r}; expected one of {', '.join(SUFFIXES)}, which says what to write"
+            f"{target} ends in {target.suffix!r}; expected one of {', '.join(FORMS)}, which says what to write"
         )
-    if entropy_coding and (dense or target.suffix != ".safetensors"):
+    if options.entropy_coding and (options.dense or target.suffix != ".safetensors"):
         raise SettingsError("--entropy is for packed files: write to a .safetensors file, without --dense")
+    if options.fit and (options.dense or target.suffix != ".mlpackage"):
+        raise SettingsError("--fit is for Core ML packages: write to a .mlpackage, without --dense")
     check_name(target)
-    if target.is_dir() or (target.exists() and source.exists() and target.samefile(source)):
-        raise SettingsError(
-            f"{target} is {'a folder' if target.is_dir() else 'the file to convert'}; name another file to write"
-        )
-    if target.exists() and not overwrite:
+    another_kind = target.exists() and target.is_dir() != form.is_folder
+    if another_kind or (target.exists() and source.exists() and target.samefile(source)):
+        what = "the file to convert" if not another_kind else "a folder" if target.is_dir() else "a file"
+        raise SettingsError(f"{target} is {what}; name another {'folder' if form.is_folder else 'file'} to write")
+    if target.exists() and not options.overwrite:
         raise SettingsError(f"{target} already exists; name another file, or replace it with --overwrite")
 
 
@@ -158,28 +189,68 @@ def _dequantized(file: OpenModelFile) -> nn.Module:
     return model.eval()
 
 
-def _write_onnx(file: OpenModelFile, target: Path, dense: bool, image_size: int) -> None:
-    if file.architecture.task != "classification":
-        raise SettingsError(
-            f"ONNX files are written for classification networks; {file.architecture.name} is for "
-            f"{file.architecture.task}"
-        )
-    graph = dense_graph(_dequantized(file), image_size)
-    if not dense:
-        put_codes(graph, file.model)
+def _write_pth(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    if options.dense:
+        save_dense(_dequantized(file), target)
+    else:
+        save_compressed(file.model, target)
+
+
+def _write_safetensors(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    if options.dense:
+        save_dense_safetensors(_dequantized(file), target)
+    else:
+        info = replace(file.info, producer=PRODUCER)
+        save_packed(file.model, target, info, entropy_coding=options.entropy_coding)
+
+
+def _write_onnx(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    how = OnnxOptions(
+        image_size=options.image_size, size=options.size, opset=options.opset or OPSET, exporter=options.exporter
+    )
     about = {
         "producer": PRODUCER,
         "arch": file.architecture.name,
-        "weights": "dense" if dense else "codebook and codes",
+        "weights": "dense" if options.dense else "codebook and codes",
     }
-    images = torch.randn(2, 3, image_size, image_size, generator=stream(0, "onnx check"))
-    found: list[float | None] = []
-    write_graph(graph, target, about, lambda written: found.append(difference(written, file.model, images)))
-    off = found[0]
-    quantized = sum(isinstance(module, QuantizedLayer) for module in file.model.modules())
-    checked = (
-        "not checked: onnxruntime is not installed"
-        if off is None
-        else f"onnxruntime's logits are PyTorch's to {off:.1e}"
+    coded = None if options.dense else file.model
+    made = write_onnx(_dequantized(file), coded, target, how, about)
+    side, kept = options.image_size, made.why_not_free
+    if made.free != FREE:
+        batch = "any number of" if made.free == BATCH else "one"
+        why = f": {kept}" if kept else ""
+        note(f"the file takes {batch} images of {side} x {side} pixels only (--image_size N sets another size){why}")
+    if made.filled.unused:
+        names = ", ".join(made.filled.unused)
+        note(f"left out, because evaluation does not use them: {names}")
+    if made.off is None:
+        checked = "not checked: onnxruntime is not installed"
+    else:
+        checked = f"onnxruntime's {made.outputs[0]} are PyTorch's to {made.off:.1e}"
+    log.info("%s; %d weights as codebook and codes", checked, len(made.filled.coded))
+
+
+def _write_coreml(file: OpenModelFile, target: Path, options: ConvertOptions) -> None:
+    if file.architecture.task != "classification":
+        raise SettingsError(
+            f"Core ML packages are written for classification networks; {file.architecture.name} is for "
+            f"{file.architecture.task}"
+        )
+    write_coreml(
+        file.model,
+        lambda: _dequantized(file),
+        target,
+        {"producer": PRODUCER, "arch": file.architecture.name},
+        dense=options.dense,
+        image_size=options.image_size,
+        fit=options.fit,
     )
-    log.info("%s; %d weights as codebook and codes", checked, 0 if dense else quantized)
+
+
+FORMS: dict[str, Form] = {
+    ".pth": Form(write=_write_pth),
+    ".safetensors": Form(write=_write_safetensors),
+    ".onnx": Form(write=_write_onnx, needs_network=True),
+    ".mlpackage": Form(write=_write_coreml, needs_network=True, is_folder=True),
+}
+"""What can be written, by the ending of the name."""

@@ -17,6 +17,7 @@ from ..common.log import log, note
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.weights import SUFFIX
 from ..model_files.compression_report import known_of_run
+from ..model_files.decoding import check_decode, set_decode
 from ..model_files.norms import TRAINING_VECTORS
 from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
 from ..model_files.packed import ModelInfo, PackedFile
@@ -177,12 +178,16 @@ def model_to_evaluate(job: Job, task: str) -> EvaluatedModel:
 
     Raises:
         SettingsError: the file is not set or not there; the command line contradicts it. A settings file that does is
-            overridden, with a note.
+            overridden, with a note. Or weights cannot be decoded as asked.
         CheckpointError: it cannot be read, does not fit, or names an architecture that is not known for `task`.
     """
+    decode = job.settings.model.decode
+    if job.settings.model.use_compression:
+        check_decode(decode, job.engine.device, "model.decode")
     with first_here(job.engine):
         if job.settings.model.use_compression:
-            return _compressed_to_evaluate(job.settings, task)
+            found = _compressed_to_evaluate(job.settings, task)
+            return replace(found, model=set_decode(found.model, decode))
         return _dense_to_evaluate(job.settings, task, job.engine.is_main)
 
 
@@ -253,7 +258,9 @@ def _difference(packed: PackedFile, architecture: Architecture, plan: Callable[[
         if mine is None or theirs is None:
             there, here = ("quantized" if one else "dense" for one in (theirs, mine))
             return f"layer {name} is {there} in the file, {here} with the settings"
-        for what, own, other in (("k", mine.k, theirs.k), ("d", mine.d, theirs.d)):
+        for what, own, other in (
+            ("k", mine.k, theirs.k), ("d", mine.d, theirs.d), ("layout", mine.layout, theirs.layout)
+        ):  # fmt: skip
             if own != other:
                 return f"layer {name} has {what} = {other} in the file, {own} with the settings"
     return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..common.errors import SettingsError
+from ..common.hub import find_model
 from ..common.log import log
-from ..common.paths import find, write_text
+from ..common.paths import write_text
 from ..model_files.inspected import lines
 from ..model_files.inspection import examine
 from ..model_files.inspection_page import page
@@ -35,8 +36,8 @@ def inspect(
         CheckpointError: a file cannot be read, or the two networks differ.
         RunError: the page cannot be written.
     """
-    path = find(source, "the model to inspect")
-    dense = find(against, "--against") if against is not None else None
+    path = find_model(source, "the model to inspect")
+    dense = find_model(against, "--against") if against is not None else None
     if html is not None and Path(html).suffix not in (".html", ".htm"):
         raise SettingsError(f"--html {html}: expected a name that ends in .html")
     found = examine(path, dense, arch)

@@ -53,7 +53,7 @@ def show_plan(settings: Settings, architecture: Architecture, weights: str | Pat
         start = starting_model(settings, architecture, weights, architecture.n_classes, engine.is_main)
         if start.compressed is not None:
             raise SettingsError(f"model.weights: {weights} is a compressed model already; inspect shows what it holds")
-        budget = wanted_size(settings, architecture, start.model.eval())
+        budget = wanted_size(settings, architecture, start.model.eval(), calibrated=images is not None)
         tradeoff = _tradeoff(job, start.model, budget, images)
         if engine.is_main:
             _show(tradeoff, budget, file, figure)

@@ -31,10 +31,11 @@ from ..run.inputs import teacher_source, weights_source
 from ..run.model_writer import ModelWriter
 from ..run.open_run import Run, open_run
 from ..run.starting_norms import reestimate_starting_norms, warn_of_folded_norms
+from ..run.summaries import report_size
 from ..settings import Settings, explicit_keys
 from ..tasks.calibration import ImagesToShow
 from ..tasks.loading import amp_type
-from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network, report_size
+from .compress import CompressionPlan, compress_network, plan_compression, rebuild_network
 from .data import calibration_fingerprint
 from .initial_model import StartingModel, dense_model
 from .specs import check_accumulation, finetune_spec, with_current_names
@@ -98,9 +99,10 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
         if prepared.distillation is not None:
             digests[TEACHER] = weights_digest(prepared.distillation.teacher)
         run.check_inputs({**digests, **calibration_fingerprint(prepared.calibration)})
-        plan, compressed = None, prepared.compressed is not None
+        compressed, plan = prepared.compressed is not None, None
         if run.settings.model.use_compression and not compressed:
-            plan = plan_compression(run.settings, architecture, model, prepared.example)
+            shown = prepared.calibration is not None
+            plan = plan_compression(run.settings, architecture, model, prepared.example, calibrated=shown)
         warn_of_folded_norms(run, model, compressed)
         save = ModelWriter(run.settings, architecture, run.output, prepared.compressed)
         resumed = run.begin(prepared.task.unreadable, save, prepared.task.metric_name)
@@ -110,7 +112,9 @@ def train(settings: Settings, task: str, prepare: Prepare) -> int:
             run.recorder.file(name, text)
         if plan is not None:
             model = _compressed(run, plan, prepared, resumed)
-        _permute_teacher(run, prepared)
+        if prepared.distillation is not None:
+            _permute_teacher(run, prepared, prepared.distillation)
+            prepared.distillation.make_fast()
         if run.settings.model.use_compression:
             results |= report_size(model, run.recorder)
         run.finish(_finetuned(run, model, prepared.task, resumed), results)
@@ -136,14 +140,7 @@ def _finetuned(run: Run, model: nn.Module, task: Task, resumed: Resumed | None) 
         if settings.sync_batch_norm:
             model = join_batch_norms(model, engine)
     return finetune(
-        model,
-        task,
-        spec,
-        engine,
-        run.recorder,
-        keeper=run.checkpoints,
-        signals=run.signals,
-        resumed=resumed,
+        model, task, spec, engine, run.recorder, keeper=run.checkpoints, signals=run.signals, resumed=resumed
     )
 
 
@@ -277,10 +274,9 @@ def _try_teacher(teacher: nn.Module, architecture: Architecture, source: str, ex
         note(f"distillation.teacher: {source} was made for images of {made_for} pixels and is shown {side} here")
 
 
-def _permute_teacher(run: Run, prepared: Prepared) -> None:
+def _permute_teacher(run: Run, prepared: Prepared, learned: Distillation) -> None:
     """Bring the channels of the teacher into the order of the network that is trained, where stages are compared."""
-    learned = prepared.distillation
-    if learned is None or not learned.spec.features or not run.settings.model.use_compression:
+    if not learned.spec.features or not run.settings.model.use_compression:
         return
     if prepared.compressed is not None:
         known = prepared.compressed.permutations

@@ -1,7 +1,7 @@
-"""What is chosen for a wanted size within a run, with photos: measured once, the same on all processes, and kept for a
-run that resumes.
+"""What is chosen for a wanted size within a run: found once, the same for all processes, kept for a run that resumes.
 
-resume/budget.json    the layers of the plan, and what was said of it
+resume/budget.json         the layers of the plan that photos led to, what was said of it, and what it was chosen by
+resume/budget_anew.json    the same of the plan for the room that the permutations left
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures.detector_outputs import batch_outputs
+from ..common.errors import PlanError
 from ..common.paths import write_text
 from ..compression.quantize.budget.loss import Losses
 from ..compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
@@ -26,6 +27,7 @@ from .compression_specs import Sized
 from .open_run import Job, Run
 
 FILE = "budget.json"
+FILE_ANEW = "budget_anew.json"
 
 
 def losses_by_photos(job: Job, tradeoff: Tradeoff, model: nn.Module, images: Sequence[Any]) -> Losses:
@@ -53,8 +55,9 @@ def losses_by_photos(job: Job, tradeoff: Tradeoff, model: nn.Module, images: Seq
     )
 
 
-def chosen_by_photos(run: Run, sized: Sized, model: nn.Module, images: Sequence[Any]) -> Plan:
-    """The plan that costs the network's outputs least within the wanted size; the first process's choice holds.
+def chosen_by_photos(run: Run, sized: Sized, model: nn.Module, images: Sequence[Any]) -> tuple[Plan, Sized]:
+    """The plan that costs the network's outputs least within the wanted size, and what it was chosen by; the first
+    process's choice holds.
 
     Args:
         run: the run, begun.
@@ -65,19 +68,57 @@ def chosen_by_photos(run: Run, sized: Sized, model: nn.Module, images: Sequence[
     Raises:
         DataError: outputs are not finite, or cannot be compared.
     """
-    engine, path, own = run.engine, run.checkpoints.folder / FILE, sized.tradeoff.plan
-    known = once(engine, lambda: _read(path, own))
+    path, own = run.checkpoints.folder / FILE, sized.tradeoff.plan
+
+    def read() -> dict[str, Any] | None:
+        found = _read(path, own)
+        return None if found is None or _losses(found) is None else found
+
+    known = once(run.engine, read)
     if known is None:
         losses = losses_by_photos(run, sized.tradeoff, model, images)
-        known = once(engine, lambda: _rows(sized.by(losses).plan()))
-        if engine.is_main:
+        known = once(run.engine, lambda: {**_rows(sized.by(losses).plan()), "losses": asdict(losses)})
+        if run.engine.is_main:
             write_text(path, json.dumps(known))
+    found = _losses(known)
+    assert found is not None
+    return _plan(own, known), sized.by(found)
+
+
+def chosen_anew(run: Run, sized: Sized, plan: Plan) -> Plan:
+    """The plan that loses least within a size of which more is left than when `plan` was chosen, with its subvector
+    lengths; the first process's choice holds, and is kept.
+
+    Args:
+        run: the run, begun.
+        sized: what is left, and what can be done with each weight.
+        plan: what was chosen.
+    """
+    path = run.checkpoints.folder / FILE_ANEW
+    known = once(run.engine, lambda: _read(path, plan))
+    if known is None:
+        known = once(run.engine, lambda: _rows(sized.plan_anew(plan)))
+        if run.engine.is_main:
+            write_text(path, json.dumps(known))
+    return _plan(plan, known)
+
+
+def _plan(own: Plan, known: dict[str, Any]) -> Plan:
     layers = {row["name"]: LayerPlan(**row) for row in known["layers"]}
     return replace(own, layers=layers, notes=tuple(known["notes"]), about_sizes=())
 
 
 def _rows(plan: Plan) -> dict[str, Any]:
     return {"layers": [asdict(layer) for layer in plan.layers.values()], "notes": list(plan.notes)}
+
+
+def _losses(known: dict[str, Any]) -> Losses | None:
+    """What a plan was chosen by; None: it is not said, or cannot be read."""
+    with suppress(ValueError, KeyError, TypeError, PlanError):
+        found = Losses(**known["losses"])
+        found.check()
+        return found
+    return None
 
 
 def _read(path: Path, plan: Plan) -> dict[str, Any] | None:

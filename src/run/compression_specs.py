@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import nn
 
+from ..architectures.detector_outputs import batch_outputs
 from ..compression.permute.results import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
 from ..compression.quantize.budget.loss import Losses
 from ..compression.quantize.budget.prediction import Prediction
+from ..compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
 from ..compression.quantize.budget.tradeoff import Tradeoff, measure
 from ..compression.quantize.budget.wanted import Budget, megabytes
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.subvector_size import BlockRule
+from ..model_files.beside import with_beside
+from ..model_files.metadata import AppliedPermutation, ModelInfo
 from ..model_files.size import model_size
 from ..settings import BudgetSettings, ModelSettings
 
@@ -35,6 +41,7 @@ def quantization_of(model: ModelSettings) -> QuantizationSpec:
         layer_specs={name: plan.LayerSpec(**spec.model_dump()) for name, spec in given.layer_specs.items()},
         k_means_tolerance=given.k_means_tolerance,
         codebook_bits=given.codebook_bits,
+        layout=given.layout or "input",
     )
 
 
@@ -66,10 +73,13 @@ class Sized:
     Attributes:
         budget: the wanted size; the network can have it.
         tradeoff: of the network.
+        file: what a file of that size will say, with numbers in the place of those that are not known yet; None: a file
+            is not spoken of.
     """
 
     budget: Budget
     tradeoff: Tradeoff
+    file: ModelInfo | None = None
 
     def by(self, losses: Losses) -> Sized:
         """The same with other losses."""
@@ -81,14 +91,48 @@ class Sized:
         text = f"block length and centroids of {len(found.layers)} weights are chosen for {self.budget}"
         if found.unit:
             text += " by what losing them changes"
+        note = f"{text}: {self._outlook(found)} (as set: {outlook(self.tradeoff.of_settings())})"
+        return replace(found.plan, notes=(*found.plan.notes, note))
+
+    def once_permuted(self, model: nn.Module, plan: Plan, permutations: tuple[AppliedPermutation, ...] | None) -> Sized:
+        """The same with what is left of the size now that it is known which permutations a file has to name.
+
+        Args:
+            model: the dense network.
+            plan: that was chosen.
+            permutations: those that were applied.
+        """
+        if self.file is None:
+            return self
+        left = with_beside(self.budget, model, plan, replace(self.file, permutations=permutations))
+        assert left is not None, "there is a budget"
+        return replace(self, budget=left)
+
+    def plan_anew(self, plan: Plan) -> Plan:
+        """The plan that loses least within the size and has the subvector lengths of `plan`, which is within it too;
+        its only note says what became of the room that was left, and there is none where nothing did."""
+        found = self.tradeoff.plan_for(self.budget, plan)
+        if found.plan.layers == plan.layers:
+            return replace(plan, notes=())
+        return replace(
+            found.plan,
+            notes=(f"permuting took less of the {self.budget} than there was room for: now {self._outlook(found)}",),
+        )
+
+    def _outlook(self, found: Prediction) -> str:
         for_other = self.budget.beside + self.budget.beside_scale * found.scales
         beside = f", {for_other:,} bytes of a file for other things" if self.budget.size and for_other else ""
-        note = f"{text}: {outlook(found)}{beside} (as set: {outlook(self.tradeoff.of_settings())})"
-        return replace(found.plan, notes=(*found.plan.notes, note))
+        return f"{outlook(found)}{beside}"
 
 
 def sized_for(
-    model: nn.Module, spec: QuantizationSpec, budget: Budget | None, seed: int, *, show_progress: bool = True
+    model: nn.Module,
+    spec: QuantizationSpec,
+    budget: Budget | None,
+    seed: int,
+    *,
+    file: ModelInfo | None = None,
+    show_progress: bool = True,
 ) -> tuple[Plan, Sized | None]:
     """How every weight of a dense network is quantized: as the settings say, or so that it has the wanted size and
     loses least of the weights' energy; and what is needed to choose for that size otherwise.
@@ -98,6 +142,7 @@ def sized_for(
         spec: what the settings say.
         budget: the wanted size.
         seed: of all random choices.
+        file: what a file of that size will say, see `Sized`.
         show_progress: show a progress bar.
 
     Raises:
@@ -105,7 +150,45 @@ def sized_for(
     """
     if budget is None:
         return make_plan(model, spec), None
-    sized = Sized(budget, tradeoff_of(model, spec, seed, show_progress=show_progress))
+    sized = Sized(budget, tradeoff_of(model, spec, seed, show_progress=show_progress), file)
+    return sized.plan(), sized
+
+
+def sized_by_inputs(
+    model: nn.Module,
+    spec: QuantizationSpec,
+    budget: Budget | None,
+    file: ModelInfo,
+    inputs: Sequence[Any] | None,
+    *,
+    seed: int,
+    device: torch.device | str | None,
+    show_progress: bool,
+) -> tuple[Plan, Sized | None]:
+    """As `sized_for`, and a size is spent on what matters to the outputs for some inputs, where there are any.
+
+    Args:
+        model, spec, budget, file, seed, show_progress: as for `sized_for`.
+        inputs: batches.
+        device: where to run the network; None: where it is.
+
+    Raises:
+        PlanError: layers cannot be quantized as asked, or the network cannot have such a size.
+        DataError: outputs are not finite, or cannot be compared.
+    """
+    plan, sized = sized_for(model, spec, budget, seed, file=file, show_progress=show_progress)
+    if sized is None or inputs is None:
+        return plan, sized
+    losses = losses_by_inputs(
+        model,
+        sized.tradeoff,
+        first_inputs(inputs),
+        outputs=batch_outputs,
+        seed=seed,
+        device=device,
+        show_progress=show_progress,
+    )
+    sized = sized.by(losses)
     return sized.plan(), sized
 
 

@@ -20,7 +20,7 @@ WITHOUT_INFLUENCE = (
     "dataloader.num_workers", "dataloader.source", "dataloader.verify_images", "device", "distillation.images",
     "distillation.teacher", "engine", "evaluation.detections", "evaluation.per_category",
     "evaluation.visualized_images", "expected.", "log_every_n_steps", "model.weights", "output_path", "overwrite",
-    "recipe", "resume", "resume_with_changes", "visualize",
+    "recipe", "resume", "resume_with_changes", "visualize", "wandb_project",
 )  # fmt: skip
 """Keys (with a dot at the end: sections) that may differ: they do not change what is trained. For paths it is what they
 hold that counts."""

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from .. import architectures
 from ..common.errors import SettingsError
+from ..common.hub import find_model, on_hub
 from ..common.paths import candidates, find
 from ..settings import Settings, require
 from ..settings.reach import COMPRESS, DETECTION, TRAIN
-from ..tasks.sources import BY_TASK, Sources, check, check_package, on_hub
+from ..tasks.sources import BY_TASK, Sources, check, check_package
+from .wandb_sink import check_wandb
 
 PAPER_MODELS_ADVICE = "The authors' models are downloaded and verified by: make paper-models"
 TEACHERS = (
@@ -32,6 +34,8 @@ def check_inputs(settings: Settings, job: str, task: str | None) -> None:
     Raises:
         SettingsError: one is not set, not there, or not known.
     """
+    if job in (TRAIN, COMPRESS):
+        check_wandb(settings.wandb_project)
     if job == COMPRESS:
         architectures.check(settings.model.arch, None)
         weights_source(settings)
@@ -78,8 +82,10 @@ def weights_source(settings: Settings) -> str | Path:
     if weights in ("pretrained", "none"):
         return weights
     require(settings, "model.weights")
-    return find(
-        weights, "model.weights", "Expected pretrained, none, or the path of a state dict (.pth or .safetensors)"
+    return find_model(
+        weights,
+        "model.weights",
+        "Expected pretrained, none, the path of a state dict (.pth or .safetensors), or hf:OWNER/NAME",
     )
 
 
@@ -118,6 +124,8 @@ def teacher_source(settings: Settings, task: str) -> Path | str | None:
     if given is None or not settings.distillation.weight:
         return None
     named = require(settings, "distillation.teacher")
+    if on_hub(named):
+        return find_model(named, "distillation.teacher")
     is_path = named.endswith((".pth", ".pt", ".safetensors"))
     with suppress(SettingsError):
         file = find(named, "distillation.teacher")
@@ -166,7 +174,7 @@ def compressed_file(settings: Settings) -> Path:
     require(settings, "model.state_dict_compressed")
     packed_advice = "python -m src.convert makes packed files from others"
     advice = packed_advice if given.endswith(".safetensors") else PAPER_MODELS_ADVICE
-    return find(given, "model.state_dict_compressed", advice)
+    return find_model(given, "model.state_dict_compressed", advice)
 
 
 def detections_file(settings: Settings) -> Path:

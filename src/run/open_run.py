@@ -20,10 +20,11 @@ from .fingerprint import PROCESSES, RunFingerprint
 from .launched import Launched, began_by
 from .output_folder import FINISHED, OutputFolder
 from .processes import processes
-from .recorder import AnyRecorder, NoRecorder, RunRecorder, Save
+from .recorder import AnyRecorder, NoRecorder, RunRecorder, Save, Sink
 from .resume import Resume, UnfinishedRun, alone, came_from, source_of
 from .shared_folder import open_output
 from .signals import Stop, stopping
+from .wandb_sink import WandbSink
 
 
 @dataclass
@@ -112,10 +113,16 @@ class Run(Job):
     def _recorder(self, resumed: Resumed | None, save: Save, metric_name: str) -> RunRecorder:
         earlier = self.resume.earlier
         after_step = None if earlier is None else 0 if resumed is None else resumed.checkpoint.position.step
-        recorder = RunRecorder(self.output, save, metric_name, earlier.started if earlier else None, after_step)
+        started = earlier.started if earlier else None
+        recorder = RunRecorder(self.output, save, metric_name, started, after_step, self._sinks())
         recorder.file("config.yaml", to_yaml(self.settings))
         recorder.text("config", to_yaml(self.settings))
         return recorder
+
+    def _sinks(self) -> list[Sink]:
+        """Who receives the figures besides TensorBoard."""
+        project = self.settings.wandb_project
+        return [] if project is None else [WandbSink(self.output.path, project, self.settings.model_dump(mode="json"))]
 
     def finish(self, outcome: Outcome | None, results: Mapping[str, Any], models: Path | None = None) -> None:
         """Write the results; the run cannot be resumed any more.

@@ -23,6 +23,7 @@ except ImportError:  # not on this system: two runs in one folder are not notice
 
 TRAINING_FILES = (
     "tensorboard",
+    "wandb",
     "trained_models",
     "results.txt",
     "results.json",

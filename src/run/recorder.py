@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -36,6 +36,22 @@ EVENTS = "events.out.tfevents."
 """How the names of TensorBoard's files begin."""
 
 
+class Sink(Protocol):
+    """Another place that receives a run's figures, besides TensorBoard. Nothing that goes wrong there is raised."""
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of one step, by tag."""
+
+    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table."""
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """The results of a run that ended."""
+
+    def close(self) -> None:
+        """Let go, whether or not the run ended."""
+
+
 class RunRecorder:
     """Keeps figures in TensorBoard and models on disk."""
 
@@ -46,6 +62,7 @@ class RunRecorder:
         metric_name: str,
         started: datetime | None = None,
         after_step: int | None = None,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         """Open the log.
 
@@ -55,12 +72,13 @@ class RunRecorder:
             metric_name: the metric that counts.
             started: when the run began, if that was in an earlier process.
             after_step: TensorBoard is to hide what an earlier process logged for later steps than this one.
+            sinks: who else receives the figures.
 
         Raises:
             RunError: the log cannot be written.
         """
         self.folder = folder
-        self._save = save
+        self._save, self._sinks = save, sinks
         self._metric = metric_name
         self._measured: Mapping[str, float] | None = None
         self._started = started or datetime.now().astimezone()
@@ -92,11 +110,19 @@ class RunRecorder:
         lines = [header, ["---"] * len(header), *rows]
         with self._disk():
             self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        for sink in self._sinks:
+            sink.table(name, header, rows)
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:
         """Keep one figure."""
+        self._figures(step, {tag: value})
+
+    def _figures(self, step: int, figures: Mapping[str, float]) -> None:
         with self._disk():
-            self._writer.add_scalar(tag, value, step)
+            for tag, value in figures.items():
+                self._writer.add_scalar(tag, value, step)
+        for sink in self._sinks:
+            sink.figures(step, figures)
 
     def flush(self) -> None:
         """See to it that what was logged is on the disk."""
@@ -109,15 +135,12 @@ class RunRecorder:
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a training step, under `Train/`."""
-        for name, value in figures.items():
-            self.scalar(f"Train/{name}", value, step)
+        self._figures(step, {f"Train/{name}": value for name, value in figures.items()})
 
     def validation(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Metrics of a validation, under `Validation/`, at the step count of the epoch's end."""
         self._measured = metrics
-        for name in VALIDATION_TAGS:
-            if name in metrics:
-                self.scalar(f"Validation/{name}", metrics[name], step)
+        self._figures(step, {f"Validation/{name}": metrics[name] for name in VALIDATION_TAGS if name in metrics})
         self.flush()
         when = "before training" if epoch == 0 else f"epoch {epoch}"
         shown = ", ".join(
@@ -150,6 +173,8 @@ class RunRecorder:
         write_text(self.folder.path / "results.txt", "\n".join(lines) + "\n")
         history = {} if outcome is None else {"history": outcome.history}
         write_text(self.folder.path / "results.json", json.dumps({**results, **history}, indent=1) + "\n")
+        for sink in self._sinks:
+            sink.finish(results)
         self.close()
 
     def _trained(self, outcome: Outcome) -> dict[str, Any]:
@@ -166,6 +191,8 @@ class RunRecorder:
         """Close the log."""
         with suppress(OSError):  # `flush` has said what there is to say
             self._writer.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def sort_before_now(log_folder: Path) -> None:

@@ -115,7 +115,8 @@ def _without_effect(settings: Settings, job: str | None, task: str | None) -> It
     if not model.use_compression:
         compression = [f"model.compression_parameters.{key}" for key in CompressionSettings.model_fields]
         budget = [f"compression.{key}" for key in BudgetSettings.model_fields]
-        yield "model.use_compression is False", [*compression, *search, *budget, "codebook_learning_rate"]
+        unused = [*compression, *search, *budget, "codebook_learning_rate", "model.decode"]
+        yield "model.use_compression is False", unused
     elif not model.use_permutations:
         yield "model.use_permutations is False", search
     else:

@@ -36,6 +36,7 @@ class LayerSpec(Section):
     codebook_bits: Annotated[Literal[16, 8] | None, COMPRESSING] = Field(
         None, description="Bits of each of the codebook's values, of this layer."
     )
+    layout: Literal["input", "output"] | None = Field(None, description="Along what this layer's blocks run.")
 
 
 class CompressionSettings(Section):
@@ -59,6 +60,14 @@ class CompressionSettings(Section):
         description=(
             "Bits of each value of a codebook: 16, floats, or 8, whole numbers times one scale per layer. null: 16, or "
             "what pays where compression.size or compression.ratio is given."
+        ),
+    )
+    layout: Literal["input", "output"] | None = Field(
+        None,
+        description=(
+            "Along what blocks run: input, the inputs and kernel of one output; output, neighbouring outputs, by "
+            "the rule of Apple's Neural Engine: blocks of 2, 4, 8 or 16 (pw_subvector_size for all convolutions) with "
+            "k times their length at most 256. null: input."
         ),
     )
     ignored_modules: tuple[Text, ...] = Field((), description="Layers to leave uncompressed.")
@@ -176,7 +185,7 @@ class ModelSettings(Section):
         "pretrained",
         description=(
             "Starting weights: pretrained, none (random), or the path of a dense network, or of a compressed one to "
-            "train it on."
+            "train it on; or hf:OWNER/NAME, such a file on the Hugging Face hub."
         ),
     )
     new_head: Annotated[Flag, TRAINING] = Field(
@@ -196,7 +205,20 @@ class ModelSettings(Section):
     use_compression: Annotated[Flag, WITH_DATA] = Field(
         True, description="Compress the network; False trains or evaluates it as it is."
     )
-    state_dict_compressed: Annotated[Text | None, EVALUATION] = Field(None, description="Compressed model to evaluate.")
+    state_dict_compressed: Annotated[Text | None, EVALUATION] = Field(
+        None,
+        description=(
+            "Compressed model to evaluate: a path, or hf:OWNER/NAME on the Hugging Face hub (its model.safetensors; "
+            "hf:OWNER/NAME/FILE another file; @REVISION at the end another version)."
+        ),
+    )
+    decode: Annotated[Literal["kept", "each_forward", "compiled"], EVALUATION] = Field(
+        "kept",
+        description=(
+            "When weights are decoded: kept, once; each_forward, whenever a layer runs, so that the weight of one "
+            "layer is in memory at a time; compiled, in the graph that torch.compile makes, which keeps none either."
+        ),
+    )
     compression_parameters: CompressionSettings = Field(
         default_factory=CompressionSettings, description="How weights are compressed."
     )

@@ -123,6 +123,13 @@ class Settings(Section):
     log_every_n_steps: Annotated[Positive, TRAINING] = Field(
         10, description="Training steps between two entries in TensorBoard."
     )
+    wandb_project: Annotated[Text | None, COMPRESSING] = Field(
+        None,
+        description=(
+            "Project of Weights & Biases (PROJECT or ENTITY/PROJECT) that receives a run's figures too, besides "
+            "TensorBoard; null: none."
+        ),
+    )
     seed: Natural = Field(0, description="Seed of every random choice.")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     engine: EngineName = Field(

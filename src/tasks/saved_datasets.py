@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import DataError, SettingsError
+from ..common.hub import HUB, on_hub
 from .places import inside
-from .sources import HUB, INSTALL, PACKAGE, SAVED_SPLITS, is_saved_split, on_hub
+from .sources import INSTALL, PACKAGE, SAVED_SPLITS, is_saved_split
 from .tables import images_in, open_table
 
 OFFLINE = (

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..common.errors import SettingsError
+from ..common.hub import on_hub
 from ..common.registry import Entry, Registry
 
 Sources = Registry[Callable[[Path], None]]
@@ -59,18 +60,11 @@ def prepare(source: str, root: str | Path, key: str = "dataloader.source", sourc
     sources[source](Path(root))
 
 
-HUB = "hf:"
-"""What the name of a data set on the Hugging Face hub begins with."""
 HUB_NAME = re.compile(r"hf:[\w.-]+(/[\w.-]+){0,2}", re.ASCII)
 SAVED_SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}
 """What the splits are called in data sets of the `datasets` package, the first that is there."""
 PACKAGE = "datasets"
 INSTALL = f"pip install 'pqf[huggingface]', or pip install {PACKAGE}"
-
-
-def on_hub(path: str | Path) -> bool:
-    """Whether it is the name of a data set on the Hugging Face hub instead of a folder."""
-    return str(path).startswith(HUB)
 
 
 def is_saved(folder: Path) -> bool:

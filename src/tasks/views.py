@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from .decoding import can_be_reduced, decoded
+from .decoding import can_be_reduced, decoded, pixels_of
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; the last two are beyond what is meant."""
@@ -65,26 +64,23 @@ def fast(image: Image.Image, view: View) -> Tensor:
         DataError: it cannot be decoded.
     """
     reduction = reduction_for(image, view)
-    image = decoded(image, reduction)
-    if view.part is not None and reduction > 1:  # between pixels, which torch's resizing cannot
+    if reduction > 1:
+        image = decoded(image, reduction)
+    if reduction > 1 and view.part is not None:  # between pixels, which torch's resizing cannot
         left, top, right, bottom = (side / reduction for side in view.part)
         image = image.resize(view.scaled, Image.Resampling.BILINEAR, (left, top, right, bottom))
-    elif view.part is not None:
-        image = image.crop(view.part)
-    if image.size == view.scaled:
-        whole = View(part=None, scaled=view.scaled, window=view.window, mirrored=view.mirrored)
-        return pixels_of(exact(image, whole))
+    pixels = pixels_of(image)
+    if reduction == 1 and view.part is not None:
+        left, top, right, bottom = view.part
+        pixels = pixels[:, top:bottom, left:right]
     width, height = view.scaled
-    pixels = functional.interpolate(pixels_of(image)[None], (height, width), mode="bilinear", antialias=True)[0]
+    if pixels.shape[1:] != (height, width):
+        whole = pixels[None].contiguous(memory_format=torch.channels_last)
+        pixels = functional.interpolate(whole, (height, width), mode="bilinear", antialias=True)[0]
     pixels = _cut(pixels, view)
     if view.mirrored:
         return pixels.permute(1, 2, 0).flip(1).permute(2, 0, 1)
     return pixels
-
-
-def pixels_of(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, height, width), the colours of a pixel together in memory."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def image_of(pixels: Tensor) -> Image.Image:

@@ -167,9 +167,11 @@ def test_a_weight_that_was_changed_in_the_graph_is_noticed(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime", reason="pip install onnx onnxruntime")
-    from src.exports import onnx_file
+    from src.exports import onnx_weights
 
-    monkeypatch.setattr(onnx_file, "_narrow", lambda codes, k: ((codes.reshape(-1) + 1) % k).numpy().astype(np.uint8))
+    monkeypatch.setattr(
+        onnx_weights, "_narrow", lambda codes, k: ((codes.reshape(-1) + 1) % k).numpy().astype(np.uint8)
+    )
     path = tmp_path / "model.onnx"
     path.write_bytes(b"what was there")
     assert convert.main([str(files / "model.pth"), str(path), "--image_size", "64", "--overwrite"]) == 1

@@ -40,11 +40,14 @@ def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: py
     assert command.main([*flags, "--compression.size", "7KB", "--output_path", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "are chosen for compression.size 0.0068 MB (7,168 bytes)" in printed
-    beside = int(printed.split(" bytes of a file for other things")[0].split()[-1].replace(",", ""))
+    assert "permuting took less of the compression.size" in printed
+    beside = [
+        int(part.split()[-1].replace(",", "")) for part in printed.split(" bytes of a file for other things")[:-1]
+    ]
+    assert len(beside) == 2
     results = json.loads((output / "results.json").read_text())
-    assert 0.98 * (7168 - beside) * 8 <= results["bits"] <= (7168 - beside) * 8
-    # room was left for a metric, and for shares of outputs that only a calibration knows
-    assert 7168 - 1400 <= (output / "model.safetensors").stat().st_size <= 7168
+    assert 0.98 * (7168 - beside[1]) * 8 <= results["bits"] <= (7168 - beside[1]) * 8
+    assert 0.995 * 7168 <= (output / "model.safetensors").stat().st_size <= 7168
     packed = load_packed(output / "model.safetensors")
     assert packed.info.settings is not None
     assert packed.info.settings["size"] == 7168
@@ -56,13 +59,13 @@ def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: py
 @pytest.mark.parametrize("size", [300_000, 400_001])
 def test_a_file_is_hardly_smaller_than_the_wanted_size_and_never_larger(size: int, tmp_path: Path) -> None:
     """Some of the codebooks have 8-bit values, whose scales need places of their own; few groups are permuted here, and
-    room was left for all of them."""
+    the room that was left for all of them is given back."""
     torch.manual_seed(0)
     quick = ["--model.compression_parameters.k_means_n_iters", "1", "--model.weights", "none"]
     quick += ["--model.search", "published", "--model.sls_iterations", "10", "--calibration.image_size", "64"]
     wanted = ["--model.arch", "squeezenet1_1", "--compression.size", str(size)]
     assert command.main([*wanted, *quick, "--output_path", str(tmp_path)]) == 0
-    assert 0.985 * size <= (tmp_path / "model.safetensors").stat().st_size <= size
+    assert 0.995 * size <= (tmp_path / "model.safetensors").stat().st_size <= size
     tensors = load_packed(tmp_path / "model.safetensors").tensors
     assert sum(name.endswith(".codebook_scale") for name in tensors) >= 2
 

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,15 +29,8 @@ FLAGS = [
     *("--model.arch", "tests.support.own_network:Net", "--epochs", "2", "--dataloader.crop_padding", "4"),
     *("--calibration.use", "True", "--distillation.weight", "1", "--distillation.images_per_batch", "3"),
 ]
+pytestmark = pytest.mark.usefixtures("one_thread")
 HOW: dict[str, Callable[[Path, Path], Path]] = {"shards": as_shards, "saved": as_saved}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def chosen(output: Path, photos: tuple[Tensor, ...], wanted: Sized, *flags: str)
     with open_run(settings) as run:
         run.check_inputs({})
         run.begin({}, lambda *_: None, "bits")
-        return chosen_by_photos(run, wanted, network(), photos)
+        return chosen_by_photos(run, wanted, network(), photos)[0]
 
 
 def test_a_run_that_resumes_keeps_the_choice_and_one_that_cannot_read_it_measures_again(tmp_path: Path) -> None:

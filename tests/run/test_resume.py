@@ -54,16 +54,8 @@ ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "0"
 STEPS = 6
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """In this process as in those that are started: sums depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -359,22 +351,23 @@ def test_kept_layers_of_other_weights_and_damaged_ones_are_clustered_again(
     assert digest(output) == digest(whole)
 
 
+@pytest.mark.parametrize(("key", "value", "bits"), [("size", "7KB", 16), ("ratio", "7", 8)])
 def test_a_run_of_a_wanted_size_resumes_with_the_plan_that_it_began_with(
-    small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    key: str, value: str, bits: int, small_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ["--model.arch", "tests.support.own_network:Net", "--compression.ratio", "7"]
+    own = ["--model.arch", "tests.support.own_network:Net", f"--compression.{key}", value]
     own += ["--model.compression_parameters.layer_specs", "{}", "--model.compression_parameters.ignored_modules", "[]"]
     output = tmp_path / "run"
     assert train_resnet.main([*SMALL, *paths(small_images, tmp_path / "whole"), *own]) == 0
     half_a_run(small_images, output, *own)
     report = json.loads((output / "compression.json").read_text())
     planned = {layer["name"]: (layer["d"], layer["k"], layer["codebook_bits"]) for layer in report["layers"]}
-    assert 8 in {bits for _, _, bits in planned.values()}  # which the checkpoint, of floats, does not say
+    assert bits in {bits for _, _, bits in planned.values()}  # which the checkpoint, of floats, does not say
     assert read_settings(output / "compression.json") == planned
     assert read_settings(output / "nothing.json") == {}
     arguments = [*SMALL, *paths(small_images, output), *own]
-    assert train_resnet.main([*arguments, "--compression.ratio", "9"]) == 2  # another network
-    assert "compression.ratio" in capsys.readouterr().err
+    assert train_resnet.main([*arguments, f"--compression.{key}", "9"]) == 2  # another network
+    assert f"compression.{key}" in capsys.readouterr().err
     assert train_resnet.main(arguments) == 0
     assert digest(output) == digest(tmp_path / "whole")
 

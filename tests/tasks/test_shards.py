@@ -23,7 +23,6 @@ from src.tasks.images import ImageFolderIndex, check_images, check_same_classes,
 from src.tasks.loading import LoaderSpec
 from src.tasks.places import below, describe, holder, inside, is_inside, open_file
 from src.tasks.splits import list_splits, unlabelled
-from tests.conftest import write_images
 from tests.support.logs import logged
 from tests.support.stored import as_shards, file_bytes, write_tar
 from tests.tasks.test_classification import FakeEngine
@@ -38,21 +37,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("folders")
-    write_images(root / "train", 3, 4, seed=0, side=12)
-    write_images(root / "val", 3, 2, seed=1, side=12)
-    return root
+def stored(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return as_shards(tiny_images, tmp_path_factory.mktemp("shards"), each=5)
 
 
 @pytest.fixture(scope="module")
-def stored(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return as_shards(images, tmp_path_factory.mktemp("shards"), each=5)
-
-
-@pytest.fixture(scope="module")
-def png(images: Path) -> bytes:
-    return (images / "val" / "class0000" / "0.png").read_bytes()
+def png(tiny_images: Path) -> bytes:
+    return (tiny_images / "val" / "class0000" / "0.png").read_bytes()
 
 
 def read(root: Path, *splits: str, **given) -> list[ImageFolderIndex]:
@@ -98,10 +89,10 @@ def test_a_place_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
 # --- what is found
 
 
-def test_shards_hold_what_folders_hold(images: Path, stored: Path) -> None:
+def test_shards_hold_what_folders_hold(tiny_images: Path, stored: Path) -> None:
     """In files of one form and of another, with labels in .cls and in .json; in any order of reading."""
     for split, found in zip(("train", "val"), read(stored), strict=True):
-        wanted = read_folder(images, split, False)
+        wanted = read_folder(tiny_images, split, False)
         assert (found.labels, found.classes, found.root) == (wanted.labels, ("0", "1", "2"), stored / split)
         for i in random.Random(0).sample(range(len(wanted)), len(wanted)):
             assert file_bytes(found.paths[i]) == Path(wanted.paths[i]).read_bytes()
@@ -146,8 +137,8 @@ def test_every_form_of_archive_is_read_and_leavings_are_passed_over(form: int, t
     assert [file_bytes(path) for path in found.paths] == [png, png]
 
 
-def test_names_of_columns_have_no_effect_on_shards_and_folders(stored: Path, images: Path) -> None:
-    for root in (stored, images):
+def test_names_of_columns_have_no_effect_on_shards_and_folders(stored: Path, tiny_images: Path) -> None:
+    for root in (stored, tiny_images):
         with logged(f"dataloader.label_column has no effect: {root} is no saved data set"):
             read(root, "val", label_column="kind")
 

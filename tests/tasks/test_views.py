@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional, v2
 
+from src.common.errors import DataError
 from src.common.randomness import stream
 from src.run.fingerprint import RunFingerprint
 from src.settings import load
 from src.tasks.augmentations import drawing_from
 from src.tasks.classification import Classification, ImageSpec
-from src.tasks.decoding import can_be_reduced, open_image
+from src.tasks.decoding import can_be_reduced, open_image, pixels_of
 from src.tasks.images import ImageFolderIndex, load_rgb, read_folder
 from src.tasks.loading import ImageDataset, LoaderSpec, Unreadable
 from src.tasks.transforms import Normalise
@@ -276,3 +277,16 @@ def test_a_run_that_resumes_must_decode_as_it_did() -> None:
     first, second = map(RunFingerprint.of, ways)
     assert first.differences(second) == ["dataloader.decoding"]
     assert first.differences(RunFingerprint.of(load("../config/train_resnet18.yaml", []))) == []
+
+
+@pytest.mark.parametrize("how", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
+def test_jpegs_have_pillow_s_pixels(how: dict[str, int], tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    smooth((133, 87)).save(path, **how)
+    with Image.open(path) as opened, Image.open(path) as other:
+        assert torch.equal(pixels_of(opened), functional.pil_to_tensor(other))
+        assert opened.tile  # Pillow decoded nothing
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with Image.open(path) as opened, pytest.raises(DataError, match="truncated"):
+        pixels_of(opened)

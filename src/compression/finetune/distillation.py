@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ...common.errors import SettingsError
 from .task import evaluating
+from .teacher import fold_norms
 
 N_STAGES = 4
 """Stages that `find_stages` gives, at most: those of a ResNet."""
@@ -81,6 +82,14 @@ class Distillation:
 
     def __init__(self, teacher: nn.Module, spec: DistillationSpec, amp: torch.dtype | None = None) -> None:
         self.teacher, self.spec, self.amp = teacher.eval().requires_grad_(False), spec, amp
+
+    def make_fast(self) -> None:
+        """Let the teacher's forward pass take less time; what it computes stays, up to rounding. It can then no longer
+        be permuted, nor loaded into."""
+        fold_norms(self.teacher)
+        for parameter in self.teacher.parameters():
+            if parameter.dim() == 4 and parameter.device.type == "cpu":  # where convolutions are a fifth faster so
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -1,4 +1,8 @@
-"""Searching one group of either form: which children are scored, with which objective, and by which search."""
+"""Searching one group of either form: which children are scored, with which objective, and by which search.
+
+Of layers whose subvectors run along outputs it is the parents that are scored: of their weight turned around, whose
+rows are inputs and whose columns are outputs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 from ...common.errors import GroupError
 from ...common.randomness import stream
-from ..quantize.subvectors import Layer, to_subvectors
+from ..quantize.subvectors import AlongOutputs, Layer, to_subvectors
 from ..quantize.weights import find_weight
 from .binding import BoundGroup
 from .channels import Places, named_tensor, permuted
@@ -44,12 +48,13 @@ MOST_ENTRIES = 1 << 26
 
 @dataclass(frozen=True)
 class Candidate:
-    """A child that will be quantized and whose subvectors depend on the permutation.
+    """A child, or a parent along whose outputs subvectors run, that will be quantized and whose subvectors depend on
+    the permutation.
 
     Attributes:
         name: of its weight in the plan.
         objective: its score.
-        permuted: p (C,) -> its weight permuted.
+        permuted: p (C,) -> its weight permuted, turned around where it is a parent.
         share: of its subvectors hold a channel of the group.
     """
 
@@ -158,17 +163,34 @@ class GroupSearch:
     def _children_of_layers(self, group: ResolvedGroup, most: int | None) -> list[Candidate]:
         """The (first `most`) children that will be quantized and whose subvectors depend on the permutation."""
         found: list[Candidate] = []
+        for parent in group.parents:
+            if most is not None and len(found) == most:
+                break
+            if turned := self._parent_of_layers(parent, group.width):
+                found.append(turned)
         for child in group.children:
             if most is not None and len(found) == most:
                 break
             d = self._sizes.get(child.name)
-            if d is not None and is_optimisable(child.module, d, child.reshape):
+            if d is not None and not isinstance(d, AlongOutputs) and is_optimisable(child.module, d, child.reshape):
                 try:
                     objective = child_objective(child.module, d, child.reshape)
                 except GroupError:  # a weight of zeros: all permutations are equally good
                     continue
                 found.append(Candidate(child.name, objective, partial(_layer_permuted, child)))
         return found
+
+    def _parent_of_layers(self, parent: Member, width: int) -> Candidate | None:
+        d = self._sizes.get(parent.name)
+        weight = getattr(parent.module, "weight", None)
+        if not isinstance(d, AlongOutputs) or not isinstance(weight, Tensor) or weight.shape[0] != width:
+            return None
+        turned = turned_around(weight.detach())
+        try:
+            objective = ChildObjective(turned.double().cpu().numpy(), width, d)
+        except GroupError:
+            return None
+        return Candidate(parent.name, objective, lambda p: turned[:, p.to(turned.device)])
 
     def _children_of_channels(
         self, group: BoundGroup, weights: Mapping[str, Tensor], most: int | None
@@ -192,18 +214,32 @@ class GroupSearch:
     def _laid_out(self, group: BoundGroup, weights: Mapping[str, Tensor]) -> list[_Laid]:
         by_tensor: dict[str, list[Places]] = {}
         for place in group.group.places:
-            if moves_columns(place):
-                by_tensor.setdefault(place.tensor, []).append(place)
+            by_tensor.setdefault(place.tensor, []).append(place)
         found = []
-        for tensor, places in by_tensor.items():
+        for tensor, all_places in by_tensor.items():
             own = named_tensor(group.model, tensor)
             name = self._plan_names.get(id(own))
             if name is None:
                 continue
-            d, classes = self._sizes[name], row_classes(own.shape, places, group.n_blocks)
+            weight, d = weights.get(tensor, own.detach()), self._sizes[name]
+            if isinstance(d, AlongOutputs):
+                weight, places = turned_around(weight), [_turned(one) for one in all_places if not moves_columns(one)]
+            else:
+                places = [one for one in all_places if moves_columns(one)]
+            classes = row_classes(weight.shape, places, group.n_blocks)
             if changes_subvectors(classes, d):
-                found.append(_Laid(name, weights.get(tensor, own.detach()), places, classes, d))
+                found.append(_Laid(name, weight, places, classes, d))
         return found
+
+
+def turned_around(weight: Tensor) -> Tensor:
+    """A weight (R, ...) as (values of a row, R): its subvectors along outputs are those of this along inputs."""
+    return weight.reshape(weight.shape[0], -1).t()
+
+
+def _turned(place: Places) -> Places:
+    """Rows of a weight as columns of the weight turned around."""
+    return replace(place, shape=(1, place.shape[0]))
 
 
 def _own_names(

@@ -56,7 +56,8 @@ def permute(
     Args:
         model: the dense network.
         groups: which layers or channels share a permutation.
-        sizes: subvector length d of every layer that will be quantized, by name.
+        sizes: subvector length d of every layer that will be quantized, by name; an `AlongOutputs` where the order of
+            its outputs decides what stands together, and not that of its inputs.
         spec: how to search; None: the defaults.
         seed: the run's seed; each group draws from its own stream.
         measure: estimates the distortion of a child's subvectors. With it `best` compares its candidates again, see

@@ -214,7 +214,7 @@ def cluster_weight(
 
 def _scaled_subvectors(weight: Tensor, layer: LayerPlan) -> Tensor:
     """The subvectors (n, d) in units of the codebook's scale."""
-    vectors = to_subvectors(weight, layer.d)
+    vectors = to_subvectors(weight, layer.d, layer.layout)
     return (vectors if layer.scale == 1 else vectors / layer.scale).float()
 
 
@@ -227,7 +227,7 @@ def build_quantized(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _empty(layer: LayerPlan, place: WeightPlace) -> QuantizedLayer:
-    return quantize_weight(place, layer.d, layer.k, layer.scale, layer.codebook_bits)
+    return quantize_weight(place, layer.d, layer.k, layer.scale, layer.codebook_bits, layer.layout)
 
 
 def _replace(model: nn.Module, plan: Plan, make: Callable[[LayerPlan, WeightPlace], QuantizedLayer]) -> nn.Module:

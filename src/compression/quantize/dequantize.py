@@ -9,7 +9,8 @@ from .placing import QuantizedHost, QuantizedParameter, dense_name
 from .weights import SUFFIX
 
 _OWN = (
-    *("weight_shape", "quantized_kind", "has_scale", "codebook_bits", "channels_last"),
+    *("layout", "weight_shape", "quantized_kind", "has_scale", "codebook_bits", "channels_last"),
+    "keeps_weight",
     *("_kept", "_seen", "_members", "_has_zeros"),
 )
 

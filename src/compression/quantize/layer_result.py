@@ -54,7 +54,7 @@ def result_of(plan: LayerPlan, weight: Tensor, codebook: Tensor, codes: Tensor, 
         codes: (n,).
         iterations: mean updates that the clustering made.
     """
-    lost, power = energies(weight, codebook, codes)
+    lost, power = energies(weight, codebook, codes, plan.layout)
     if plan.codebook_bits == 16:
         rounding = rounding_loss(weight, plan.scale)
     else:

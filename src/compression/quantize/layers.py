@@ -9,7 +9,8 @@ at the speed of the dense layer.
 
 `placing` puts them into a network, the parameters that are not their module's `weight` too.
 
-Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d).
+Shapes: R rows, m subvectors per row, d subvector length, k centroids. codes_matrix (R, m), codebook (k, d). In the
+layout "output" (`subvectors`) codes_matrix is (R / d, values of a row).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch.nn import functional as F
 
 from .members import Dequantize, Members
 from .read_only import ADVICE, DequantizedWeight, watch
-from .stored_codebook import as_stored, check_codebook_bits, eight_bit_scale, stored_values
-from .subvectors import bits_per_code, from_subvectors
+from .stored_codebook import as_stored, check_codebook_bits, eight_bit_scale, some_are_zero, stored_values
+from .subvectors import bits_per_code, codes_shape, from_subvectors, scripted_vectors
 from .watch import KeptWeight, SeenCodes, is_ordinary, must_be_plain
 
 CODES_DTYPE = torch.int32
@@ -37,7 +38,9 @@ class QuantizedLayer(nn.Module):
         codes_matrix: buffer (R, m) int32, values below k.
         codebook_scale: buffer () float32, a power of two: what files divide the codebook by; only where they do.
         codebook_bits: of a value of the codebook in files, 16 or 8 (`stored_codebook`).
+        keeps_weight: whether the dequantized weight is kept in evaluation.
         weight_shape: shape of the dequantized weight.
+        layout: along what its subvectors run, "input" or "output".
         quantized_kind: the type of the dense module, with the parameter's name where that is not `weight`.
     """
 
@@ -48,15 +51,15 @@ class QuantizedLayer(nn.Module):
         codebook_scale: Tensor
         codebook_bits: int
         weight_shape: tuple[int, ...]
+        layout: str
         _rebuild: ClassVar[Any]
 
-    def _set_up(self, weight: Tensor, d: int, k: int, kind: str, scale: float, codebook_bits: int) -> None:
+    def _set_up(self, weight: Tensor, d: int, k: int, kind: str, scale: float, codebook_bits: int, layout: str) -> None:
         """Make room for codes and codebook of a weight; the values come from `set_codes` or a file."""
         bits_per_code(k)
-        row = weight.shape[1:].numel()
-        if row % d:
-            raise ValueError(f"subvector size {d} does not divide the row length {row}")
+        shape_of_codes = codes_shape(weight.shape, d, layout)
         self.weight_shape = tuple(weight.shape)
+        self.layout = layout
         self.quantized_kind = kind
         codebook = nn.Parameter(
             torch.zeros(k, d, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
@@ -65,9 +68,7 @@ class QuantizedLayer(nn.Module):
         others = {name: value for name, value in self._parameters.items() if name != "weight"}
         self._parameters.clear()
         self._parameters.update({"codebook": codebook, **others})
-        self.register_buffer(
-            "codes_matrix", torch.zeros(weight.shape[0], row // d, dtype=CODES_DTYPE, device=weight.device)
-        )
+        self.register_buffer("codes_matrix", torch.zeros(shape_of_codes, dtype=CODES_DTYPE, device=weight.device))
         self.codebook_bits = check_codebook_bits(codebook_bits)
         self.has_scale = scale != 1 and codebook_bits == 16
         if self.has_scale:
@@ -77,6 +78,7 @@ class QuantizedLayer(nn.Module):
         self._seen: SeenCodes | None = None
         self._members: Members | None = None
         self._has_zeros = False
+        self.keeps_weight = True
 
     @property
     def k(self) -> int:
@@ -109,11 +111,12 @@ class QuantizedLayer(nn.Module):
     def forget(self) -> None:
         """Take codebook and codes as they are now: what was derived from them is made anew when it is needed."""
         self._kept = self._members = None
-        self._seen = SeenCodes.of(self.codes_matrix) if is_ordinary(self.codes_matrix) else None
+        watched = self.keeps_weight and is_ordinary(self.codes_matrix)
+        self._seen = SeenCodes.of(self.codes_matrix) if watched else None
         codebook = self._parameters["codebook"]
         watch(codebook)
         if is_ordinary(codebook) and not self.codebook.is_meta:
-            self._has_zeros = _some_are_zero(self.codebook)
+            self._has_zeros = some_are_zero(self.codebook)
 
     def dequantize(self) -> Tensor:
         """The weight with the codebook as it is trained; differentiable with respect to the codebook.
@@ -149,7 +152,7 @@ class QuantizedLayer(nn.Module):
             self.check_codes()
             members = self.members() if torch.is_grad_enabled() and codebook.requires_grad else None
             subvectors = Dequantize.apply(codebook, self.codes_matrix.view(-1), members)
-        weight = from_subvectors(subvectors, self.weight_shape)
+        weight = from_subvectors(subvectors, self.weight_shape, self.layout)
         if len(self.weight_shape) == 4 and self.channels_last:
             return weight.contiguous(memory_format=torch.channels_last)
         return weight
@@ -161,7 +164,9 @@ class QuantizedLayer(nn.Module):
             RuntimeError: by an average over buffers.
         """
         seen = self._seen
-        if seen is None or not seen.still(self.codes_matrix):
+        if not (self.keeps_weight or self.training):  # nothing is held that was made from them, nor a copy of them
+            self._seen = self._members = None
+        elif seen is None or not seen.still(self.codes_matrix):
             if seen is not None:
                 seen.check_change(self.codes_matrix, self.k)
             self._members = None
@@ -184,7 +189,8 @@ class QuantizedLayer(nn.Module):
         """
         if torch.jit.is_scripting():
             as_trained = self.training or self.has_scale or self.codebook_bits == 8
-            return _scripted(self.codebook, self.codes_matrix, as_trained).view(self.weight_shape)
+            vectors = scripted_vectors(self.codebook, self.codes_matrix, as_trained, self.layout == "output")
+            return vectors.view(self.weight_shape)
         else:
             return self.computed()
 
@@ -198,6 +204,9 @@ class QuantizedLayer(nn.Module):
             return DequantizedWeight.of(self.dequantize())
         if torch.is_grad_enabled() and self.codebook.requires_grad:
             self._kept = None  # a step may follow, and fused optimizers count no versions
+            return DequantizedWeight.of(self.dequantize_stored())
+        if not self.keeps_weight:
+            self._kept = None
             return DequantizedWeight.of(self.dequantize_stored())
         self.check_codes()
         kept, seen = self._kept, self._seen
@@ -235,7 +244,8 @@ class QuantizedLayer(nn.Module):
         return {**plain_state(super()), "_kept": None, "_seen": None, "_members": None}  # which `forget` makes anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"codebook_bits": 16, **state})  # pickles of before do not say it
+        before = {"codebook_bits": 16, "layout": "input", "keeps_weight": True}  # pickles of then do not say it
+        super().__setstate__({**before, **state})
         self.forget()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -245,25 +255,13 @@ class QuantizedLayer(nn.Module):
         """What the module says of itself, and how its weight is quantized."""
         own = super().extra_repr()
         bits = "" if self.codebook_bits == 16 else f", codebook_bits={self.codebook_bits}"
+        bits += "" if self.layout == "input" else f", layout={self.layout}"
         return f"{own}{', ' if own else ''}k={self.k}, d={self.d}, codes={tuple(self.codes_matrix.shape)}{bits}"
 
 
 def plain_state(parent: Any) -> dict[str, Any]:
     """The state of a module as its own class gives it (before Python 3.11 objects have no method for it)."""
     return dict(parent.__getstate__() if hasattr(parent, "__getstate__") else parent.__self__.__dict__)
-
-
-def _some_are_zero(codebook: Tensor) -> bool:
-    """Whether centroids are zero, but not all of them: a weight that is zero everywhere is one that begins so."""
-    with torch.no_grad():
-        zero = (codebook == 0).all(1)
-        return bool(zero.any() and not zero.all())
-
-
-def _scripted(codebook: Tensor, codes: Tensor, as_trained: bool) -> Tensor:
-    """What TorchScript compiles of `weight`; `as_trained`: without the rounding of a file."""
-    chosen = codebook if as_trained else codebook.to(torch.float16).type_as(codebook)
-    return chosen.index_select(0, codes.reshape(-1))
 
 
 def dense_type(module: nn.Module) -> Any:

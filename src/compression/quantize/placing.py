@@ -82,22 +82,24 @@ def _rebuild(dense: Any, attributes: tuple[str, ...], below: bool) -> nn.Module:
     return kind.__new__(kind)
 
 
-def quantize_weight(place: WeightPlace, d: int, k: int, scale: float = 1.0, codebook_bits: int = 16) -> QuantizedLayer:
+def quantize_weight(
+    place: WeightPlace, d: int, k: int, scale: float = 1.0, codebook_bits: int = 16, layout: str = "input"
+) -> QuantizedLayer:
     """Put an empty codebook and codes in a parameter's place; returns what holds them.
 
     The values come from `set_codes` or a file. Works on the meta device. `scale`: see `sixteen_bits.scale_of`;
-    `codebook_bits`: see `stored_codebook`.
+    `codebook_bits`: see `stored_codebook`; `layout`: see `subvectors`.
 
     Raises:
-        ValueError: d does not divide the rows, or k is not a power of two.
+        ValueError: d does not divide what is cut, or k is not a power of two.
     """
     host, attribute, weight, kind = place.host, place.attribute, place.parameter, place.kind
     if not place.below:
         host.__class__ = _quantized_class(dense_type(host), ("weight",), False)
-        host._set_up(weight, d, k, kind, scale, codebook_bits)
+        host._set_up(weight, d, k, kind, scale, codebook_bits, layout)
         return host
     holder = QuantizedParameter()
-    holder._set_up(weight, d, k, kind, scale, codebook_bits)
+    holder._set_up(weight, d, k, kind, scale, codebook_bits, layout)
     holder.training = host.training
     earlier = type(host)._quantized if isinstance(host, QuantizedHost) else ()
     host.__class__ = _quantized_class(dense_type(host), (*earlier, attribute), True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...common.errors import PlanError
+from .output_layout import check_rule, check_size, size_along_outputs
 from .stored_codebook import check_codebook_bits
 from .subvector_size import BlockRule, subvector_size
-from .subvectors import bits_per_code, clamp_centroids
+from .subvectors import AlongOutputs, bits_per_code, clamp_centroids
 from .weights import WeightPlace, find_weight, matrices, why_dense
 
 
@@ -28,6 +29,7 @@ class LayerSpec:
     subvector_size: int | None = None
     large_subvectors: bool | None = None
     codebook_bits: int | None = None
+    layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class QuantizationSpec:
     layer_specs: Mapping[str, LayerSpec] = field(default_factory=dict)
     k_means_tolerance: float = 0.0
     codebook_bits: int | None = None
+    layout: str = "input"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """How one layer is quantized: subvector length d, centroids k, the clustering, what its codebook is clustered in
-    units of (`sixteen_bits`), and the bits of each of the codebook's values in files (`stored_codebook`)."""
+    units of (`sixteen_bits`), the bits of each of the codebook's values in files (`stored_codebook`), and along what
+    its subvectors run (`subvectors`)."""
 
     name: str
     d: int
@@ -58,6 +62,7 @@ class LayerPlan:
     k_means_tolerance: float = 0.0
     scale: float = 1.0
     codebook_bits: int = 16
+    layout: str = "input"
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,10 @@ class Plan:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Subvector length of every weight that will be quantized, by name."""
-        return {name: layer.d for name, layer in self.layers.items()}
+        """Subvector length of every weight that will be quantized, by name; along outputs it is an `AlongOutputs`."""
+        return {
+            name: AlongOutputs(layer.d) if layer.layout == "output" else layer.d for name, layer in self.layers.items()
+        }
 
 
 def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
@@ -106,6 +113,8 @@ def make_plan(model: nn.Module, spec: QuantizationSpec) -> Plan:
     Raises:
         PlanError: layers cannot be quantized as asked, for example because d does not divide their rows; names all.
     """
+    if spec.layout == "output":
+        check_rule(spec.k, spec.rule)
     modules = dict(model.named_modules(remove_duplicate=False))
     notes = [note for key in ("ignored_modules", "layer_specs") if (note := _unknown(key, getattr(spec, key), modules))]
     ignored = _ignored(modules, spec.ignored_modules)
@@ -199,9 +208,9 @@ def _plan_layer(place: WeightPlace, spec: QuantizationSpec, own: LayerSpec) -> t
     large = spec.rule.large_subvectors if own.large_subvectors is None else own.large_subvectors
     rule = BlockRule(spec.rule.fc_subvector_size, spec.rule.pw_subvector_size, large)
     name, shape = place.name, tuple(place.parameter.shape)
+    k = spec.k if own.k is None else own.k
     try:
-        d, note = subvector_size(place, rule, own.subvector_size)
-        k = spec.k if own.k is None else own.k
+        d, note, layout = _size_and_layout(place, rule, own.subvector_size, own.layout or spec.layout, k)
         bits_per_code(k)
     except PlanError as error:
         raise PlanError(
@@ -219,8 +228,23 @@ def _plan_layer(place: WeightPlace, spec: QuantizationSpec, own: LayerSpec) -> t
         k_means_n_iters=spec.k_means_n_iters if own.k_means_n_iters is None else own.k_means_n_iters,
         k_means_tolerance=spec.k_means_tolerance,
         codebook_bits=check_codebook_bits(own.codebook_bits or spec.codebook_bits or 16),
+        layout=layout,
     )
     return layer, note
+
+
+def _size_and_layout(
+    place: WeightPlace, rule: BlockRule, override: int | None, layout: str, k: int
+) -> tuple[int, str | None, str]:
+    """The subvector length d of a weight, a note where the settings could not be followed, and the layout."""
+    remark = None
+    if layout == "output":
+        d, remark = size_along_outputs(place, rule, override)
+        if d is not None:
+            check_size(d, k)
+            return d, remark, layout
+    d, note = subvector_size(place, rule, override)
+    return d, remark or note, "input"
 
 
 def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Mapping[str, nn.Module]) -> str | None:
@@ -233,6 +257,11 @@ def _unknown(key: str, names: Sequence[str] | Mapping[str, object], modules: Map
     )
 
 
+def _alike(layer: LayerPlan) -> tuple[object, ...]:
+    """What two weights that share their values must have in common."""
+    return layer.d, layer.k, layer.codebook_bits, layer.layout
+
+
 def _tied_otherwise(places: Mapping[str, WeightPlace], layers: Mapping[str, LayerPlan]) -> dict[str, str]:
     """Planned weights that are shared with something that is not quantized alike: name -> reason."""
     users: dict[int, list[str]] = {}
@@ -242,7 +271,7 @@ def _tied_otherwise(places: Mapping[str, WeightPlace], layers: Mapping[str, Laye
     for name, layer in layers.items():
         for other in users[id(places[name].parameter)]:
             twin = layers.get(other)
-            if twin is None or (twin.d, twin.k, twin.codebook_bits) != (layer.d, layer.k, layer.codebook_bits):
+            if twin is None or _alike(twin) != _alike(layer):
                 user = other if places[other].below else f"{other}.weight"
                 reasons[name] = f"shares its weight with {user}, which is not quantized alike"
     return reasons

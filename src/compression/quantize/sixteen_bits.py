@@ -78,18 +78,20 @@ def weight_problem(weight: Tensor) -> str | None:
     )
 
 
-def energies(weight: Tensor, codebook: Tensor, codes: Tensor) -> tuple[float, float]:
+def energies(weight: Tensor, codebook: Tensor, codes: Tensor, layout: str = "input") -> tuple[float, float]:
     """Sums of squares of what quantizing changed, and of the weight itself.
 
     Args:
         weight: (R, ...).
         codebook: (k, d).
         codes: (n,) of its subvectors.
+        layout: along what these run.
     """
     d = codebook.shape[1]
     exact = codebook.double()
     lost = energy = 0.0
-    pieces = zip(to_subvectors(weight, d).split(max(1, CHUNK // d)), codes.split(max(1, CHUNK // d)), strict=True)
+    cut = to_subvectors(weight, d, layout)
+    pieces = zip(cut.split(max(1, CHUNK // d)), codes.split(max(1, CHUNK // d)), strict=True)
     for vectors, members in pieces:
         wide = vectors.double()
         energy += float(wide.square().sum())

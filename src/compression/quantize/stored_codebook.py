@@ -74,6 +74,13 @@ def eight_bit_scale(codebook: Tensor) -> Tensor:
     return step.to(torch.bfloat16).float().clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
 
+def some_are_zero(codebook: Tensor) -> bool:
+    """Whether centroids are zero, but not all of them: a weight that is zero everywhere is one that begins so."""
+    with torch.no_grad():
+        zero = (codebook == 0).all(1)
+        return bool(zero.any() and not zero.all())
+
+
 def _whole(codebook: Tensor, step: Tensor) -> Tensor:
     """The codebook in steps, rounded."""
     return (codebook.float() / step).round().clamp(-LARGEST, LARGEST)

@@ -83,7 +83,18 @@ SUFFIX = "_quantized"
 
 RESERVED = frozenset(
     (
-        *("k", "d", "weight_shape", "quantized_kind", "channels_last", "codebook", "codes_matrix", "set_codes"),
+        *(
+            "k",
+            "d",
+            "layout",
+            "weight_shape",
+            "quantized_kind",
+            "channels_last",
+            "codebook",
+            "codes_matrix",
+            "set_codes",
+        ),
+        "keeps_weight",
         *(
             "forget",
             "codebook_scale",

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2, resnet18
+from torchvision.models import get_model, mobilenet_v2, resnet18
 
 from src.common.errors import SettingsError
 from src.common.randomness import stream
@@ -24,6 +24,7 @@ from src.compression.finetune.hooks import Resumed
 from src.compression.finetune.loop import FinetuneSpec, finetune
 from src.compression.finetune.optimizers import OptimizerSpec
 from src.compression.finetune.task import StepLoss
+from src.compression.finetune.teacher import fold_norms
 from tests.compression.finetune.test_loop import Blobs, Notes
 from tests.run.test_resume import CPU, Drops, Stops, StopsAt
 
@@ -201,3 +202,78 @@ def test_a_distilled_training_resumes_to_the_same_end(at: int) -> None:
     again, notes_again = run(StopsAt(1), Resumed(keeper.states[-1]))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert all(notes.figures[step]["loss"] == figures["loss"] for step, figures in notes_again.figures.items())
+
+
+class Normed(nn.Module):
+    """Norms that may be folded and norms that may not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.read_twice, self.second_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.shared, self.third_norm = nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8)
+        self.batch_only = nn.BatchNorm2d(8, track_running_stats=False)
+        self.plain = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU())
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first_norm(self.first(x)).relu()
+        both = self.read_twice(x)
+        x = both + self.second_norm(both)
+        x = self.third_norm(self.shared(x)) + self.shared(x)
+        return self.head(self.plain(self.batch_only(x)).mean((2, 3)))
+
+
+def trained_a_little(model: nn.Module, side: int = 16) -> nn.Module:
+    """With statistics of its own in every norm."""
+    model.train()
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for _ in range(3):
+            model(2 * torch.randn(8, 3, side, side, generator=draw) + 1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.weight.uniform_(0.5, 2, generator=draw)
+                module.bias.normal_(generator=draw)
+    return model.eval()
+
+
+def test_norms_of_a_teacher_are_folded_only_where_they_alone_read_a_convolution() -> None:
+    torch.manual_seed(0)
+    model, x = trained_a_little(Normed()), torch.randn(4, 3, 16, 16)
+    wanted = model(x)
+    assert fold_norms(model) == 2
+    assert isinstance(model.first_norm, nn.Identity)
+    assert isinstance(model.plain[1], nn.Identity)
+    assert isinstance(model.second_norm, nn.BatchNorm2d)
+    assert isinstance(model.third_norm, nn.BatchNorm2d)
+    assert torch.allclose(model(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_whose_way_depends_on_its_inputs_stays_as_it_is() -> None:
+    class Branching(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.mean() > 0 else -x)
+
+    torch.manual_seed(0)
+    model, x = trained_a_little(Branching()), torch.randn(4, 3, 16, 16)
+    wanted, state = model(x), copy.deepcopy(model.state_dict())
+    assert fold_norms(model) == 0
+    assert torch.equal(model(x), wanted)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "densenet121"])
+def test_a_fast_teacher_gives_the_same_answers_and_stages(arch: str) -> None:
+    torch.manual_seed(0)
+    teacher = trained_a_little(get_model(arch, weights=None, num_classes=7), 64)
+    x = torch.randn(2, 3, 64, 64)
+    stages = find_stages(teacher, x)
+    learned = Distillation(teacher, DistillationSpec(features=1.0, stages=stages))
+    before, seen = learned.answers(x)
+    learned.make_fast()
+    after, seen_after = learned.answers(x)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert sum(isinstance(module, nn.Identity) for module in teacher.modules()) >= 15
+    for old, new in [(before, after), *((seen[name], seen_after[name]) for name in seen)]:
+        assert torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().max()))

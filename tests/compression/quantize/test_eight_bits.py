@@ -20,7 +20,7 @@ from src.compression.quantize.dequantize import dense_again, dequantized_state
 from src.compression.quantize.kmeans import cluster, with_eight_bits
 from src.compression.quantize.plan import LayerSpec, make_plan
 from src.compression.quantize.stored_codebook import as_stored, eight_bit_scale, stored_values
-from src.exports.onnx_file import dense_graph, put_codes
+from src.exports.onnx_file import graph_of
 from src.model_files.building import build_and_load
 from src.model_files.inspection import examine, examine_model
 from src.model_files.open_model_file import open_model_file
@@ -298,7 +298,7 @@ def test_onnx_multiplies_8_bit_values(tmp_path: Path) -> None:
     model = quantized(convolutions(), spec(8, layers={"0": LayerSpec(codebook_bits=8)})).eval()
     dense = convolutions()
     dense.load_state_dict(dequantized_state(model))
-    onnx.save(put_codes(dense_graph(dense.eval(), 8), model), tmp_path / "model.onnx")
+    onnx.save(graph_of(dense.eval(), model, 8), tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx")
     (codebook,) = [tensor for tensor in graph.graph.initializer if tensor.name == "0.codebook"]
     assert codebook.data_type == onnx.TensorProto.INT8

@@ -15,7 +15,7 @@ from src.compression.quantize.compress import compress
 from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.plan import make_plan
 from src.compression.quantize.sixteen_bits import energies, rounding_loss, scale_of, weight_problem
-from src.exports.onnx_file import dense_graph, put_codes
+from src.exports.onnx_file import graph_of
 from src.model_files.building import build_and_load
 from src.model_files.packed import ModelInfo, load_packed, save_packed
 from src.model_files.plan_of_file import plan_of
@@ -141,7 +141,7 @@ def test_onnx_multiplies_by_the_scale(tmp_path: Path) -> None:
     assert model[0].has_scale
     dense = convolutions()
     dense.load_state_dict(dequantized_state(model))
-    onnx.save(put_codes(dense_graph(dense.eval(), 8), model), tmp_path / "model.onnx")
+    onnx.save(graph_of(dense.eval(), model, 8), tmp_path / "model.onnx")
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     x = torch.randn(2, 3, 8, 8)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})

@@ -30,6 +30,7 @@ from ..calibrate.passes import inspectable, order_of
 from ..calibrate.uses import Use, Watcher
 from ..compress import places_of
 from ..plan import Plan
+from ..subvectors import from_subvectors
 
 Outputs = Callable[[nn.Module, Any], object]
 """What of a network's outputs for a batch is compared: tensors, in lists and dicts of any depth."""
@@ -64,12 +65,14 @@ class Trial:
         codebook: (k, d) as it is multiplied with.
         codes: (n,)
         distortion: sum of squares that the weight loses.
+        layout: along what its subvectors run.
     """
 
     name: str
     codebook: Tensor
     codes: Tensor
     distortion: float
+    layout: str = "input"
 
 
 def call(model: nn.Module, batch: Any) -> object:
@@ -124,7 +127,7 @@ def changes(
             for number, trial in enumerate(trials):
                 weight = weights[trial.name]
                 own = weight.clone()
-                weight.copy_(trial.codebook[trial.codes.long()].view(weight.shape))
+                weight.copy_(from_subvectors(trial.codebook[trial.codes.long()], weight.shape, trial.layout))
                 with norms.corrected(behind[trial.name]):
                     now = list(tensors_of(outputs(changed, batch)))
                 weight.copy_(own)

@@ -37,7 +37,7 @@ class Options:
 
     Attributes:
         bits: (c,) of each option.
-        loss: (c,) of each option, at least 0.
+        loss: (c,) of each option, at least 0; infinite where it is excluded. One is not.
     """
 
     bits: Ints
@@ -47,6 +47,7 @@ class Options:
     def best(self) -> Ints:
         """The options that no other one beats in bits and loss, by rising bits and falling loss."""
         order = np.lexsort((self.loss, self.bits))
+        order = order[np.isfinite(self.loss[order])]
         least = np.minimum.accumulate(self.loss[order])
         falls = np.concatenate([[True], self.loss[order][1:] < least[:-1]])
         return order[falls]

@@ -2,7 +2,8 @@
 
 d divides a row and is at most 32; in a convolution with a larger kernel than one, subvectors hold whole kernels or
 equal parts of one, so that a permutation of channels moves whole parts. k is a power of two from 2 to 4,096, with four
-subvectors per centroid. What the settings themselves would do is always among the options.
+subvectors per centroid. Along outputs d and k are those that `output_layout` allows. What the settings themselves would
+do is always among the options.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ....common.randomness import stream
+from ..output_layout import MOST_VALUES, sizes_along_outputs
 from ..plan import LayerPlan, LayerSpec
 from ..sixteen_bits import largest_size, scale_of
 from ..stored_codebook import CODEBOOK_BITS
@@ -90,15 +92,17 @@ def settings_for(
 
 def _pairs_for(place: WeightPlace, planned: LayerPlan, own: LayerSpec | None) -> list[tuple[int, int]]:
     """The (d, k) that a weight may get, rising; arguments as for `settings_for`."""
-    n_values = place.parameter.numel()
+    n_values, along_outputs = place.parameter.numel(), planned.layout == "output"
     blocks_given = own is not None and own.large_subvectors is not None and place.kernel_area > 1
     fixed_d = blocks_given or (own is not None and own.subvector_size is not None)
     pairs = {(planned.d, planned.k)}
-    for d in [planned.d] if fixed_d else allowed_sizes(place):
-        most = clamp_centroids(LARGEST_K, n_values // d)
+    sizes = sizes_along_outputs(place) if along_outputs else allowed_sizes(place)
+    for d in [planned.d] if fixed_d else sizes:
+        most = clamp_centroids(MOST_VALUES // d if along_outputs else LARGEST_K, n_values // d)
         if own is not None and own.k is not None:
             k = clamp_centroids(own.k, n_values // d)
-            pairs |= {(d, k)} if k >= planned.k else set()  # a size that leaves fewer centroids is no way to get them
+            allowed = k >= planned.k  # a size that leaves fewer centroids is no way to get them
+            pairs |= {(d, k)} if allowed and not (along_outputs and k > most) else set()
         else:
             pairs |= {(d, 1 << bits) for bits in range(1, most.bit_length())}
     return sorted(pairs)
@@ -122,7 +126,9 @@ def measured(
     for d in sorted({d for d, _, _ in settings}):
         ks = sorted({k for own_d, k, _ in settings if own_d == d})
         generator = stream(seed, "budget", names[0], d)
-        for bits, found in zip((16, 8), distortions(to_subvectors(weight, d), ks, generator), strict=True):
+        for bits, found in zip(
+            (16, 8), distortions(to_subvectors(weight, d, planned.layout), ks, generator), strict=True
+        ):
             lost |= {(d, k, bits): float(value) for k, value in zip(ks, found, strict=True)}
     return WeightOptions(
         names=names,
@@ -159,6 +165,7 @@ def with_option(planned: LayerPlan, name: str, setting: Setting, own: LayerSpec 
         k_means_n_iters=iterations,
         k_means_tolerance=planned.k_means_tolerance,
         codebook_bits=codebook_bits,
+        layout=planned.layout,
     )
 
 

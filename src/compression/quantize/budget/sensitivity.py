@@ -125,8 +125,8 @@ def _trial(weight: WeightOptions, plan: LayerPlan, parameter: Tensor, seed: int,
     values = parameter.detach().to(device)
     found = cluster_weight(values, how, stream(seed, "quantized alone", plan.name, d, k))
     codebook = (found.codebook.to(device) * weight.scale).to(values.dtype)
-    lost, _ = energies(values.cpu(), codebook.cpu(), found.codes.cpu())
-    return Trial(name=plan.name, codebook=codebook, codes=found.codes.to(device), distortion=lost)
+    lost, _ = energies(values.cpu(), codebook.cpu(), found.codes.cpu(), how.layout)
+    return Trial(name=plan.name, codebook=codebook, codes=found.codes.to(device), distortion=lost, layout=how.layout)
 
 
 def _measurable(weight: WeightOptions) -> tuple[int, int]:

@@ -56,15 +56,21 @@ class Tradeoff:
         """Bits of the network in the plan that loses least."""
         return self.other_bits + self._chooser.largest
 
-    def plan_for(self, budget: Budget) -> Prediction:
+    def plan_for(self, budget: Budget, earlier: Plan | None = None) -> Prediction:
         """The plan that loses least within a budget.
 
         The plan of the settings is taken where it fits and none is predicted to be better.
+
+        Args:
+            budget: what is wanted.
+            earlier: a plan for a smaller budget, whose subvector lengths stay; it is taken where none is better.
 
         Raises:
             PlanError: no plan is so small, or none so large; says what is possible.
         """
         bits = budget.bits(self.dense_bits)
+        if earlier is not None:
+            return self._prediction(self._larger(earlier, bits - self.other_bits, 8 * budget.beside_scale))
         chooser = self._chooser_for(8 * budget.beside_scale) if budget.beside_scale else self._chooser
         smallest, largest = self.other_bits + chooser.smallest, self.other_bits + chooser.largest
         if bits < smallest:
@@ -106,18 +112,33 @@ class Tradeoff:
     def _chooser(self) -> Chooser:
         return self._chooser_for(0)
 
-    def _chooser_for(self, scale: int) -> Chooser:
-        """One that reckons with so many further bits of a file for a scale that the settings do not ask for."""
+    def _chooser_for(self, scale: int, earlier: Plan | None = None) -> Chooser:
+        """One that reckons with so many further bits of a file for a scale that the settings do not ask for.
+
+        Args:
+            scale: bits of one.
+            earlier: a plan whose subvector lengths stay; None: they may be any.
+        """
         return Chooser(
             [
-                Options(weight.bits + scale * _scales(weight), losses)
+                Options(weight.bits + scale * _scales(weight), losses + _excluded(weight, earlier))
                 for weight, losses in zip(self.weights, self._losses, strict=True)
             ]
         )
 
+    def _larger(self, earlier: Plan, bits: int, scale: int) -> Choice:
+        """The best choice with the subvector lengths of `earlier`, or that plan itself where it is not worse."""
+        chooser, own = self._chooser_for(scale, earlier), self._choice(earlier.layers)
+        best = chooser.within(bits) if bits >= chooser.smallest else own
+        return best if best.loss < own.loss else own
+
     @cached_property
     def _of_settings(self) -> Choice:
-        options = [weight.number_of(weight.own) for weight in self.weights]
+        return self._choice({name: weight.own for weight in self.weights for name in weight.names})
+
+    def _choice(self, layers: Mapping[str, LayerPlan]) -> Choice:
+        """The options that a plan takes."""
+        options = [weight.number_of(layers[weight.names[0]]) for weight in self.weights]
         return Choice(
             options=tuple(options),
             bits=sum(int(weight.bits[option]) for weight, option in zip(self.weights, options, strict=True)),
@@ -187,6 +208,13 @@ def _scales(weight: WeightOptions) -> NDArray[np.int64]:
     """(c,) How many scales each option brings that the settings do not ask for: of codebooks of 8-bit values."""
     asked = weight.own.codebook_bits == 8
     return np.array([0 if asked or bits != 8 else len(weight.names) for _, _, bits in weight.settings], dtype=np.int64)
+
+
+def _excluded(weight: WeightOptions, earlier: Plan | None) -> Floats:
+    """(c,) Infinite for options with another subvector length than in a plan, else 0."""
+    if earlier is None:
+        return np.zeros(len(weight.settings))
+    return np.array([0.0 if d == earlier.layers[weight.names[0]].d else np.inf for d, _, _ in weight.settings])
 
 
 def _names(plan: Plan, most: int = 8) -> list[str]:

@@ -13,6 +13,8 @@ from ..clustering import Clustering
 from ..kmeans import cluster
 from ..plan import LayerPlan
 from ..sixteen_bits import range_problem
+from ..subvectors import to_subvectors
+from .layout import rows_of
 from .moments import Moments
 from .steps import feedback, least_squares, recode, round_codebook, weighted_start
 from .target import AIM_DAMPING, DAMPING, State, Target, asymmetric_aim, caution, damped, quadratic
@@ -52,7 +54,7 @@ def quantize_layer(
 
     Args:
         weight: the dense one, any shape.
-        layout: (B, R, m), which of its subvectors, in the weight's order, stands where (`layout.layout_of`).
+        layout: (B, r, m), which of its subvectors, in the weight's order, stands where (`layout.layout_of`).
         moments: of its inputs.
         plan: d, k, scale and the clustering that it starts from.
         generator: draws the start.
@@ -61,16 +63,17 @@ def quantize_layer(
         ValueError: the weight cannot be clustered, or the moments are not finite.
     """
     device = moments.hessian.device
-    vectors = weight.detach().to(device).reshape(-1, plan.d).float() / plan.scale
-    blocks = vectors[layout.to(device)].flatten(2)
+    vectors = to_subvectors(weight.detach().to(device), plan.d, plan.layout).float() / plan.scale
+    blocks = rows_of(vectors[layout.to(device)], plan.layout)
     more = caution(blocks.shape[2], moments.count)
     aim = asymmetric_aim(blocks, moments.hessian, moments.cross / plan.scale, AIM_DAMPING + more)
     if range_problem(aim):  # solved for, but not for a codebook of 16 bits
         aim = blocks
     zero = ~vectors.any(1)[layout.to(device)]
     pruned = zero if bool(zero.any()) and not bool(zero.all()) else None
-    target = Target(aim=aim, hessian=damped(moments.hessian, DAMPING + more), d=plan.d, pruned=pruned)
-    cut = aim.reshape(-1, plan.d)
+    hessian = damped(moments.hessian, DAMPING + more)
+    target = Target(aim=aim, hessian=hessian, d=plan.d, pruned=pruned, along=plan.layout)
+    cut = target.vectors(aim)
     if pruned is not None:  # what the others make up for
         cut = cut.masked_fill(pruned.flatten()[:, None], 0)
     iterations = min(plan.k_means_n_iters, START_ITERATIONS)
@@ -95,7 +98,7 @@ def quantize_layer(
 
 def _started(target: Target, start: Clustering) -> State:
     """The state of a plain clustering; where blocks were pruned its first centroid is zero."""
-    codes = start.codes.view(*target.aim.shape[:2], target.m)
+    codes = start.codes.view(target.aim.shape[0], -1, target.m)
     if target.pruned is not None and bool(start.codebook[0].any()):
         raise ValueError("the clustering has no centroid of zeros for blocks that were pruned")
     return target.state(start.codebook, codes)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .layout import layout_of
+from ..subvectors import to_subvectors
+from .layout import layout_of, rows_of
 from .passes import Item
 from .uses import Use
 
@@ -24,7 +25,7 @@ class Reading:
 
     Attributes:
         item: the weight and its uses in a pass.
-        layout: (B, R, m), which of its subvectors stands where.
+        layout: (B, r, m), which of its subvectors stands where.
         weight: the dense one, (B, R, C) float32.
         pieces: into which each row is cut: each is a block of its own, as if its inputs had nothing to do with those of
             the others.
@@ -55,17 +56,19 @@ class Reading:
         return inputs.unflatten(2, (self.pieces, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def read(item: Item, weight: Tensor, d: int) -> tuple[Reading | None, str]:
-    """The reading of a weight with subvectors of length d; or none, and why calibration cannot serve it."""
+def read(item: Item, weight: Tensor, d: int, along: str = "input") -> tuple[Reading | None, str]:
+    """The reading of a weight with subvectors of length d along inputs or outputs; or none, and why calibration cannot
+    serve it."""
     blocks, reason = _blocks(item.uses, weight.shape[0])
-    pieces = _pieces(item.uses[0].n_columns, d) if blocks == item.uses[0].groups else 1
+    pieces = _pieces(item.uses[0].n_columns, 1 if along == "output" else d) if blocks == item.uses[0].groups else 1
     if not reason and blocks * item.uses[0].n_columns ** 2 // pieces > MOST_VALUES:
         reason = "the moments of its inputs would take too much memory"
-    layout = layout_of(weight.shape, d, blocks, item.uses[0].transposed)
+    layout = layout_of(weight.shape, d, blocks, item.uses[0].transposed, along)
     if reason or layout is None:
-        return None, reason or "its subvectors reach over several outputs, which calibration cannot serve"
+        over = "groups of outputs" if along == "output" else "outputs"
+        return None, reason or f"its subvectors reach over several {over}, which calibration cannot serve"
     layout = layout.to(weight.device).unflatten(2, (pieces, -1)).transpose(1, 2).flatten(0, 1)
-    dense = weight.reshape(-1, d)[layout].flatten(2).float()
+    dense = rows_of(to_subvectors(weight, d, along)[layout], along).float()
     return Reading(item=item, layout=layout, weight=dense, pieces=pieces), ""
 
 

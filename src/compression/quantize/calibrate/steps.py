@@ -32,9 +32,8 @@ def weighted_start(target: Target, state: State, updates: int = LLOYD_UPDATES) -
     """Lloyd's k-means with every position of a row weighted by the diagonal of H."""
     h = target.hessian.diagonal(dim1=1, dim2=2)
     h = h / h.mean()
-    n_rows, d = target.aim.shape[1], target.d
-    vectors = target.aim.reshape(-1, d)
-    weights = h[:, None].expand(-1, n_rows, -1).reshape(-1, d)
+    vectors = target.vectors(target.aim)
+    weights = target.vectors(h[:, None].expand(target.aim.shape))
     codebook, k = state.codebook, state.codebook.shape[0]
     pruned = None if target.pruned is None else target.pruned.flatten()
     for _ in range(updates):
@@ -61,48 +60,49 @@ def _nearest(vectors: Tensor, weights: Tensor, codebook: Tensor, pruned: Tensor 
 def feedback(target: Target, state: State) -> State:
     """Code the subvectors of every row one after the other, each by the nearest centroid in the triangular factor of H;
     its error is passed on to those that are not coded yet (GPTQ, or Babai's nearest plane, with vectors)."""
-    aim, factor, d = target.aim, target.factor, target.d
+    aim, factor, width = target.aim, target.factor, target.width
     n_columns = aim.shape[2]
     carried = torch.zeros_like(aim)
     codes = torch.empty_like(state.codes)
     for number in range(target.m):
-        a, e = number * d, (number + 1) * d
+        a, e = number * width, (number + 1) * width
         own = factor[:, a:e, a:e]
-        wanted = aim[:, :, a:e] @ own + carried[:, :, a:e]
-        centroids = state.codebook @ own  # (B, k, d)
+        wanted = target.stacked(aim[:, :, a:e] @ own + carried[:, :, a:e])
+        centroids = target.times(state.codebook, own)  # (B, k, d)
         scores = centroids.square().sum(2)[:, None] - 2 * (wanted @ centroids.transpose(1, 2))
         chosen = _pinned(target, scores.argmin(2), number)
         codes[:, :, number] = chosen
         if e < n_columns:
-            error = aim[:, :, a:e] - state.codebook[chosen]
+            error = aim[:, :, a:e] - target.columns(state.codebook[chosen])
             carried[:, :, e:].baddbmm_(error, factor[:, a:e, e:])
     return better(state, target.state(state.codebook, codes))
 
 
 def recode(target: Target, state: State) -> State:
-    """One sweep of coordinate descent: every subvector takes the centroid that is best given all others of its row."""
-    aim, hessian, d = target.aim, target.hessian, target.d
+    """One sweep of coordinate descent: every subvector takes the centroid that is best given all others of its rows."""
+    aim, hessian, width = target.aim, target.hessian, target.width
     codebook, codes = state.codebook, state.codes.clone()
-    error, slope = aim - state.weight(), state.slope.clone()
+    error, slope = aim - target.rows(codebook, codes), state.slope.clone()
     for number in range(target.m):
-        a, e = number * d, (number + 1) * d
+        a, e = number * width, (number + 1) * width
         own = hessian[:, a:e, a:e]
         # the loss of a centroid c here, but for what does not depend on it: c own cᵀ - 2 (W* own + others) cᵀ
-        linear = (aim[:, :, a:e] - error[:, :, a:e]) @ own + slope[:, :, a:e]
-        scores = ((codebook @ own) * codebook).sum(2)[:, None] - 2 * (linear @ codebook.t())
+        linear = target.stacked((aim[:, :, a:e] - error[:, :, a:e]) @ own + slope[:, :, a:e])
+        scores = (target.times(codebook, own) * codebook).sum(2)[:, None] - 2 * (linear @ codebook.t())
         chosen = _pinned(target, scores.argmin(2), number)
         block, row = (chosen != codes[:, :, number]).nonzero(as_tuple=True)
         if not block.numel():
             continue
         change = codebook[codes[block, row, number]] - codebook[chosen[block, row]]
         codes[:, :, number] = chosen
-        error[block, row, a:e] += change
-        if hessian.shape[0] == 1:
+        if hessian.shape[0] == 1 and target.along == "input":
+            error[block, row, a:e] += change
             slope[0].index_add_(0, row, change @ hessian[0, a:e])
         else:
-            full = torch.zeros_like(error[:, :, a:e])
+            full = torch.zeros_like(linear)
             full[block, row] = change
-            slope.baddbmm_(full, hessian[:, a:e])
+            error[:, :, a:e] += target.columns(full)
+            slope.baddbmm_(target.columns(full), hessian[:, a:e])
     return better(state, target.state(codebook, codes, slope))
 
 
@@ -122,12 +122,12 @@ def least_squares(target: Target, state: State, steps: int = CG_STEPS) -> State:
 
     Products are taken in the weights' precision, the scalars that steer the descent in double precision.
     """
-    codebook, d = state.codebook, target.d
+    codebook = state.codebook
     flat, k = state.codes.flatten(), codebook.shape[0]
     members = Members.of(flat, k) if Members.serve(codebook.device) else None
 
     def gathered(matrix: Tensor) -> Tensor:
-        vectors = matrix.reshape(-1, d)
+        vectors = target.vectors(matrix)
         found = sums_by_code(vectors, flat, k) if members is None else members.sums(vectors)
         return _keep_zero(target, found)
 
@@ -138,7 +138,7 @@ def least_squares(target: Target, state: State, steps: int = CG_STEPS) -> State:
     direction, gain = ready, _dot(residual, ready)
     found = codebook
     for _ in range(steps):
-        change = direction[state.codes].flatten(2) @ target.hessian
+        change = target.rows(direction, state.codes) @ target.hessian
         image = gathered(change)
         curvature = _dot(direction, image)
         if curvature <= 0 or gain <= 0:

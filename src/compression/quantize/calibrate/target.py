@@ -2,11 +2,12 @@
 
 A weight is read as B blocks of R rows and C columns, each block with the second moment H of its own inputs: one block
 for a linear layer or a convolution, one per group of a grouped convolution. Each row is cut into m subvectors of d
-columns. One codebook serves all blocks.
+columns, or, where subvectors run along outputs, each column into subvectors of d rows. One codebook serves all blocks.
 
 The loss is sum_b tr((W* - Ŵ) H (W* - Ŵ)ᵀ): with H the mean of x xᵀ it is the mean square of what the outputs lose.
 
-Shapes: B blocks, R rows, C = m*d columns, k centroids. aim (B, R, C), hessian (B, C, C), codes (B, R, m).
+Shapes: B blocks, R rows, C columns, k centroids. aim (B, R, C), hessian (B, C, C), codes (B, r, m): r = R, C = m d
+along inputs, and R = r d, C = m along outputs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..members import Members
+from .layout import rows_of, vectors_of
 
 DAMPING = 0.01
 """What is added to the diagonal of H, in units of its mean: inputs that were hardly seen are not free."""
@@ -31,17 +33,13 @@ HARDER = 10.0
 
 @dataclass(frozen=True)
 class State:
-    """A codebook (k, d), codes (B, R, m) and their loss; and (W* - Ŵ) H (B, R, C), its slope, with which most steps
+    """A codebook (k, d), codes (B, r, m) and their loss; and (W* - Ŵ) H (B, R, C), its slope, with which most steps
     begin."""
 
     codebook: Tensor
     codes: Tensor
     loss: float
     slope: Tensor
-
-    def weight(self) -> Tensor:
-        """Ŵ (B, R, C)."""
-        return self.codebook[self.codes].flatten(2)
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,47 @@ class Target:
         aim: W* (B, R, C) float32.
         hessian: H (B, C, C), damped: positive definite.
         d: subvector length.
-        pruned: (B, R, m), subvectors that are zero and stay so, by the code 0 and a first centroid of zeros; None:
+        pruned: (B, r, m), subvectors that are zero and stay so, by the code 0 and a first centroid of zeros; None:
             there are none.
+        along: what subvectors run along, "input" or "output".
     """
 
     aim: Tensor
     hessian: Tensor
     d: int
     pruned: Tensor | None = None
+    along: str = "input"
+
+    @property
+    def width(self) -> int:
+        """Columns of a subvector."""
+        return 1 if self.along == "output" else self.d
 
     @property
     def m(self) -> int:
-        """Subvectors per row."""
-        return self.aim.shape[2] // self.d
+        """Subvectors in a row of them."""
+        return self.aim.shape[2] // self.width
+
+    def rows(self, codebook: Tensor, codes: Tensor) -> Tensor:
+        """Ŵ (B, R, C) of a codebook (k, d), or anything with its shape, and codes (B, r, m)."""
+        return rows_of(codebook[codes], self.along)
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Rows (B, R, C) as subvectors (B*r*m, d)."""
+        return vectors_of(rows, self.d, self.along).reshape(-1, self.d)
+
+    def stacked(self, columns: Tensor) -> Tensor:
+        """The columns of one subvector of each row of them (B, R, width) as subvectors (B, r, d)."""
+        return columns.reshape(columns.shape[0], -1, self.d)
+
+    def columns(self, vectors: Tensor) -> Tensor:
+        """The inverse of `stacked`."""
+        return vectors.reshape(vectors.shape[0], -1, self.width)
+
+    def times(self, codebook: Tensor, own: Tensor) -> Tensor:
+        """(B, k, d): a codebook (k, d) times the part (B, width, width) of H, or of its factor, that belongs to the
+        columns of one subvector; along outputs it is the same number for all d."""
+        return codebook * own if self.along == "output" else codebook @ own
 
     @cached_property
     def factor(self) -> Tensor:
@@ -72,8 +98,8 @@ class Target:
         return upper_factor(self.hessian)
 
     def state(self, codebook: Tensor, codes: Tensor, slope: Tensor | None = None) -> State:
-        """A codebook (k, d) and codes (B, R, m) with their loss; `slope` where it is known."""
-        error = self.aim - codebook[codes].flatten(2)
+        """A codebook (k, d) and codes (B, r, m) with their loss; `slope` where it is known."""
+        error = self.aim - self.rows(codebook, codes)
         slope = error @ self.hessian if slope is None else slope
         return State(codebook=codebook, codes=codes, loss=summed_products(error, slope), slope=slope)
 

@@ -18,9 +18,11 @@ from ....common.randomness import stream
 from ..clustering import Clustering
 from ..compress import cluster_weight, one_of_each, places_of
 from ..plan import LayerPlan, Plan
+from ..subvectors import from_subvectors
 from .arrivals import Arrivals, Holding
 from .found import Calibration, Part
 from .layer import quantize_layer
+from .layout import rows_of
 from .live import LiveTensors
 from .moments import finite
 from .norms import Statistics, move_norm, norms_of, output_statistics, statistics_of
@@ -148,10 +150,13 @@ class Walk:
         reasons = dict.fromkeys(self._jobs, "calibration does not reach it")
         for item in items:
             if not item.calls:
-                reading, reasons[item.name] = read(item, self._weights[item.name], self._jobs[item.name].d)
+                reading, reasons[item.name] = read(item, self._weights[item.name], *self._cut(item.name))
                 if reading is not None:
                     readings[item.name] = reading
         return readings, {name: reason for name, reason in reasons.items() if name not in readings}
+
+    def _cut(self, name: str) -> tuple[int, str]:
+        return self._jobs[name].d, self._jobs[name].layout
 
     def _part(self, label: str, find: Callable[[], Part]) -> None:
         """Recall what was found, or find it; all processes alike, as to find it they need each other."""
@@ -189,7 +194,7 @@ class Walk:
         moved = {}
         if name in self._followers:
             before = Statistics(moments.output_mean.flatten(), moments.output_variance.flatten())
-            made = subvectors[reading.layout].flatten(2).float()
+            made = rows_of(subvectors[reading.layout], job.layout).float()
             moved = self._move(self._followers[name], before, output_statistics(made, moments.hessian, moments.mean))
         return Part(clustering=found.clustering, lost=found.lost, norms=moved)
 
@@ -203,7 +208,7 @@ class Walk:
         weight = self._becoming[name]
         codebook = clustering.codebook.to(self._device, weight.dtype) * self._jobs[name].scale
         subvectors = codebook[clustering.codes.to(self._device).long()]
-        weight.copy_(subvectors.view(weight.shape))
+        weight.copy_(from_subvectors(subvectors, weight.shape, self._jobs[name].layout))
         return subvectors
 
     def _norm(self, item: Item) -> Part:

@@ -88,7 +88,24 @@ def test_the_size_is_counted_as_files_count_it_and_never_above_the_budget(tradeo
 def test_a_ratio_is_a_size(tradeoff) -> None:
     found = tradeoff.plan_for(Budget(ratio=8))
     assert found.ratio >= 8
-    assert found.bits == tradeoff.plan_for(Budget(size=tradeoff.dense_bits // 8 // 8)).bits
+    same = tradeoff.plan_for(Budget(size=tradeoff.dense_bits // 8 // 8 + 100, beside=100))
+    assert found.plan.layers == same.plan.layers
+
+
+def test_more_room_is_spent_with_the_subvector_lengths_that_are_there(tradeoff) -> None:
+    for budget in budgets(tradeoff):
+        assert budget.size is not None
+        first = tradeoff.plan_for(budget)
+        lengths = {name: layer.d for name, layer in first.plan.layers.items()}
+        before = first
+        for share in (1, 1.01, 1.05, 1.3):
+            size = int(share * budget.size)
+            more = tradeoff.plan_for(Budget(size=size), first.plan)
+            assert {name: layer.d for name, layer in more.plan.layers.items()} == lengths
+            assert more.bits <= 8 * size
+            assert more.loss <= before.loss
+            before = more
+        assert before.loss < first.loss or first.loss == tradeoff.curve()[-1].loss
 
 
 def test_the_curve_rises_in_size_and_falls_in_loss_and_each_point_is_the_plan_of_its_size(tradeoff) -> None:

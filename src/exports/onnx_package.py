@@ -1,0 +1,50 @@
+"""The packages onnx and onnxruntime, imported here only: pip install pqf[onnx]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..common.errors import SettingsError
+
+
+def needed() -> Any:
+    """The package onnx.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    try:
+        import onnx
+        import onnx.checker
+        import onnx.numpy_helper
+    except ImportError as error:
+        raise SettingsError(
+            "ONNX files need the package onnx, which is not installed: pip install pqf[onnx], or pip install "
+            "onnx onnxruntime"
+        ) from error
+    return onnx
+
+
+def runtime() -> Any:
+    """The package onnxruntime; None where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    return onnxruntime
+
+
+def exporting_program() -> Any:
+    """The package onnx_ir, in which torch's newer exporter gives its graphs.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    try:
+        import onnx_ir
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(
+            "--exporter dynamo needs the package onnxscript, which is not installed: pip install onnxscript"
+        ) from error
+    return onnx_ir
