@@ -35,7 +35,7 @@ browser: $(READY)
 	npm install --prefix examples/browser --no-fund --no-audit
 	$(PY) -m examples.browser.prepare
 	@echo "open http://127.0.0.1:8000/ (Ctrl-C ends)"
-	@$(PY) -m http.server --bind 127.0.0.1 --directory examples/browser 8000 2>/dev/null
+	@$(PY) -m http.server --bind 127.0.0.1 --directory examples/browser 8000
 
 test: $(READY)
 	$(PYTEST) -m "not slow"
