@@ -111,7 +111,7 @@ def compress(
     permuted = permute(model, found, plan.sizes, search, seed=seed, measure=measure, show_progress=show_progress)
     known = replace(known, permutations=applied(found, permuted, search.reshapes))
     if sized is not None:
-        plan = sized.once_permuted(model, plan, known.permutations).plan_anew(plan)
+        plan = sized.plan_anew(model, plan, known.permutations)
         notes += plan.notes
     replaced = {id(p): (name, p) for name, p in model.named_parameters()}
     finished, outputs_lost, more = _calibrated(model, plan, batches, seed, device, show_progress)

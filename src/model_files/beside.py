@@ -15,7 +15,7 @@ from torch import nn
 from ..compression.permute.binding import AnyGroup, bind
 from ..compression.permute.permute import GroupResult
 from ..compression.quantize.budget.wanted import Budget
-from ..compression.quantize.compress import build_quantized
+from ..compression.quantize.compress import build_quantized, with_scales
 from ..compression.quantize.placing import quantized_layers
 from ..compression.quantize.plan import Plan
 from .compression_report import applied
@@ -70,10 +70,10 @@ def bytes_beside(model: nn.Module, plan: Plan, info: ModelInfo) -> int:
 
     Args:
         model: the dense network; it is copied, not changed.
-        plan: with whatever d and k: what does not count hardly depends on them.
+        plan: what does not count hardly depends on its d and k.
         info: what the file will say.
     """
-    quantized = build_quantized(copy.deepcopy(model), plan)
+    quantized = build_quantized(copy.deepcopy(model), with_scales(model, plan))
     for layer in quantized_layers(quantized, plan.layers).values():
         layer.codebook.zero_()
         layer.codes_matrix.zero_()

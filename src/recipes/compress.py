@@ -242,8 +242,7 @@ def _with_room_left(
     if plan.sized is None:
         return plan
     permutations = applied(plan.groups, permuted, plan.search.reshapes)
-    sized = plan.sized.once_permuted(model, plan.quantization, permutations)
-    quantization = chosen_anew(run, sized, plan.quantization)
+    quantization = chosen_anew(run, plan.sized, model, plan.quantization, permutations)
     for text in quantization.notes:
         note(text)
     return replace(plan, quantization=quantization)

@@ -22,6 +22,7 @@ from ..compression.quantize.budget.loss import Losses
 from ..compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
 from ..compression.quantize.budget.tradeoff import Tradeoff
 from ..compression.quantize.plan import LayerPlan, Plan
+from ..model_files.metadata import AppliedPermutation
 from .agreement import once
 from .compression_specs import Sized
 from .open_run import Job, Run
@@ -85,19 +86,23 @@ def chosen_by_photos(run: Run, sized: Sized, model: nn.Module, images: Sequence[
     return _plan(own, known), sized.by(found)
 
 
-def chosen_anew(run: Run, sized: Sized, plan: Plan) -> Plan:
-    """The plan that loses least within a size of which more is left than when `plan` was chosen, with its subvector
-    lengths; the first process's choice holds, and is kept.
+def chosen_anew(
+    run: Run, sized: Sized, model: nn.Module, plan: Plan, permutations: tuple[AppliedPermutation, ...]
+) -> Plan:
+    """The plan for what is left of a wanted size once permutations are known, see `Sized.plan_anew`; the first
+    process's choice holds, and is kept.
 
     Args:
         run: the run, begun.
-        sized: what is left, and what can be done with each weight.
+        sized: the wanted size, and what can be done with each weight.
+        model: the dense network.
         plan: what was chosen.
+        permutations: those that were applied.
     """
     path = run.checkpoints.folder / FILE_ANEW
     known = once(run.engine, lambda: _read(path, plan))
     if known is None:
-        known = once(run.engine, lambda: _rows(sized.plan_anew(plan)))
+        known = once(run.engine, lambda: _rows(sized.plan_anew(model, plan, permutations)))
         if run.engine.is_main:
             write_text(path, json.dumps(known))
     return _plan(plan, known)

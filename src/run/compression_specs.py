@@ -19,7 +19,7 @@ from ..compression.quantize.budget.tradeoff import Tradeoff, measure
 from ..compression.quantize.budget.wanted import Budget, megabytes
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.subvector_size import BlockRule
-from ..model_files.beside import with_beside
+from ..model_files.beside import bytes_beside
 from ..model_files.metadata import AppliedPermutation, ModelInfo
 from ..model_files.size import model_size
 from ..settings import BudgetSettings, ModelSettings
@@ -66,6 +66,10 @@ def tradeoff_of(model: nn.Module, spec: QuantizationSpec, seed: int, *, show_pro
     return measure(model, spec, model_size(model).bits, seed=seed, show_progress=show_progress)
 
 
+TRIES, NEAR = 4, 8
+"""How often a plan is chosen whose file takes what is left of a size, and how many bytes nobody asks about."""
+
+
 @dataclass(frozen=True)
 class Sized:
     """A wanted size of a network, and what can be done with each of its weights.
@@ -91,38 +95,38 @@ class Sized:
         text = f"block length and centroids of {len(found.layers)} weights are chosen for {self.budget}"
         if found.unit:
             text += " by what losing them changes"
-        note = f"{text}: {self._outlook(found)} (as set: {outlook(self.tradeoff.of_settings())})"
+        for_other = self.budget.beside + self.budget.beside_scale * found.scales
+        beside = f", {for_other:,} bytes of a file for other things" if self.budget.size and for_other else ""
+        note = f"{text}: {outlook(found)}{beside} (as set: {outlook(self.tradeoff.of_settings())})"
         return replace(found.plan, notes=(*found.plan.notes, note))
 
-    def once_permuted(self, model: nn.Module, plan: Plan, permutations: tuple[AppliedPermutation, ...] | None) -> Sized:
-        """The same with what is left of the size now that it is known which permutations a file has to name.
+    def plan_anew(self, model: nn.Module, plan: Plan, permutations: tuple[AppliedPermutation, ...] | None) -> Plan:
+        """The plan that loses least of those with the subvector lengths of `plan` whose file is not larger than the
+        wanted size, now that it is known which permutations the file has to name. Its only note says what changed;
+        there is none where nothing did.
 
         Args:
             model: the dense network.
             plan: that was chosen.
             permutations: those that were applied.
         """
-        if self.file is None:
-            return self
-        left = with_beside(self.budget, model, plan, replace(self.file, permutations=permutations))
-        assert left is not None, "there is a budget"
-        return replace(self, budget=left)
-
-    def plan_anew(self, plan: Plan) -> Plan:
-        """The plan that loses least within the size and has the subvector lengths of `plan`, which is within it too;
-        its only note says what became of the room that was left, and there is none where nothing did."""
-        found = self.tradeoff.plan_for(self.budget, plan)
-        if found.plan.layers == plan.layers:
+        size, best = self.budget.size, None
+        if self.file is None or size is None:
             return replace(plan, notes=())
-        return replace(
-            found.plan,
-            notes=(f"permuting took less of the {self.budget} than there was room for: now {self._outlook(found)}",),
-        )
-
-    def _outlook(self, found: Prediction) -> str:
-        for_other = self.budget.beside + self.budget.beside_scale * found.scales
-        beside = f", {for_other:,} bytes of a file for other things" if self.budget.size and for_other else ""
-        return f"{outlook(found)}{beside}"
+        file, budget = replace(self.file, permutations=permutations), self.budget
+        for _ in range(TRIES):
+            found = self.tradeoff.plan_for(budget, plan)
+            beside = bytes_beside(model, found.plan, file)
+            left = size - beside - found.bits // 8
+            if left >= 0 and (best is None or found.loss < best[0].loss):
+                best = found, beside
+            if 0 <= left < NEAR:
+                break
+            budget = replace(budget, beside=budget.beside - left)
+        if best is None or best[0].plan.layers == plan.layers:
+            return replace(plan, notes=())
+        text = f"permuting took less of the {self.budget} than there was room for: now {outlook(best[0])}"
+        return replace(best[0].plan, notes=(f"{text}, {best[1]:,} bytes of a file for other things",))
 
 
 def sized_for(

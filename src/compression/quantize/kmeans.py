@@ -124,17 +124,24 @@ def _iterate(
     return codebook, float(distances.mean())
 
 
-def _finish(vectors: Tensor, codebook: Tensor, iterations: int) -> Clustering:
+def _finish(vectors: Tensor, codebook: Tensor, iterations: int, still: int = 0) -> Clustering:
     """Round the codebook to 16 bits and code every vector with its nearest centroid; no empty cluster is left.
 
     Two centroids can become one by the rounding; the second of them then has no members. A moved centroid may take the
     last member of another, so this is repeated; every round codes at least one vector as well as 16 bits can, and a
     bound guards against ties.
+
+    Args:
+        vectors: (n, d).
+        codebook: (k, d).
+        iterations: that it took.
+        still: so many of the first centroids stay where they are, whether or not they have members.
     """
     codebook = _to_half(codebook)
     codes, distances = assign(vectors, codebook)
     for _ in range(32):
         counts = torch.bincount(codes, minlength=codebook.shape[0])
+        counts[:still] += 1
         if int(counts.min()) > 0:
             break
         # a vector whose own 16-bit value is its centroid cannot be quantized better, however far it is
@@ -266,7 +273,8 @@ def cluster(
     found = quantizer(others, min(k - 1, others.shape[0]), iterations, generator, tolerance, stopped)
     codebook = vectors.new_zeros(k, vectors.shape[1])
     codebook[1 : 1 + found.codebook.shape[0]] = found.codebook
-    iterations = found.iterations
+    found = _finish(others, codebook, found.iterations, still=1)  # the zero may have taken the members of another
+    codebook, iterations = found.codebook, found.iterations
     del others, found
     return _coded(vectors, codebook, live, iterations)
 

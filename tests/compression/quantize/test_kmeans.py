@@ -73,6 +73,18 @@ def test_no_cluster_is_empty_however_often_vectors_repeat(
     check(vectors, k, run(kind, vectors, k, iterations, seed))
 
 
+@pytest.mark.parametrize("seed", [195, 285])
+def test_no_cluster_is_empty_where_the_centroid_of_zeros_is_nearest_to_all_of_another(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    distinct = draw.choice(np.arange(-200, 200), size=(int(draw.integers(32, 65)), 1), replace=False) / 8
+    assert 0 in distinct
+    repeated = np.repeat(distinct, draw.integers(1, 7, len(distinct)), axis=0)
+    vectors = torch.from_numpy(np.concatenate([repeated, np.zeros_like(repeated)], axis=1)).float()
+    found = run("src", vectors, 32, 4, seed)
+    check(vectors, 32, found)
+    assert not found.codebook[0].any()
+
+
 @both
 @pytest.mark.parametrize("iterations", [0, 1, 10])
 def test_one_crowd_and_a_few_outliers_fill_every_cluster(kind: str, iterations: int) -> None:

@@ -63,14 +63,14 @@ class Tradeoff:
 
         Args:
             budget: what is wanted.
-            earlier: a plan for a smaller budget, whose subvector lengths stay; it is taken where none is better.
+            earlier: a plan whose subvector lengths stay; it is taken where it fits and none is better.
 
         Raises:
             PlanError: no plan is so small, or none so large; says what is possible.
         """
         bits = budget.bits(self.dense_bits)
         if earlier is not None:
-            return self._prediction(self._larger(earlier, bits - self.other_bits, 8 * budget.beside_scale))
+            return self._prediction(self._with_lengths_of(earlier, bits - self.other_bits, 8 * budget.beside_scale))
         chooser = self._chooser_for(8 * budget.beside_scale) if budget.beside_scale else self._chooser
         smallest, largest = self.other_bits + chooser.smallest, self.other_bits + chooser.largest
         if bits < smallest:
@@ -126,11 +126,15 @@ class Tradeoff:
             ]
         )
 
-    def _larger(self, earlier: Plan, bits: int, scale: int) -> Choice:
-        """The best choice with the subvector lengths of `earlier`, or that plan itself where it is not worse."""
+    def _with_lengths_of(self, earlier: Plan, bits: int, scale: int) -> Choice:
+        """The best choice with the subvector lengths of `earlier`; that plan itself where it fits and none is better,
+        or where none fits."""
         chooser, own = self._chooser_for(scale, earlier), self._choice(earlier.layers)
-        best = chooser.within(bits) if bits >= chooser.smallest else own
-        return best if best.loss < own.loss else own
+        if bits < chooser.smallest:
+            return own
+        best = chooser.within(bits)
+        taken = sum(int(item.bits[option]) for item, option in zip(chooser.items, own.options, strict=True))
+        return best if best.loss < own.loss or taken > bits else own
 
     @cached_property
     def _of_settings(self) -> Choice:
