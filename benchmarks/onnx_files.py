@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops import FrozenBatchNorm2d
 
 from src.architectures.architecture import Architecture
 from src.architectures.named import find
@@ -119,7 +120,7 @@ def settle(dense: nn.Module, model: nn.Module, side: int) -> None:
         norm.running_var.fill_(power)
         norm.weight.fill_(GAIN)
 
-    norms = [module for module in dense.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [module for module in dense.modules() if isinstance(module, (_BatchNorm, FrozenBatchNorm2d))]
     hooks = [norm.register_forward_pre_hook(set_norm) for norm in norms]
     if norms:
         dense(torch.randn(1, 3, side, side, generator=stream(SEED, "settle")))
@@ -140,8 +141,8 @@ def measure(name: str) -> Row:
     model = quantized_at_random(dense)
     dense = dense_again(copy.deepcopy(model)).eval()
     row.side = _side(dense, architecture)
+    settle(dense, model, SETTLING if row.side in SIDES else row.side)
     if architecture.task != "detection":
-        settle(dense, model, SETTLING if row.side in SIDES else row.side)
         row.largest = float(dense_outputs(dense, row.side).abs().max())
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,8 @@ class _EmptyOnMeta(TorchFunctionMode):
         self, func: Callable[..., Any], _: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = dict(kwargs or {})
-        if func is torch.empty and options.get("device") is None:
+        of_weights = options.get("dtype") is None or options["dtype"].is_floating_point  # others are tables of places
+        if func is torch.empty and of_weights and options.get("device") is None:
             options["device"] = "meta"
         return func(*args, **options)
 

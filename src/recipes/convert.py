@@ -226,7 +226,9 @@ def _write_onnx(file: OpenModelFile, target: Path, options: ConvertOptions) -> N
     if made.off is None:
         checked = "not checked: onnxruntime is not installed"
     else:
-        checked = f"onnxruntime's {made.outputs[0]} are PyTorch's to {made.off:.1e}"
+        detects = file.architecture.task == "detection"
+        what = "detections, and what the heads give," if detects else made.outputs[0]
+        checked = f"onnxruntime's {what} are PyTorch's to {made.off:.1e}"
     log.info("%s; %d weights as codebook and codes", checked, len(made.filled.coded))
 
 

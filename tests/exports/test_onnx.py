@@ -30,7 +30,7 @@ from src.exports.onnx_pooling import pooled
 from src.exports.onnx_weights import check_size
 from src.model_files.size import model_size
 from tests.conftest import ROOT
-from tests.support.helpers import lively, quantized, spec
+from tests.support.helpers import quantized, spec
 from tests.support.onnx_networks import Branching, Maps, OneSize, Pooled, Tied, Unknown
 
 onnx = pytest.importorskip("onnx", reason="pip install onnx onnxruntime")
@@ -241,8 +241,10 @@ def test_networks_of_torchvision_are_written(name: str, side: int, free: str, un
 )
 def test_detectors_are_written(name: str, outputs: tuple[str, ...], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = lively(quantized(find(f"torchvision:{name}").build(5), spec(8, iterations=0)), seed=1)
-    made = write(model, tmp_path / "model.onnx", 96)
+    model = quantized_at_random(find(f"torchvision:{name}").build(5))
+    dense = dense_again(copy.deepcopy(model)).eval()
+    settle(dense, model, 160)
+    made = write_onnx(dense, model, tmp_path / "model.onnx", OnnxOptions(image_size=96), {})
     assert made.outputs == outputs
     found = in_onnxruntime(tmp_path / "model.onnx", torch.rand(1, 3, 96, 96))
     assert found["boxes"].shape[1] == 4
