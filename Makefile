@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 # as many processes as there are processors (four at most: each loads torch), each with one thread: two teams of threads would be in each other's way
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo demo-maskrcnn demo-photos test test-slow test-oldest lint docs bench figures horovod paper-models install clean
+.PHONY: demo demo-maskrcnn demo-photos test test-slow test-oldest lint docs bench figures horovod paper-models browser install clean
 
 install: $(READY)
 
@@ -29,6 +29,13 @@ demo-maskrcnn: $(READY)
 # EfficientNet-Lite0 with its ImageNet weights, compressed to a size and calibrated with bundled photos; offline
 demo-photos: $(READY)
 	$(PY) -m src.demo.photos
+
+# a page that classifies dropped pictures with the compressed digits network; needs npm, and onnxruntime-web from its registry (145 MB)
+browser: $(READY)
+	npm install --prefix examples/browser --no-fund --no-audit
+	$(PY) -m examples.browser.prepare
+	@echo "open http://127.0.0.1:8000/ (Ctrl-C ends)"
+	@$(PY) -m http.server --bind 127.0.0.1 --directory examples/browser 8000
 
 test: $(READY)
 	$(PYTEST) -m "not slow"
@@ -72,4 +79,4 @@ paper-models: $(READY)
 	$(PY) -m src.paper_models
 
 clean:
-	rm -rf $(VENV) $(OLDEST) output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) examples/browser/node_modules examples/browser/networks output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

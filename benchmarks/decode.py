@@ -5,7 +5,8 @@
 Memory: each way in a fresh process that loads a packed file and runs `--passes` passes on one image. `held` is what
 stays resident after them beyond the imports, `peak` the most at any time, loading and the images' own maps included; on
 CUDA both are what is allocated there. With `compiled` the compiler is in the process too, which the first pass brings.
-Time: kept and each other way in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs.
+Time: kept and each other way in turn in one process (A B A B ...); a ratio is the median of the ratios of the pairs. On
+the CPU seconds are those that this process computes, on one thread, which other work on the machine disturbs less.
 
 Networks are random, with random codes into codebooks drawn from their own subvectors: neither memory nor time depends
 on their values. Mask R-CNN counts boxes from score 0, so that it draws 100 masks per image.
@@ -17,7 +18,9 @@ import argparse
 import ctypes
 import gc
 import multiprocessing
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -28,8 +31,8 @@ import torch
 from torch import nn
 
 from src.architectures.detectors import set_image_size
-from src.compression.quantize.decoding import set_decode
 from src.compression.quantize.dequantize import dense_again
+from src.model_files.decoding import set_decode
 from src.model_files.metadata import ModelInfo
 from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import save_packed
@@ -37,7 +40,7 @@ from src.model_files.size import model_size
 
 from .cost import quantized_model
 from .maskrcnn_cost import CLASSES, networks
-from .report import machine, pick_device, print_machine, print_table, synchronize, time_pairs, write_json
+from .report import Pair, machine, pick_device, print_machine, print_table, time_pairs, write_json
 
 WAYS = ("kept", "each_forward", "compiled")
 DENSE = "dense"
@@ -79,6 +82,7 @@ def one_pass(model: nn.Module, size: int, device: torch.device) -> Callable[[], 
 def memory(path: Path, way: str, size: int, passes: int, device: str) -> dict[str, int]:
     """Bytes that are held after some passes, and at their peak; for a fresh process."""
     where = torch.device(device)
+    torch.set_num_threads(1)
     imports = _resident("VmRSS")
     forward = one_pass(network(path, way, size, where), size, where)
     _give_back()
@@ -110,6 +114,24 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
+def pairs(a: Callable[[], None], b: Callable[[], None], repeats: int, device: torch.device) -> Pair:
+    """As `time_pairs`; on the CPU in seconds of computing."""
+    if device.type != "cpu":
+        return time_pairs(a, b, repeats, device)
+    times = []
+    for number in range(repeats + 2):
+        found = []
+        for work in (a, b):
+            start = time.process_time()
+            work()
+            found.append(time.process_time() - start)
+        if number >= 2:  # what is compiled and loaded once does not count
+            times.append(found)
+    ratios = [second / first for first, second in times]
+    first, second = (statistics.median(column) for column in zip(*times, strict=True))
+    return Pair(first, second, statistics.median(ratios), min(ratios), max(ratios))
+
+
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Memory and time of every way for one network."""
     context = multiprocessing.get_context("spawn")
@@ -123,8 +145,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
         kept = one_pass(network(path, "kept", options.size, device), options.size, device)
         for way in [way for way in options.ways if way != "kept"]:
             other = one_pass(network(path, way, options.size, device), options.size, device)
-            synchronize(device)
-            found["time"][way] = asdict(time_pairs(kept, other, options.repeats, device))
+            found["time"][way] = asdict(pairs(kept, other, options.repeats, device))
     return found
 
 
@@ -166,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     device = pick_device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     found = machine(device)
     print_machine(found)
     results = {name: measure(name, options, device) for name in options.networks}

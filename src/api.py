@@ -29,7 +29,6 @@ from .compression.quantize.calibrate.calibrate import Calibration, calibrate
 from .compression.quantize.calibrate.inputs import batches_of, count, few_inputs
 from .compression.quantize.compress import candidate_distortion, check_weights
 from .compression.quantize.compress import compress as quantize
-from .compression.quantize.decoding import Decode, check_decode, set_decode
 from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
 from .compression.quantize.plan import Plan, make_plan
@@ -37,6 +36,7 @@ from .compression.quantize.replaced import mark_replaced
 from .model_files.beside import with_beside, with_room
 from .model_files.building import fill
 from .model_files.compression_report import applied
+from .model_files.decoding import Decode, check_decode, set_decode
 from .model_files.inspected import Inspection
 from .model_files.inspection import examine, examine_model
 from .model_files.kept_info import info_of, keep_info

@@ -26,15 +26,16 @@ from .common.errors import CheckpointError, SettingsError
 from .common.hub import MODEL_FILE, HubAccess, NoHubFileError, fetch, on_hub, send
 from .common.log import note
 from .common.paths import write_text
-from .compression.quantize.decoding import Decode, check_decode, set_decode
 from .compression.quantize.layers import QuantizedLayer
 from .model_files.card import MARK, About, card
+from .model_files.decoding import Decode, check_decode, set_decode
 from .model_files.inspection import examine_model
 from .model_files.kept_info import info_of, keep_info
 from .model_files.metadata import ModelInfo
 from .model_files.open_model_file import architecture_of, build_network, read_model_file
 from .model_files.packed import save_packed
 from .model_files.pth import compressed_state
+from .model_files.size import model_size
 
 CONFIG, CARD = "config.json", "README.md"
 
@@ -200,8 +201,8 @@ class PQFModel(nn.Module):
 
     def _config(self, info: ModelInfo) -> dict[str, Any]:
         """What is known of the model, for programs."""
-        known, size = _named(self.arch), examine_model(self.network).size
-        entries: dict[str, Any] = {
+        size = model_size(self.network)
+        entries = {
             "library_name": "pqf",
             "architecture": self.arch,
             "num_classes": info.num_classes,
@@ -212,10 +213,6 @@ class PQFModel(nn.Module):
             "dense_bits": size.original,
             "measured": info.metric,
         }
-        if known is not None:
-            entries["image_size"] = known.image_size
-            if known.normalisation is not None:
-                entries["mean"], entries["std"] = known.normalisation
         return {key: value for key, value in entries.items() if value not in (None, "")}
 
 

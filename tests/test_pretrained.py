@@ -114,7 +114,7 @@ def test_the_licence_is_that_of_the_starting_weights_or_not_known(tmp_path: Path
     assert "CC BY-NC 4.0: not for commercial use" in (tmp_path / "known" / "README.md").read_text(encoding="utf-8")
     assert header(tmp_path / "known" / "README.md")["license"] == "other"
     config = json.loads((tmp_path / "known" / "config.json").read_text(encoding="utf-8"))
-    assert (config["task"], config["image_size"], len(config["mean"])) == ("classification", 224, 3)
+    assert (config["architecture"], config["task"]) == ("resnet50ssl", "classification")
 
 
 def test_a_page_that_somebody_else_wrote_stays(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ function picturesFrom(network) {
       picture.hidden = false;
       picture.alt = blob.name ?? "the picture";
       element("invitation").hidden = true;
+      element("hint").textContent = "Drop another one, or click to choose it";
       const { logits, prepared, computed } = await network.answer(blob);
       if (own !== newest) return; // another picture was dropped meanwhile
       show(logits, network.about.classes);
@@ -191,12 +192,12 @@ function picturesFrom(network) {
 
   element("file").addEventListener("change", (event) => event.target.files.length && take(event.target.files[0]));
   for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
-    zone.addEventListener(kind, (event) => {
-      event.preventDefault();
+    document.addEventListener(kind, (event) => {
+      event.preventDefault(); // wherever it is dropped: the browser would leave the page to show it
       zone.classList.toggle("over", kind === "dragenter" || kind === "dragover");
     });
   }
-  zone.addEventListener("drop", (event) => event.dataTransfer.files.length && take(event.dataTransfer.files[0]));
+  document.addEventListener("drop", (event) => event.dataTransfer.files.length && take(event.dataTransfer.files[0]));
   for (const name of network.about.samples ?? []) {
     const address = new URL(name, network.here);
     const button = document.createElement("button");

@@ -36,7 +36,7 @@ from .onnx_trace import (
     reason,
     skeleton,
 )  # fmt: skip
-from .onnx_weights import Filled, fill
+from .onnx_weights import Filled, check_size, fill
 
 UserFailure = SettingsError | RunError
 
@@ -44,8 +44,6 @@ AUTO = "auto"
 SIZES, EXPORTERS = (AUTO, FREE, FIXED), (AUTO, TORCHSCRIPT, DYNAMO)
 OTHER_SIZES = ((37, 50), (32, 64))
 """What is added to height and width for another size of images; the first that the network takes counts."""
-LARGEST = (1 << 31) - 1
-"""Bytes of an ONNX file without others beside it, which protobuf sets."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +153,7 @@ def write_onnx(
     """
     needed()
     check_options(how)
+    check_size(_tensors(dense), quantized)
     called, reference = Called(dense, with_heads=True), Called(quantized or dense, with_heads=True)
     wanted = _Wanted(reference, how.image_size)
     failed: dict[str, UserFailure] = {}
@@ -189,7 +188,7 @@ def _attempt(
         wanted.called.eval()  # which drops the dense weights that quantized layers keep
         traced = skeleton(called, checks[0].images[:1], free, exporter, how.opset)
         if free == FREE and how.size == AUTO and traced.doubts and not called.detects:
-            raise SettingsError(f"Python code in it looks at the size ({_short(traced.doubts[0])})")
+            raise SettingsError(f"Python code in it looks at the size ({traced.doubts[0]})")
         tensors = _tensors(called.net)
         filled = fill(traced.graph, tensors, quantized)
         off = _write(traced, path, about, checks, sum(one.numel() for one in tensors.values()))
@@ -271,12 +270,6 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
 def _write(traced: Skeleton, path: Path, about: Mapping[str, str], checks: list[Wanted], n_values: int) -> float | None:
     compact(traced.graph, frozenset([INPUT, *(one.name for one in traced.heads)]))
     needed().helper.set_model_props(traced.graph, dict(about))
-    size = traced.graph.ByteSize()
-    if size > LARGEST:
-        raise RunError(
-            f"cannot write {path}: it would have {size:,} bytes, and an ONNX file has at most {LARGEST:,}. Write the "
-            "weights as codebook and codes (without --dense)"
-        )
     contents = traced.graph.SerializeToString(deterministic=True)
     found: list[float | None] = []
 
@@ -286,7 +279,3 @@ def _write(traced: Skeleton, path: Path, about: Mapping[str, str], checks: list[
 
     write_atomically(path, write)
     return found[0]
-
-
-def _short(doubt: str) -> str:
-    return " ".join(doubt.split(". ")[0].split())

@@ -35,16 +35,16 @@ def runtime() -> Any:
 
 
 def exporting_program() -> Any:
-    """The package onnx_ir, in which torch's newer exporter gives its graphs.
+    """The part of onnxscript in which torch's newer exporter gives its graphs.
 
     Raises:
         SettingsError: it is not installed.
     """
     try:
-        import onnx_ir
-        import onnxscript  # noqa: F401
+        from onnxscript import ir
     except ImportError as error:
         raise SettingsError(
-            "--exporter dynamo needs the package onnxscript, which is not installed: pip install onnxscript"
+            "--exporter dynamo needs the package onnxscript, which is not installed: pip install pqf[onnx], or pip "
+            "install onnxscript"
         ) from error
-    return onnx_ir
+    return ir

@@ -7,28 +7,31 @@ for one place, or where n divides a fixed H.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 
-class PoolByProducts(TorchFunctionMode):
-    """Adaptive average pooling in 2-d is computed by two products of matrices, unless it gives one place."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], _: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func is F.adaptive_avg_pool2d:
-            wanted = args[1] if len(args) > 1 else options["output_size"]
+@contextlib.contextmanager
+def by_products(net: nn.Module) -> Iterator[None]:
+    """Have adaptive average poolings in 2-d that give more than one place compute products of matrices."""
+    changed: list[Any] = []
+    for module in net.modules():
+        if isinstance(module, nn.AdaptiveAvgPool2d) and "forward" not in vars(module):
+            wanted: Any = module.output_size
             height, width = (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
             if (height, width) != (1, 1):
-                return pooled(args[0] if args else options["input"], height, width)
-        return func(*args, **options)
+                vars(module)["forward"] = partial(pooled, height=height, width=width)
+                changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del vars(module)["forward"]
 
 
 def pooled(x: Tensor, height: int | None, width: int | None) -> Tensor:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..common.errors import SettingsError
 from .onnx_outputs import HEADS, INPUT, Called
 from .onnx_package import exporting_program, needed
-from .onnx_pooling import PoolByProducts
+from .onnx_pooling import by_products
 
 OPSET = 18
 LOWEST_OPSET = 13
@@ -31,6 +32,7 @@ LOWEST_OPSET = 13
 TORCHSCRIPT, DYNAMO = "torchscript", "dynamo"
 FREE, BATCH, FIXED = "free", "batch", "fixed"
 """What of the images' shape stays free: batch, height and width; the batch; nothing."""
+TORCH = Path(torch.__file__).parent
 NET = "net."
 """Before the names of the network's tensors in the module that is exported."""
 
@@ -42,7 +44,8 @@ class Skeleton:
     Attributes:
         graph: the ONNX model; its inputs are the images, and the network's tensors under their names.
         heads: what is not among its outputs: values of a detector's heads, as outputs that can be added.
-        doubts: what the exporter said of Python code that looked at values while it was traced.
+        doubts: where Python code, other than torch's own checks of its arguments, looked at values while it was traced:
+            the graph follows what it did then.
     """
 
     graph: Any
@@ -71,13 +74,17 @@ def skeleton(called: Called, images: Tensor, free: str, exporter: str, opset: in
     with warnings.catch_warnings(record=True) as seen, _quiet(said), _slow_attention():
         warnings.simplefilter("always")
         try:
-            with torch.no_grad(), PoolByProducts():
+            with torch.no_grad(), by_products(called):
                 graph = export()
         except SettingsError:
             raise
         except Exception as error:  # what an exporter or a user's own code raises
             raise SettingsError(f"the network cannot be written as ONNX (opset {opset}): {reason(error)}") from error
-    doubts = tuple(str(one.message) for one in seen if issubclass(one.category, torch.jit.TracerWarning))
+    doubts = tuple(
+        f"{Path(one.filename).name}, line {one.lineno}"
+        for one in seen
+        if issubclass(one.category, torch.jit.TracerWarning) and TORCH not in Path(one.filename).parents
+    )
     outputs = list(graph.graph.output)
     heads = tuple(one for one in outputs if one.name.startswith(f"{HEADS}."))
     del graph.graph.output[:]
@@ -180,8 +187,9 @@ def _exported(called: Called, images: Tensor, axes: dict[str, dict[int, str]], o
 
 def _named_as_the_network(graph: Any) -> Any:
     """The network's tensors under the names that they have in its state dict; in place."""
-    renamed = {one.name: one.name.removeprefix(NET) for one in graph.graph.input if one.name.startswith(NET)}
-    rename(graph.graph, renamed)
+    values = [one.name for one in graph.graph.input]
+    values += [name for node in graph.graph.node if node.op_type == "Identity" for name in node.output]  # equal tensors
+    rename(graph.graph, {name: name.removeprefix(NET) for name in values if name.startswith(NET)})
     return graph
 
 

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import RunError
+from ..common.errors import RunError, SettingsError
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.placing import dense_name
 from .onnx_package import needed
 from .onnx_trace import rename
+
+LARGEST = (1 << 31) - (1 << 24)
+"""Bytes of the tensors in an ONNX file, whose whole is limited to 2 GB by protobuf."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,27 @@ def fill(graph: Any, tensors: Mapping[str, Tensor], quantized: nn.Module | None)
     graph.graph.node.extend([*nodes, *old])
     needed().checker.check_model(graph)
     own = [name for name in layers if same.get(name, name) == name]
-    coded = tuple(name for name in own if name in wanted)
+    made = wanted | {name for node in old if node.op_type == "Identity" for name in node.output}  # equal to another
+    coded = tuple(name for name in own if name in made)
     if layers and not coded:
         raise RunError("the ONNX graph uses none of the quantized weights; write the dense graph instead (--dense)")
-    return Filled(coded=coded, unused=tuple(name for name in own if name not in wanted))
+    return Filled(coded=coded, unused=tuple(name for name in own if name not in made))
+
+
+def check_size(tensors: Mapping[str, Tensor], quantized: nn.Module | None) -> None:
+    """See that the tensors fit into one file.
+
+    Raises:
+        SettingsError: they do not.
+    """
+    layers = {} if quantized is None else _by_name(quantized)
+    size = sum(one.numel() * one.element_size() for name, one in tensors.items() if name not in layers)
+    size += sum(layer.codes_matrix.numel() * _code_type(layer.k).itemsize for layer in layers.values())
+    if size > LARGEST:
+        advice = "leave --dense out: codes take less" if quantized is None else "quantize more of it"
+        raise SettingsError(
+            f"the ONNX file would have {size:,} bytes, and the format has at most {LARGEST:,}; {advice}"
+        )
 
 
 def decoding(graph: Any, name: str, layer: QuantizedLayer) -> list[Any]:
@@ -146,6 +166,11 @@ def _stored(tensor: Tensor, name: str) -> Any:
     return needed().numpy_helper.from_array(values.numpy(), name)
 
 
+def _code_type(k: int) -> np.dtype[Any]:
+    """The narrowest type of ONNX that holds codes below k."""
+    return np.dtype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)
+
+
 def _narrow(codes: Tensor, k: int) -> np.ndarray[Any, Any]:
     """Codes (R*m,), along outputs (R/d, values of a row), in the narrowest type of ONNX that holds them."""
-    return codes.cpu().numpy().astype(np.uint8 if k <= 1 << 8 else np.uint16 if k <= 1 << 16 else np.int32)
+    return codes.cpu().numpy().astype(_code_type(k))

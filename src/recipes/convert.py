@@ -217,9 +217,9 @@ def _write_onnx(file: OpenModelFile, target: Path, options: ConvertOptions) -> N
     made = write_onnx(_dequantized(file), coded, target, how, about)
     side, kept = options.image_size, made.why_not_free
     if made.free != FREE:
-        batch = "any number of" if made.free == BATCH else "one"
+        batch = "any number of images" if made.free == BATCH and file.architecture.task != "detection" else "one image"
         why = f": {kept}" if kept else ""
-        note(f"the file takes {batch} images of {side} x {side} pixels only (--image_size N sets another size){why}")
+        note(f"the file takes {batch} of {side} x {side} pixels only (--image_size N sets another size){why}")
     if made.filled.unused:
         names = ", ".join(made.filled.unused)
         note(f"left out, because evaluation does not use them: {names}")

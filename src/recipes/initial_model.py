@@ -14,10 +14,10 @@ from ..architectures.named import canonical
 from ..architectures.structure import without_weights
 from ..common.errors import CheckpointError, PlanError, SettingsError
 from ..common.log import log, note
-from ..compression.quantize.decoding import check_decode, set_decode
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.weights import SUFFIX
 from ..model_files.compression_report import known_of_run
+from ..model_files.decoding import check_decode, set_decode
 from ..model_files.norms import TRAINING_VECTORS
 from ..model_files.open_model_file import ModelFile, architecture_of, build_network, read_model_file, state_for
 from ..model_files.packed import ModelInfo, PackedFile

@@ -199,13 +199,13 @@ class Agent:
 
 
 @contextlib.contextmanager
-def agent(arguments: Sequence[str], log: Path) -> Iterator[Agent]:
+def agent(arguments: Sequence[str], log: Path, extra: Mapping[str, str] | None = None) -> Iterator[Agent]:
     """`torchrun ARGUMENTS` of this Python; nothing of it is left afterwards."""
     mark = uuid.uuid4().hex
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *arguments],
-            cwd=ROOT, env=environment({MARK: mark}), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            cwd=ROOT, env=environment({**(extra or {}), MARK: mark}), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
         )  # fmt: skip
     started = Agent(process, mark, log)
     try:

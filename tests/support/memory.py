@@ -78,7 +78,29 @@ def read_files(*names: str) -> int:
     return grown(read)
 
 
-JOBS = {job.__name__: job for job in (cluster_a_layer, quantize_a_layer, read_files)}
+def evaluate_large_layers(decode: str) -> int:
+    """A pass through sixteen linear layers of 4 MB, with random codes."""
+    import torch
+    from torch import nn
+
+    from src.common.randomness import stream
+    from src.model_files.decoding import set_decode
+    from tests.support.helpers import quantized_layer
+
+    parts = [quantized_layer(nn.Linear(1024, 1024, device="meta"), 8, 256).to_empty(device="cpu") for _ in range(16)]
+    for part in parts:
+        draw = stream(0, "codes")
+        codes = torch.randint(256, (1024 * 128,), generator=draw)
+        part.set_codes(torch.randn(256, 8, generator=draw) / 32, codes)
+        nn.init.zeros_(part.bias)
+    model, x = set_decode(nn.Sequential(*parts).eval(), decode), torch.ones(1, 1024)
+    with torch.no_grad():
+        parts[0](x)  # what is loaded once does not count
+        parts[0].forget()
+        return grown(lambda: model(x))
+
+
+JOBS = {job.__name__: job for job in (cluster_a_layer, quantize_a_layer, read_files, evaluate_large_layers)}
 
 
 def in_a_process_of_its_own(job: Callable[..., int], *arguments: object) -> int:

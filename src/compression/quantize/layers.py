@@ -38,7 +38,7 @@ class QuantizedLayer(nn.Module):
         codes_matrix: buffer (R, m) int32, values below k.
         codebook_scale: buffer () float32, a power of two: what files divide the codebook by; only where they do.
         codebook_bits: of a value of the codebook in files, 16 or 8 (`stored_codebook`).
-        keeps_weight: whether the dequantized weight is kept in evaluation (`decoding`).
+        keeps_weight: whether the dequantized weight is kept in evaluation.
         weight_shape: shape of the dequantized weight.
         layout: along what its subvectors run, "input" or "output".
         quantized_kind: the type of the dense module, with the parameter's name where that is not `weight`.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from ...common.compiler import check_compiler
-from ...common.errors import SettingsError
-from .layers import QuantizedLayer
+from ..architectures.detector_outputs import is_detector
+from ..common.compiler import check_compiler
+from ..common.errors import SettingsError
+from ..compression.quantize.layers import QuantizedLayer
 
 Decode = Literal["kept", "each_forward", "compiled"]
 """kept: each weight is decoded once and kept, as large as the dense one. each_forward: a weight is decoded when its
 module runs and given up after that, so that codebooks, codes and the weight of one module are all that is held.
-compiled: torch.compile puts the decoding into the network's graph, which keeps no weight either."""
+compiled: torch.compile puts the decoding into the network's graph, which keeps no weight either; of torchvision's
+detectors the backbone is compiled, and the rest decodes as with each_forward."""
 
 
 def check_decode(decode: str, device: torch.device | str, key: str = "decode") -> None:
@@ -49,5 +51,7 @@ def set_decode(model: nn.Module, decode: Decode) -> nn.Module:
             module.keeps_weight = decode == "kept"
             module.forget()
     if decode == "compiled":
-        model.compile()
+        # which boxes a detector goes on with depends on values, and no graph holds that
+        part: Any = model.backbone if is_detector(model) else model
+        part.compile()
     return model
