@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from src.common.errors import SettingsError
-from src.common.paths import check_name, remove_half_written, temporary_name, write_atomically, write_text
+from src.common.errors import RunError, SettingsError
+from src.common.paths import (
+    check_name,
+    remove_half_written,
+    temporary_name,
+    write_atomically,
+    write_folder_atomically,
+    write_text,
+)
 from src.model_files.safetensors_file import read_container, write_container
 
 LETTERS = ["x", "é", "模"]
@@ -60,3 +68,28 @@ def test_names_that_can_be_are_not_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("file", "new", "new/below", "file/below", "x" * 255, "ä b\n"):
         check_name(tmp_path / name)
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "here" / "folder"
+
+    def good(folder: Path) -> None:
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text("new")
+
+    def bad(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match="no space left on the disk; nothing was left behind"):
+        write_folder_atomically(place, bad)
+    assert not list(place.parent.iterdir())
+    for _ in range(2):
+        write_folder_atomically(place, good)
+        (place / "more").write_text("of the one that is replaced")
+    with pytest.raises(RunError, match="the previous folder is unchanged"):
+        write_folder_atomically(place, bad)
+    assert (place / "more").exists()
+    write_folder_atomically(place, good)
+    assert [str(path.relative_to(place)) for path in sorted(place.rglob("*"))] == ["below", "below/file"]
+    assert [path.name for path in place.parent.iterdir()] == ["folder"]
