@@ -20,7 +20,7 @@ from tests.support.showing import validation_transform
 
 PAGE = ROOT / "examples" / "browser"
 DIGITS = ROOT / "compressed_models" / "digits_resnet18.pth"
-EXACT = 1e-3
+EXACT = 1e-4
 """Of the largest logit: the browser sees the very same bytes."""
 DECODED = 0.1
 """The same for JPEGs, which browsers may decode to bytes that differ by a few steps."""

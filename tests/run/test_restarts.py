@@ -4,6 +4,7 @@ run: nobody has to say so."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -18,14 +19,17 @@ from src import train_resnet
 from src.common.errors import SettingsError
 from src.engines.launch import restarts
 from tests.conftest import ROOT, write_images
-from tests.run.test_resume import SMALL, half_a_run, one_thread  # noqa: F401 (a fixture of every test here too)
+from tests.run.test_resume import SMALL, half_a_run
 from tests.run.test_resume_processes import arguments
-from tests.support.killing import digest, newest
-from tests.support.launching import agent, environment, free_port, need
+from tests.support.coco import small_coco
+from tests.support.killing import count, digest, newest
+from tests.support.launching import agent, environment, free_port, launch, need
 from tests.support.patience import PATIENCE
 from tests.test_entries import paths, refused
+from tests.test_maskrcnn_entries import QUICK
+from tests.test_maskrcnn_entries import paths as coco_paths
 
-pytestmark = pytest.mark.timeout(2 * PATIENCE)
+pytestmark = [pytest.mark.timeout(2 * PATIENCE), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize(
@@ -201,3 +205,30 @@ def test_machines_that_leave_and_come(small_images: Path, tmp_path: Path) -> Non
     assert train_resnet.main(alone) == 0
     history = json.loads((output / "results.json").read_text())["history"]
     assert sorted(map(int, history)) == list(range(epochs + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["calibration", "detection"])
+def test_a_calibration_and_a_detector_go_on_too(job: str, small_images: Path, tmp_path: Path) -> None:
+    """The first process is killed while the network is calibrated, or a Mask R-CNN trained."""
+    need("torchrun")
+    outputs = [tmp_path / name for name in ("whole", "lost")]
+    if job == "detection":
+        coco = small_coco(tmp_path / "coco")
+        given = ["-m", "src.train_maskrcnn", *QUICK, "--epochs", "1", "--dataloader.batch_size", "1"]
+        each = [[*given, "--checkpoint_every_n_steps", "1", *coco_paths(coco, output)] for output in outputs]
+        pattern, enough = "resume/checkpoint-*.safetensors", 2
+    else:
+        calibrated = ["--calibration.use", "True", "--calibration.count", "16", "--epochs", "1"]
+        each = [["-m", "src.train_resnet", *arguments(small_images, output, *calibrated)] for output in outputs]
+        pattern, enough = "resume/calibration/*.safetensors", 5
+    finished = launch("torchrun", each[0])
+    assert finished.status == 0, finished.text
+    start = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "--max-restarts", "3"]
+    with agent([*start, *each[1]], tmp_path / "lost.log") as lost:
+        lost.wait_for(lambda: count(outputs[1], pattern) >= enough)
+        os.kill(lost.ranks[0], signal.SIGKILL)
+        assert lost.process.wait() == 0, lost.text
+        assert "(restart 1 of 3): they go on with the run" in lost.text
+    digests = [digest(output) for output in outputs]
+    assert digests[0] == digests[1]

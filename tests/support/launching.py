@@ -183,6 +183,16 @@ class Agent:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    @property
+    def ranks(self) -> dict[int, int]:
+        """The numbers of its living processes by rank."""
+        found = {}
+        for number in marked(self.mark):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                variables = Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+                found |= {int(text[5:]): number for text in variables if text.startswith(b"RANK=")}
+        return found
+
     def wait_for(self, when: Callable[[], bool]) -> None:
         """Until it comes true, which it must before the agent ends."""
         deadline = time.monotonic() + PATIENCE
