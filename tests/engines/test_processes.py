@@ -259,12 +259,13 @@ def test_a_launched_run_is_that_of_one_process_at_the_scaled_learning_rate(
 
 
 def test_only_the_first_process_writes_and_prints(launched: tuple[str, Path, Finished], run_alone: Path) -> None:
-    _, output, finished = launched
+    engine, output, finished = launched
     names = [
-        sorted(str(path.relative_to(place)) for path in place.rglob("*") if "events" not in path.name)
+        {str(path.relative_to(place)) for path in place.rglob("*") if "events" not in path.name}
         for place in (output, run_alone)
     ]
-    assert names[0] == names[1]
+    assert names[0] - names[1] == ({".launch"} if engine == "torchrun" else set())  # for processes that it restarts
+    assert names[1] <= names[0]
     assert len(list((output / "tensorboard").iterdir())) == 1
     for line in (
         "permute: ",
