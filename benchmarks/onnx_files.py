@@ -136,11 +136,11 @@ def measure(name: str) -> Row:
     """Quantize and write one network."""
     torch.manual_seed(SEED)
     architecture = find(name)
-    dense = architecture.build(architecture.n_classes)
+    dense, side = _built(architecture)
     row = Row(name=name, task=architecture.task, parameters=sum(p.numel() for p in dense.parameters()))
     model = quantized_at_random(dense)
     dense = dense_again(copy.deepcopy(model)).eval()
-    row.side = _side(dense, architecture)
+    row.side = _side(dense, architecture, side)
     settle(dense, model, SETTLING if row.side in SIDES else row.side)
     if architecture.task != "detection":
         row.largest = float(dense_outputs(dense, row.side).abs().max())
@@ -162,8 +162,20 @@ def dense_outputs(dense: nn.Module, side: int) -> Tensor:
     return Called(dense)(torch.randn(2, 3, side, side, generator=stream(SEED, "look")))[0]
 
 
+def _built(architecture: Architecture) -> tuple[nn.Module, int]:
+    """The dense network, and the size of images that it is made for: torchvision's vision transformers for few
+    patches, which their graphs do not show."""
+    from torchvision import models
+
+    short = architecture.name.removeprefix("torchvision:")
+    if not short.startswith("vit_"):
+        return architecture.build(architecture.n_classes), architecture.image_size
+    side = 224 if short.endswith("_32") else 112
+    return models.get_model(short, weights=None, image_size=side), side
+
+
 @torch.no_grad()
-def _side(dense: nn.Module, architecture: Architecture) -> int:
+def _side(dense: nn.Module, architecture: Architecture, made_for: int) -> int:
     if architecture.task == "detection":
         return SIDES[0]
     for side in SIDES:
@@ -172,7 +184,7 @@ def _side(dense: nn.Module, architecture: Architecture) -> int:
         except (RuntimeError, AssertionError, ValueError):
             continue
         return side
-    return architecture.image_size
+    return made_for
 
 
 def relative(row: Row) -> float:
