@@ -121,7 +121,11 @@ def refused(finished: Finished, *words: str) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "asked"),
-    [("torchrun", "horovod"), ("horovod", "torchrun"), pytest.param("torchrun", "single", marks=pytest.mark.slow)],
+    [
+        ("torchrun", "horovod"),
+        pytest.param("horovod", "torchrun", marks=pytest.mark.slow),
+        pytest.param("torchrun", "single", marks=pytest.mark.slow),
+    ],
 )
 def test_launched_under_one_engine_but_another_requested(engine: str, asked: str, images: Path, tmp_path: Path) -> None:
     finished = launch(engine, [*TRAIN, *where(images, tmp_path / "out"), "--engine", asked])

@@ -15,18 +15,9 @@ from tests.support.launching import ENGINES, launch
 from tests.support.patience import PATIENCE
 from tests.test_maskrcnn_entries import QUICK, SMALL, paths
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("one_thread")]
 
 SECONDS = PATIENCE
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the launched processes, so that sums are taken in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
@@ -86,6 +77,7 @@ def test_training_and_evaluation_are_those_of_one_process(engine: str, tmp_path:
     assert results["images"] == 3
 
 
+@pytest.mark.slow
 def test_too_few_images_and_a_missed_expectation_end_both_processes(tmp_path: Path) -> None:
     objects = [rectangle(1, 1, 1, [8, 8, 24, 20])]
     for split in ("train", "val"):

@@ -228,7 +228,7 @@ def run_alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=["torchrun", pytest.param("horovod", marks=pytest.mark.slow)])
 def launched(
     request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Finished]:

@@ -131,7 +131,11 @@ def test_a_launched_run_with_a_teacher_and_all_tools_resumes_exactly(small_image
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("torchrun", "horovod"), pytest.param("horovod", "torchrun", marks=pytest.mark.slow)]
+    ("first", "second"),
+    [
+        pytest.param("torchrun", "horovod", marks=pytest.mark.slow),
+        pytest.param("horovod", "torchrun", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_in_one_engine_resumes_in_another(
     first: str, second: str, small_images: Path, whole: Path, tmp_path: Path
