@@ -95,8 +95,7 @@ class Sized:
         text = f"block length and centroids of {len(found.layers)} weights are chosen for {self.budget}"
         if found.unit:
             text += " by what losing them changes"
-        for_other = self.budget.beside + self.budget.beside_scale * found.scales
-        beside = f", {for_other:,} bytes of a file for other things" if self.budget.size and for_other else ""
+        beside = _for_other(self.budget.beside + self.budget.beside_scale * found.scales)
         note = f"{text}: {outlook(found)}{beside} (as set: {outlook(self.tradeoff.of_settings())})"
         return replace(found.plan, notes=(*found.plan.notes, note))
 
@@ -126,7 +125,12 @@ class Sized:
         if best is None or best[0].plan.layers == plan.layers:
             return replace(plan, notes=())
         text = f"permuting took less of the {self.budget} than there was room for: now {outlook(best[0])}"
-        return replace(best[0].plan, notes=(f"{text}, {best[1]:,} bytes of a file for other things",))
+        return replace(best[0].plan, notes=(f"{text}{_for_other(best[1])}",))
+
+
+def _for_other(beside: int) -> str:
+    """What a file holds beside what its size counts; it may also hold norms in fewer bytes than are counted."""
+    return f", {beside:,} bytes of a file for other things" if beside > 0 else ""
 
 
 def sized_for(

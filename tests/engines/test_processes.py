@@ -26,7 +26,7 @@ from tests.support.worker import detection, exchanges, gradients, side_by_side, 
 from tests.tasks.test_detection import network as detector
 from tests.test_entries import scalars
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("one_thread")]
 
 SMALL = [
     *small_runs.training(batch=8, workers=0, sls=50, k_means=2),
@@ -42,15 +42,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "train", 3, 8, seed=0)
     write_images(root / "val", 3, 5, seed=1)
     return root
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the launched processes, so that sums are taken in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- laws, each under both engines ---
