@@ -146,11 +146,16 @@ def test_a_network_without_weights_has_the_same_shapes_and_its_tables() -> None:
             self.tied = nn.Linear(4, 4)
             self.tied.weight = self.linear.weight
             self.register_buffer("table", torch.arange(6), persistent=False)
+            places = torch.empty(6, dtype=torch.long)  # filled place by place, as LeViT's and Swin's are
+            for place in range(6):
+                places[place] = 5 - place
+            self.register_buffer("places", places, persistent=False)
 
     model = without_weights(WithTable)
     assert model.linear.weight.is_meta
     assert torch.equal(model.table, torch.arange(6))
     model = with_memory(model)
+    assert torch.equal(model.places, torch.arange(6).flip(0))
     assert not model.linear.weight.is_meta
     assert model.tied.weight is model.linear.weight
     model.linear.weight.data.zero_()
