@@ -69,6 +69,7 @@ def test_timm_models_are_found() -> None:
         find("timm:mobilnetv3_small_050")
 
 
+@pytest.mark.slow
 def test_pretrained_weights_of_timm_that_cannot_be_had_are_one_message() -> None:
     timm = pytest.importorskip("timm")
     published = {name.partition(".")[0] for name in timm.list_pretrained()}

@@ -219,6 +219,7 @@ def test_output_folder_not_shared(images: Path, tmp_path: Path) -> None:
     assert not (folders[1] / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_images_on_another_machine(tmp_path: Path) -> None:
     folders = [tmp_path / "machine0", tmp_path / "machine1"]
     for folder, each in zip(folders, (2, 3), strict=True):

@@ -301,7 +301,7 @@ def test_a_launched_evaluation_gives_the_figures_of_one_process(
 # --- how a failure ends ---
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["torchrun", pytest.param("horovod", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("how", "words"),
     [

@@ -12,7 +12,7 @@ from tests.support.launching import launch
 from tests.support.wrapped import inputs, network, trained
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_a_quantized_network_as_one_does(how: str, tmp_path: Path) -> None:
     if how == "fsdp" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
         pytest.skip("torch's own fully_shard does not run on CPUs before version 2.7")

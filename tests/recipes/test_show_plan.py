@@ -56,7 +56,7 @@ def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: py
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("size", [300_000, 400_001])
+@pytest.mark.parametrize("size", [pytest.param(300_000, marks=pytest.mark.slow), 400_001])
 def test_a_file_is_hardly_smaller_than_the_wanted_size_and_never_larger(size: int, tmp_path: Path) -> None:
     """Some of the codebooks have 8-bit values, whose scales need places of their own; few groups are permuted here, and
     the room that was left for all of them is given back."""

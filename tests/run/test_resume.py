@@ -109,7 +109,7 @@ def half_a_run(images: Path, output: Path, *flags: str) -> None:
 # --- the law ---
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(0, 6), pytest.param(1, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "kills"), [(0, 4), pytest.param(1, 60, marks=pytest.mark.slow)])
 def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(seed: int, kills: int, tmp_path: Path) -> None:
     """Kills, spread over search, clustering, training, validation and the middle of writing files."""
     images = tmp_path / "images"
@@ -269,7 +269,9 @@ def test_a_network_with_values_that_are_no_numbers_is_not_kept() -> None:
 # --- signals ---
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     number: signal.Signals,
     status: int,
@@ -948,6 +950,7 @@ int gettimeofday(struct timeval *at, void *zone) {
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(small_images: Path, whole: Path, tmp_path: Path) -> None:
     """A day back in the middle of the training, which is then stopped; it resumes from the newest checkpoint, not from the
     newest date."""
