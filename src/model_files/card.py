@@ -60,8 +60,8 @@ def card(found: Inspection, about: About) -> str:
         f"---\n{_header(about)}---",
         MARK,
         f"# {name}",
-        f"`{found.info.arch or found.architecture}`, made {found.size.ratio:.1f} times smaller by product quantization of its "
-        "weights ([Permute, Quantize, and Fine-tune](https://arxiv.org/abs/2010.15703)).",
+        f"`{found.info.arch or found.architecture}`, made {found.size.ratio:.1f} times smaller by product quantization "
+        "of its weights ([Permute, Quantize, and Fine-tune](https://arxiv.org/abs/2010.15703)).",
         _size(found),
         _measured(found.info.metric),
         _use(found, about),
