@@ -33,7 +33,7 @@ from .compression.quantize.dequantize import dense_again
 from .compression.quantize.layers import QuantizedLayer
 from .compression.quantize.plan import Plan, make_plan
 from .compression.quantize.replaced import mark_replaced
-from .model_files.beside import with_beside, with_room
+from .model_files.beside import LikelyFile, with_beside, with_room
 from .model_files.building import fill
 from .model_files.compression_report import applied
 from .model_files.decoding import Decode, check_decode, set_decode
@@ -270,10 +270,10 @@ def _likely_file(
     found: Sequence[AnyGroup],
     reshapes: Mapping[str, tuple[int, ...]],
     calibrated: bool,
-) -> ModelInfo:
+) -> LikelyFile:
     """About what a file of the network will say."""
     likely = replace(known, arch=LIKELY_NAME)
-    return with_room(likely, model, plan, found, reshapes, calibrated=calibrated, n_figures=FIGURES)
+    return with_room(likely, model, plan, found, reshapes, calibrated=calibrated, n_figures=FIGURES, trained=False)
 
 
 def _outputs_lost(found: Calibration | None) -> dict[str, float] | None:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..common.randomness import stream
 from ..compression.permute.binding import AnyGroup, bind
 from ..compression.permute.permute import GroupResult
 from ..compression.quantize.budget.wanted import Budget
@@ -23,10 +24,26 @@ from .metadata import ModelInfo
 from .packed import save_packed
 from .size import model_size
 
-LONG = 1 / 3
-"""A number with as many digits as any."""
+LONG, SHARE = 1 / 3, 1.23e-05
+"""A figure and a share of what is lost that take as many characters in a file as any."""
 SCALE_ENTRY = len('".codebook_scale":{"dtype":"F32","shape":[],"data_offsets":[,]},')
 """Bytes of a scale's entry in the header of a file, beside the weight's name and the two places."""
+
+MOVED, CHANNELS_PER_BYTE = 0.1, 8
+"""How far norms are moved to see how many bytes they take then, and for how many channels one more is left."""
+
+
+@dataclass(frozen=True)
+class LikelyFile:
+    """A file that is not written yet.
+
+    Attributes:
+        info: what it will say, with numbers in the place of those that are not known.
+        norms_move: whether batch norms will have changed by then.
+    """
+
+    info: ModelInfo
+    norms_move: bool
 
 
 def with_room(
@@ -38,7 +55,8 @@ def with_room(
     *,
     calibrated: bool,
     n_figures: int,
-) -> ModelInfo:
+    trained: bool,
+) -> LikelyFile:
     """What a file will say, with numbers in the place of those that are not known before a network is compressed.
 
     Args:
@@ -49,21 +67,23 @@ def with_room(
         reshapes: of flattened layers, by name.
         calibrated: whether the network will be calibrated: then the file says what its weights' outputs lost.
         n_figures: of a validation, that the file will hold at most.
+        trained: whether it will be trained before it is written.
 
     Raises:
         GroupError: a group does not fit.
     """
     permuted = [GroupResult(one.label, (), 0.0, 0.0, torch.arange(one.width)) for one in bind(model, groups, reshapes)]
-    return replace(
+    info = replace(
         info,
         permutations=applied(groups, permuted, reshapes),
         metric={f"figure {number:02}": LONG for number in range(n_figures)},
-        outputs_lost=dict.fromkeys(plan.layers, LONG) if calibrated else None,
+        outputs_lost=dict.fromkeys(plan.layers, SHARE) if calibrated else None,
     )
+    return LikelyFile(info, norms_move=calibrated or trained)
 
 
 @torch.no_grad()
-def bytes_beside(model: nn.Module, plan: Plan, info: ModelInfo) -> int:
+def bytes_beside(model: nn.Module, plan: Plan, file: LikelyFile) -> int:
     """Bytes of a packed file of the network that its size does not count.
 
     A file is written with all weights quantized, with zeros in the place of values.
@@ -71,26 +91,45 @@ def bytes_beside(model: nn.Module, plan: Plan, info: ModelInfo) -> int:
     Args:
         model: the dense network; it is copied, not changed.
         plan: what does not count hardly depends on its d and k.
-        info: what the file will say.
+        file: what is known of it.
     """
     quantized = build_quantized(copy.deepcopy(model), with_scales(model, plan))
     for layer in quantized_layers(quantized, plan.layers).values():
         layer.codebook.zero_()
         layer.codes_matrix.zero_()
+    n_channels = _move_norms(quantized) if file.norms_move else 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_packed(quantized, path, info)
-        return path.stat().st_size - model_size(quantized).bits // 8
+        save_packed(quantized, path, file.info)
+        return path.stat().st_size - model_size(quantized).bits // 8 + -(-n_channels // CHANNELS_PER_BYTE)
 
 
-def with_beside(budget: Budget | None, model: nn.Module, plan: Plan, info: ModelInfo) -> Budget | None:
+def _move_norms(model: nn.Module) -> int:
+    """Change the batch norms a little, as calibrating and training do, in place; returns how many channels they have.
+
+    Files hold norms compressed, those of a network that was never trained in hardly any bytes.
+    """
+    draw, n_channels = stream(0, "norms that move"), 0
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    noise = MOVED * torch.randn(tensor.shape, generator=draw).to(tensor)
+                    by_factor = name in ("weight", "running_var")
+                    spread = tensor.std(correction=0).clamp(min=MOVED)
+                    tensor.copy_(tensor * noise.exp() if by_factor else tensor + spread * noise)
+            n_channels += module.num_features
+    return n_channels
+
+
+def with_beside(budget: Budget | None, model: nn.Module, plan: Plan, file: LikelyFile) -> Budget | None:
     """A budget that knows what a packed file of the network needs beside what counts; a ratio is of what counts.
 
     Args:
         budget: what is wanted; None: nothing.
-        model, plan, info: as for `bytes_beside`.
+        model, plan, file: as for `bytes_beside`.
     """
     if budget is None or budget.size is None:
         return budget
     entry = SCALE_ENTRY + 2 * len(str(budget.size)) + max((len(name.encode()) for name in plan.layers), default=0)
-    return replace(budget, beside=bytes_beside(model, plan, info), beside_scale=entry)
+    return replace(budget, beside=bytes_beside(model, plan, file), beside_scale=entry)

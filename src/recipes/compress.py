@@ -20,7 +20,7 @@ from ..compression.quantize.budget.wanted import Budget
 from ..compression.quantize.compress import build_quantized, candidate_distortion, check_weights, compress
 from ..compression.quantize.plan import Plan, make_plan
 from ..compression.quantize.sixteen_bits import WORTH_A_NOTE
-from ..model_files.beside import with_beside, with_room
+from ..model_files.beside import LikelyFile, with_beside, with_room
 from ..model_files.compression_report import FILE_NAME, applied, read_settings, report_text
 from ..model_files.metadata import ModelInfo
 from ..run.calibrated import calibrated
@@ -141,7 +141,7 @@ def _wanted(
     groups: Sequence[AnyGroup],
     calibrated: bool,
     trained: bool,
-) -> tuple[Budget | None, ModelInfo | None]:
+) -> tuple[Budget | None, LikelyFile | None]:
     """What is wanted, and where that is a size, what a file of it will say."""
     wanted = budget_of(settings.compression, KEYS)
     if wanted is None or wanted.size is None:
@@ -153,7 +153,7 @@ def _wanted(
         producer=PRODUCER,
     )
     reshapes, n_figures = search_spec(settings, architecture).reshapes, FIGURES[architecture.task] if trained else 0
-    file = with_room(known, model, plan, groups, reshapes, calibrated=calibrated, n_figures=n_figures)
+    file = with_room(known, model, plan, groups, reshapes, calibrated=calibrated, n_figures=n_figures, trained=trained)
     return with_beside(wanted, model, plan, file), file
 
 

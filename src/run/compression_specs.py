@@ -19,8 +19,8 @@ from ..compression.quantize.budget.tradeoff import Tradeoff, measure
 from ..compression.quantize.budget.wanted import Budget, megabytes
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
 from ..compression.quantize.subvector_size import BlockRule
-from ..model_files.beside import bytes_beside
-from ..model_files.metadata import AppliedPermutation, ModelInfo
+from ..model_files.beside import LikelyFile, bytes_beside
+from ..model_files.metadata import AppliedPermutation
 from ..model_files.size import model_size
 from ..settings import BudgetSettings, ModelSettings
 
@@ -77,13 +77,12 @@ class Sized:
     Attributes:
         budget: the wanted size; the network can have it.
         tradeoff: of the network.
-        file: what a file of that size will say, with numbers in the place of those that are not known yet; None: a file
-            is not spoken of.
+        file: what is known of a file of that size; None: a file is not spoken of.
     """
 
     budget: Budget
     tradeoff: Tradeoff
-    file: ModelInfo | None = None
+    file: LikelyFile | None = None
 
     def by(self, losses: Losses) -> Sized:
         """The same with other losses."""
@@ -112,7 +111,8 @@ class Sized:
         size, best = self.budget.size, None
         if self.file is None or size is None:
             return replace(plan, notes=())
-        file, budget = replace(self.file, permutations=permutations), self.budget
+        info, budget = replace(self.file.info, permutations=permutations), self.budget
+        file = replace(self.file, info=info)
         for _ in range(TRIES):
             found = self.tradeoff.plan_for(budget, plan)
             beside = bytes_beside(model, found.plan, file)
@@ -139,7 +139,7 @@ def sized_for(
     budget: Budget | None,
     seed: int,
     *,
-    file: ModelInfo | None = None,
+    file: LikelyFile | None = None,
     show_progress: bool = True,
 ) -> tuple[Plan, Sized | None]:
     """How every weight of a dense network is quantized: as the settings say, or so that it has the wanted size and
@@ -150,7 +150,7 @@ def sized_for(
         spec: what the settings say.
         budget: the wanted size.
         seed: of all random choices.
-        file: what a file of that size will say, see `Sized`.
+        file: what is known of a file of that size.
         show_progress: show a progress bar.
 
     Raises:
@@ -166,7 +166,7 @@ def sized_by_inputs(
     model: nn.Module,
     spec: QuantizationSpec,
     budget: Budget | None,
-    file: ModelInfo,
+    file: LikelyFile,
     inputs: Sequence[Any] | None,
     *,
     seed: int,
