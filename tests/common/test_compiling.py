@@ -96,6 +96,7 @@ def test_a_numba_that_does_not_compile_is_a_note(expected: list[Any]) -> None:
     assert any(note.startswith("note: numba does not compile here (") for note in notes)
 
 
+@pytest.mark.slow
 def test_no_folder_for_the_cache_is_a_note(expected: list[Any]) -> None:
     found, notes = computed("from numba.core import caching\ncaching.CacheImpl._locator_classes = []")
     assert found == {"compiled": [True, True], "results": expected}

@@ -43,6 +43,7 @@ def test_a_classifier_is_not_mistaken_for_a_backbone_by_a_classifier(tmp_path):
     assert model.fc.out_features == 7
 
 
+@pytest.mark.slow
 def test_fewer_boxes_are_proposed_and_learned_from():
     model = build(11)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
