@@ -16,6 +16,7 @@ from src.compression.quantize.layers import QuantizedLayer
 from src.model_files.open_model_file import open_model_file
 from tests.conftest import ROOT
 from tests.support.own_network import Net
+from tests.support.words import Words
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 FAST = {"k": 16, "k_means_n_iters": 2, "show_progress": False}
@@ -148,17 +149,6 @@ def test_a_dense_copy_computes_the_same_and_is_of_the_same_classes(compressed: n
 
 
 def test_recurrent_and_tied_weights_become_dense_again() -> None:
-    class Words(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(32, 16)
-            self.lstm = nn.LSTM(16, 16, batch_first=True)
-            self.out = nn.Linear(16, 32, bias=False)
-            self.out.weight = self.embedding.weight
-
-        def forward(self, words: torch.Tensor) -> torch.Tensor:
-            return self.out(self.lstm(self.embedding(words))[0])
-
     torch.manual_seed(0)
     words = torch.randint(32, (2, 5))
     model, _ = pqf.compress(Words().eval(), words, **FAST)

@@ -42,3 +42,8 @@ class RunError(UserError):
 class LostContactError(RunError):
     """Another process of this run went away. Its own message says why; this one follows only if nobody ends this
     process first."""
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, in one short line."""
+    return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__

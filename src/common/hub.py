@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError, SettingsError
+from .errors import RunError, SettingsError, said
 from .paths import find
 
 HUB = "hf:"
@@ -170,11 +170,11 @@ def send(
             )
         except hub.errors.HFValidationError as error:
             raise SettingsError(
-                f"push_to_hub: {repository!r} is no name of a model on the hub: {_said(error)}"
+                f"push_to_hub: {repository!r} is no name of a model on the hub: {said(error)}"
             ) from error
         except Exception as error:
             raise RunError(
-                f"push_to_hub: {repository} was not sent: {_said(error)}. Log in with: hf auth login; what "
+                f"push_to_hub: {repository} was not sent: {said(error)}. Log in with: hf auth login; what "
                 "save_pretrained writes can be sent later"
             ) from error
     return str(sent)
@@ -204,7 +204,7 @@ def _refusal(
     errors = hub.errors
     where = f"{what}: {repository}@{access.revision}" if access.revision else f"{what}: {repository}"
     if isinstance(error, errors.HFValidationError):
-        return f"{where} is no name of a model on the Hugging Face hub: {_said(error)}"
+        return f"{where} is no name of a model on the Hugging Face hub: {said(error)}"
     if isinstance(error, errors.GatedRepoError):
         return f"{where}: its owner gives it to those who ask; ask on its page, then log in with: hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -216,7 +216,7 @@ def _refusal(
         return f"{where}: the model has no such branch, tag or commit"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         if unreachable is not None:
-            why = f"the hub cannot be reached ({_said(unreachable)})"
+            why = f"the hub cannot be reached ({said(unreachable)})"
         else:
             why = f"{'local_files_only' if access.offline else 'HF_HUB_OFFLINE'} is set"
         cache = access.cache or hub.constants.HF_HUB_CACHE
@@ -225,10 +225,5 @@ def _refusal(
         )
     if isinstance(error, errors.EntryNotFoundError):
         return f"{where} holds no file {file}; name the one that it holds: hf:{repository}/FILE"
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else _said(error)
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else said(error)
     return f"{where}: {file} cannot be fetched: {reason}"
-
-
-def _said(error: BaseException) -> str:
-    """What an exception says, in one short line."""
-    return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__

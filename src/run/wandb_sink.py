@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ..common.errors import SettingsError
+from ..common.errors import SettingsError, said
 from ..common.log import note
 from ..common.paths import write_text
 
@@ -112,7 +112,7 @@ class WandbSink:
                 raise SettingsError("nobody is logged in: wandb login")
             self._run = wandb.init(**about, settings=given)
         except Exception as error:  # of the network, the service, or its package
-            note(f"wandb_project: Weights & Biases is not reached ({_said(error)}); {self._kept()}")
+            note(f"wandb_project: Weights & Biases is not reached ({said(error)}); {self._kept()}")
             self._run = wandb.init(**about, mode="offline", settings=given)
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
@@ -134,7 +134,7 @@ class WandbSink:
         ending.start()
         ending.join(END_SECONDS)
         if ending.is_alive() or failed:
-            why = _said(failed[0]) if failed else f"that takes more than {END_SECONDS:g} seconds"
+            why = said(failed[0]) if failed else f"that takes more than {END_SECONDS:g} seconds"
             note(f"wandb_project: not everything was sent ({why}); {self._kept()}")
 
     def _kept(self) -> str:
@@ -148,15 +148,10 @@ class WandbSink:
             action(self._run)
         except Exception as error:  # of the network, the disk, or the package: figures are not worth a training
             self._works = False
-            note(f"wandb_project: no more figures go to Weights & Biases: {_said(error)}")
+            note(f"wandb_project: no more figures go to Weights & Biases: {said(error)}")
 
 
 def _package() -> Any:
     import wandb
 
     return wandb
-
-
-def _said(error: BaseException) -> str:
-    """What an exception says, in one short line."""
-    return " ".join(str(error).split())[:200].rstrip(". ") or type(error).__name__

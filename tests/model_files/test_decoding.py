@@ -24,24 +24,11 @@ from tests.support.launching import environment
 from tests.support.memory import evaluate_large_layers, in_a_process_of_its_own
 from tests.support.own_network import Net
 from tests.support.patience import PATIENCE
+from tests.support.words import Words
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 WORDS = torch.arange(12).view(2, 6)
 FAST = {"k": 16, "k_means_type": "kmeans", "k_means_n_iters": 2, "use_permutations": False, "show_progress": False}
-
-
-class Words(nn.Module):
-    """An embedding that is tied to the last layer, and a recurrent layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(32, 16)
-        self.lstm = nn.LSTM(16, 16, batch_first=True)
-        self.out = nn.Linear(16, 32, bias=False)
-        self.out.weight = self.embedding.weight
-
-    def forward(self, words: Tensor) -> Tensor:
-        return self.out(self.lstm(self.embedding(words))[0])
 
 
 @cache
