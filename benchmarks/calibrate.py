@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from src.compression.permute.auto import groups_by_following
 from src.compression.permute.permute import SearchSpec, permute
-from src.compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
+from src.compression.quantize.budget.sensitivity import losses_by_inputs, some_inputs
 from src.compression.quantize.budget.tradeoff import Tradeoff
 from src.compression.quantize.budget.wanted import Budget
 from src.compression.quantize.calibrate.calibrate import calibrate
@@ -100,7 +100,7 @@ class Chooser:
         if self._tradeoff is None:
             started = time.process_time()
             tradeoff = tradeoff_of(self._model, self._spec, 0, show_progress=False)
-            losses = losses_by_inputs(self._model, tradeoff, first_inputs(self._photos), show_progress=False)
+            losses = losses_by_inputs(self._model, tradeoff, some_inputs(self._photos), show_progress=False)
             self._tradeoff = tradeoff.with_losses(losses)
             self.seconds = time.process_time() - started
         return self._tradeoff.plan_for(Budget(size=(_other_bits(self._model, plan) + bits) // 8)).plan

@@ -181,6 +181,15 @@ def remove_half_written(folder: Path) -> None:
             stray.unlink(missing_ok=True)
 
 
+def holds_something(path: Path) -> bool:
+    """Whether there is a file at `path`, or a folder with more in it than writers that were killed left."""
+    if not path.is_dir():
+        return path.exists()
+    return any(
+        not (found.name.startswith(".") and found.name.endswith(BINARY_TEMPORARY_SUFFIX)) for found in path.iterdir()
+    )
+
+
 def _disk_reason(error: Exception, path: Path) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "no space left on the disk"

@@ -39,8 +39,8 @@ def write_coreml(
         fit: give layers with more centroids than a package can hold fewer; they change in `model` too.
 
     Raises:
-        SettingsError: coremltools is missing.
-        RunError: the network cannot be converted, or the package not written.
+        SettingsError: coremltools is missing, or the network cannot be converted.
+        RunError: the package cannot be written.
     """
     check_installed()
     if fit and not dense:

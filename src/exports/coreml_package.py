@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..common.errors import RunError, SettingsError
+from ..common.errors import SettingsError
 from ..common.paths import write_folder_atomically
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.placing import dense_name
@@ -72,8 +72,8 @@ def exported_program(model: nn.Module, image_size: int) -> Program:
         image_size: side S of the images, which is fixed.
 
     Raises:
-        SettingsError: the package coremltools is missing.
-        RunError: the network has an operation that coremltools cannot convert, or values that are too large.
+        SettingsError: the package coremltools is missing, or the network has an operation that it cannot convert, or
+            values that are too large.
     """
     check_installed()
     _check_range(model)
@@ -87,7 +87,7 @@ def exported_program(model: nn.Module, image_size: int) -> Program:
             except Exception as error:  # of whatever type: converters of single operations raise what they like
                 where = [line.removeprefix("ERROR - ").rstrip(": ") for line in said if "converting" in line]
                 problems.append(": ".join([*where[-1:], first_line(error)]))
-    raise RunError(f"Core ML: coremltools cannot convert this network: {problems[0]}")
+    raise SettingsError(f"Core ML: coremltools cannot convert this network: {problems[0]}")
 
 
 def put_codes(program: Program, quantized: nn.Module) -> dict[str, str]:
@@ -135,7 +135,8 @@ def write_package(program: Program, path: Path, about: Mapping[str, str]) -> Non
         about: metadata, `arch` and `weights` among it.
 
     Raises:
-        RunError: it cannot be written, or coremltools cannot finish the network.
+        SettingsError: coremltools cannot finish the network.
+        RunError: it cannot be written.
     """
 
     def write(temporary: Path) -> None:
@@ -198,7 +199,9 @@ def _finished(mil: Any) -> Any:
             skip_model_load=True,
         )
     except (ValueError, NotImplementedError, TypeError, AttributeError, KeyError) as error:
-        raise RunError(f"Core ML: coremltools cannot finish this network: {first_line(error)}; try --dense") from error
+        raise SettingsError(
+            f"Core ML: coremltools cannot finish this network: {first_line(error)}; try --dense"
+        ) from error
     except (RuntimeError, OSError) as error:
         folder = tempfile.gettempdir()
         if shutil.disk_usage(folder).free >= LITTLE:
@@ -212,7 +215,7 @@ def _check_range(model: nn.Module) -> None:
     largest = torch.finfo(torch.float16).max
     large = [name for name, parameter in model.named_parameters() if not bool((parameter.abs() <= largest).all())]
     if large:
-        raise RunError(
+        raise SettingsError(
             f"Core ML computes in 16-bit floats, and {', '.join(large[:8])} hold{'s' if len(large) == 1 else ''} "
             f"values above {largest:,.0f}, or that are not finite: the package was not written"
         )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import RunError, SettingsError
+from ..common.errors import SettingsError
 from ..compression.quantize.layers import QuantizedLayer
 from ..compression.quantize.placing import dense_name
 from .onnx_package import needed
@@ -49,7 +49,7 @@ def fill(graph: Any, tensors: Mapping[str, Tensor], quantized: nn.Module | None)
         quantized: the network with quantized layers, of the same names; None: all weights are written densely.
 
     Raises:
-        RunError: there are quantized weights, and the graph uses none of them.
+        SettingsError: there are quantized weights, and the graph uses none of them.
     """
     layers = {} if quantized is None else _by_name(quantized)
     same = _same_tensors(tensors, layers)
@@ -73,7 +73,9 @@ def fill(graph: Any, tensors: Mapping[str, Tensor], quantized: nn.Module | None)
     made = wanted | {name for node in old if node.op_type == "Identity" for name in node.output}  # equal to another
     coded = tuple(name for name in own if name in made)
     if layers and not coded:
-        raise RunError("the ONNX graph uses none of the quantized weights; write the dense graph instead (--dense)")
+        raise SettingsError(
+            "the ONNX graph uses none of the quantized weights; write the dense graph instead (--dense)"
+        )
     return Filled(coded=coded, unused=tuple(name for name in own if name not in made))
 
 

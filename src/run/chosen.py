@@ -19,7 +19,7 @@ from ..architectures.detector_outputs import batch_outputs
 from ..common.errors import PlanError
 from ..common.paths import write_text
 from ..compression.quantize.budget.loss import Losses
-from ..compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
+from ..compression.quantize.budget.sensitivity import losses_by_inputs, some_inputs
 from ..compression.quantize.budget.tradeoff import Tradeoff
 from ..compression.quantize.plan import LayerPlan, Plan
 from ..model_files.metadata import AppliedPermutation
@@ -47,7 +47,7 @@ def losses_by_photos(job: Job, tradeoff: Tradeoff, model: nn.Module, images: Seq
     return losses_by_inputs(
         model,
         tradeoff,
-        first_inputs(images, job.settings.compression.count),
+        some_inputs(images, job.settings.compression.count),
         outputs=batch_outputs,
         seed=job.settings.seed,
         device=engine.device,

@@ -14,7 +14,7 @@ from ..compression.permute.results import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
 from ..compression.quantize.budget.loss import Losses
 from ..compression.quantize.budget.prediction import Prediction
-from ..compression.quantize.budget.sensitivity import first_inputs, losses_by_inputs
+from ..compression.quantize.budget.sensitivity import losses_by_inputs, some_inputs
 from ..compression.quantize.budget.tradeoff import Tradeoff, measure
 from ..compression.quantize.budget.wanted import Budget, megabytes
 from ..compression.quantize.plan import Plan, QuantizationSpec, make_plan
@@ -124,7 +124,7 @@ class Sized:
             budget = replace(budget, beside=budget.beside - left)
         if best is None or best[0].plan.layers == plan.layers:
             return replace(plan, notes=())
-        text = f"permuting took less of the {self.budget} than there was room for: now {outlook(best[0])}"
+        text = f"chosen anew for {self.budget} once channels were permuted: {outlook(best[0])}"
         return replace(best[0].plan, notes=(f"{text}{_for_other(best[1])}",))
 
 
@@ -190,7 +190,7 @@ def sized_by_inputs(
     losses = losses_by_inputs(
         model,
         sized.tradeoff,
-        first_inputs(inputs),
+        some_inputs(inputs),
         outputs=batch_outputs,
         seed=seed,
         device=device,

@@ -104,9 +104,9 @@ class Run(Job):
             unreadable.update(stored.unreadable)
         if self.engine.is_main:
             self.resume.prepare_folder()
+            self.resume.start(self._fingerprint)
             self.recorder = self._recorder(resumed, save, metric_name)
             self._checkpoints.before_keeping = self.recorder.flush
-            self.resume.start(self._fingerprint)
         self.engine.barrier()
         return resumed
 

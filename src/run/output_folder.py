@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..common.errors import SettingsError
-from ..common.paths import remove_half_written
+from ..common.paths import holds_something, remove_half_written
 from .launched import Launched
 
 fcntl: Any
@@ -93,7 +93,7 @@ class OutputFolder:
             raise SettingsError(
                 f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
             ) from error
-        held = [name for name in files if (self.path / name).exists()]
+        held = [name for name in files if holds_something(self.path / name)]
         accepted = overwrite or self._launched.again or (may_resume and self.is_unfinished)
         if held and not accepted:
             self.close()

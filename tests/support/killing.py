@@ -1,9 +1,10 @@
 """Kills a training run with SIGKILL again and again and lets it resume: python -m tests.support.killing FOLDER IMAGES
 SEED LIVES.
 
-Prints JSON: what was going on at each kill, and a digest of everything that runs left, of the run that was never killed
-and of those that were. The runs are forked from this process, which has loaded torch but computed nothing, so that a
-life costs no import.
+Prints JSON: the moment of each kill, and a digest of everything that runs left, of the run that was never killed and of
+those that were. The runs are forked from this process, which has loaded torch but computed nothing, so that a life
+costs no import. A run kills itself, in the middle of writing a file or soon after it: so every moment comes, on a slow
+machine as on a fast one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import random
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,22 +34,75 @@ SMALL = [
     *("--epochs", "2", "--checkpoint_every_n_steps", "2", "--dataloader.crop_padding", "2"),
     *("--lr_scheduler.type", "cosine", "--log_every_n_steps", "1"),
 ]
-MOST_LIVES = 200
+MOST_CHAINS = 100
+A_CHAIN = 10
+"""Most kills of one run."""
+LATEST = 2.0
+"""Seconds after a file has its name that a run is killed at the latest."""
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """A run in a process of its own; returns its number."""
+@dataclass(frozen=True)
+class Moment:
+    """When a run gives `file` its name: between writing it and renaming it, or `later` seconds after that."""
+
+    file: str
+    later: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """What is being written then: a group, a layer, a checkpoint, a model, or what stands beside them."""
+        folder, name = os.path.split(self.file)
+        if folder == "resume":
+            return "checkpoint" if name.startswith("checkpoint-") else "state"
+        return {"resume/groups": "group", "resume/layers": "layer", "trained_models": "model"}.get(folder, "report")
+
+
+def start(arguments: list[str], run: Path, moment: Moment | None = None, names: Path | None = None) -> int:
+    """A run in a process of its own, which dies at a moment, or adds the names of all files that it writes to `names`;
+    returns its number."""
     number = os.fork()
     if number:
         return number
-    with open(log, "ab") as file:
+    with open(run.parent / f"{run.name}.log", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setsid()
+
+    def watch(event: str, values: Sequence[Any]) -> None:
+        if event != "os.rename":
+            return
+        file = os.path.relpath(os.fspath(values[1]), run)
+        if names is not None and not os.path.basename(file).startswith(".") and not file.startswith(".."):
+            with open(names, "a") as written:
+                written.write(f"{file}\n")
+        if moment is not None and file == moment.file:
+            if moment.later is None:
+                os.killpg(0, signal.SIGKILL)
+            else:
+                threading.Timer(moment.later, os.killpg, (0, signal.SIGKILL)).start()
+
+    sys.addaudithook(watch)
     status = 99
     with contextlib.suppress(BaseException):
-        status = train_resnet.main(arguments)
+        status = train_resnet.main([*arguments, "--output_path", str(run)])
     os._exit(status)
+
+
+def ended(number: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def moments(files: Sequence[str], kills: int, draw: random.Random) -> list[Moment]:
+    """One of each kind, in the middle of writing a file; then of all kinds, half of them some time after it. In the
+    order of a run."""
+    of_kind: dict[str, list[str]] = {}
+    for file in files:
+        of_kind.setdefault(Moment(file).kind, []).append(file)
+    drawn = [Moment(draw.choice(found)) for found in of_kind.values()][:kills]
+    for _ in range(kills - len(drawn)):
+        later = draw.choice([None, draw.uniform(0, 0.06), draw.uniform(0, LATEST)])
+        drawn.append(Moment(draw.choice(draw.choice(list(of_kind.values()))), later))
+    return sorted(drawn, key=lambda moment: files.index(moment.file))
 
 
 def found(folder: Path, pattern: str) -> list[Path]:
@@ -61,52 +117,8 @@ def count(folder: Path, pattern: str) -> int:
     return len(found(folder, pattern))
 
 
-def moments(draw: random.Random) -> Iterator[tuple[str, Callable[[Path], bool]]]:
-    """What to wait for before a kill, phase by phase, and then over again."""
-    while True:
-        groups, layers, state = draw.randint(1, 11), draw.randint(1, 19), draw.randint(1, 4)
-        yield "searching", lambda run, n=groups: count(run, "resume/groups/*.json") >= n
-        yield "clustering", lambda run, n=layers: count(run, "resume/layers/*.safetensors") >= n
-        yield "writing a layer", lambda run: count(run, "resume/layers/.*.part") > 0
-        yield "writing a checkpoint", lambda run: count(run, "resume/.*.part") > 0
-        yield "training", lambda run, n=state: newest(run) >= n
-        yield "validating", lambda run: (run / "trained_models" / "1.pth").exists()
-        yield "writing a model", lambda run: count(run, "trained_models/.*.part") > 0
-        yield "anywhere", lambda _run: False
-
-
 def newest(run: Path) -> int:
     return max((int(path.stem.rpartition("-")[2]) for path in found(run, "resume/checkpoint-*.safetensors")), default=0)
-
-
-def one_life(arguments: list[str], run: Path, awaited: Callable[[Path], bool], draw: random.Random) -> int | None:
-    """Run until the moment (and up to 60 ms more), then kill with all children; returns the status of a run that ended
-    before.
-
-    No life is cut short before it has won something, however slow the machine is: so every chain of lives ends.
-    """
-    born = newest(run)
-    before = {path.name for path in found(run, "resume/*/*")}
-    number = start(arguments, run.parent / f"{run.name}.log")
-    patience, won_at = draw.uniform(0.5, 3.0), None
-    while won_at is None or time.monotonic() < won_at + patience:
-        done, status = os.waitpid(number, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        news = newest(run) > born or {path.name for path in found(run, "resume/*/*")} - before
-        if news and won_at is None:
-            won_at = time.monotonic()
-        if news and awaited(run):
-            if draw.random() < 0.5:
-                time.sleep(draw.uniform(0, 0.06))
-            break
-        time.sleep(0.0005)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(number, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-    if status == -signal.SIGKILL and not (run / "results.json").exists():
-        return None
-    return 0 if status == -signal.SIGKILL else status  # killed after the last thing that it had to write
 
 
 def phase(run: Path) -> str:
@@ -155,29 +167,27 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
 
 def main() -> None:
     folder, images, seed, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    common = [*SMALL, "--dataloader.imagenet_path", images]
-    whole = folder / "whole"
-    status = os.waitstatus_to_exitcode(
-        os.waitpid(start([*common, "--output_path", str(whole)], folder / "whole.log"), 0)[1]
-    )
-    assert status == 0, (folder / "whole.log").read_text()
-    report: dict = {"whole": digest(whole), "killed": [], "phases": []}
-    draw = random.Random(seed)
-    wanted = moments(draw)
-    for chain in range(MOST_LIVES):
-        if len(report["phases"]) >= kills:
+    arguments = [*SMALL, "--dataloader.imagenet_path", images]
+    whole, names = folder / "whole", folder / "names"
+    assert ended(start(arguments, whole, names=names)) == 0, (folder / "whole.log").read_text()
+    report: dict = {"whole": digest(whole), "killed": [], "kills": []}
+    draw, files = random.Random(seed), list(dict.fromkeys(names.read_text().splitlines()))
+    for chain in range(MOST_CHAINS):
+        left = kills - len(report["kills"])
+        if not left:
             break
-        run = folder / f"run{chain}"
-        arguments = [*common, "--output_path", str(run)]
-        status, lives = None, 0
-        while status is None and lives < MOST_LIVES:
-            lives += 1
-            awaited, reached = next(wanted)
-            status = one_life(arguments, run, reached, draw)
-            if status is None:
-                report["phases"].append([awaited, phase(run)])
-        log = (folder / f"run{chain}.log").read_text(errors="replace")
-        assert status == 0, f"status {status} after {lives} lives:\n{log}"
+        run, status = folder / f"run{chain}", 0
+        for moment in moments(files, min(left, A_CHAIN), draw):
+            status = ended(start(arguments, run, moment))
+            if status != -signal.SIGKILL:
+                break
+            report["kills"].append([moment.kind, moment.later])
+            if (run / "results.json").exists():  # the last thing that it had to write
+                status = 0
+                break
+        if status == -signal.SIGKILL:
+            status = ended(start(arguments, run))
+        assert status == 0, f"status {status}:\n{(folder / f'run{chain}.log').read_text(errors='replace')}"
         report["killed"].append(digest(run))
         shutil.rmtree(run)
     print(json.dumps(report))

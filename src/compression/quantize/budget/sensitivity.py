@@ -61,7 +61,7 @@ def losses_by_inputs(
     Args:
         model: the dense network; it is copied, not changed.
         tradeoff: of the network.
-        batches: of inputs, without labels, the same in all processes; all are shown: see `first_inputs`.
+        batches: of inputs, without labels, the same in all processes; all are shown: see `some_inputs`.
         outputs: what of the outputs is compared.
         seed: of the run.
         device: where to compute; None: where the network is.
@@ -95,18 +95,27 @@ def losses_by_inputs(
     return Losses({name: value * left[name] for name, value in by_weight.items()}, kind, by_disturbance=True)
 
 
-def first_inputs(batches: Sequence[Any], most: int = INPUTS) -> list[Any]:
-    """Batches of the first inputs, about so many; tensors of one size in equal parts of at most `BATCH`, whatever the
-    batches were, as statistics of a few inputs say little."""
-    chosen: list[Any] = []
-    for batch in batches:
-        if count(chosen) >= most:
-            break
-        chosen.append(batch)
-    if not chosen or not all(isinstance(one, Tensor) and one.shape[1:] == chosen[0].shape[1:] for one in chosen):
+def some_inputs(batches: Sequence[Any], most: int = INPUTS) -> list[Any]:
+    """Batches of about so many inputs, spread evenly over all of them, as inputs often lie sorted by class; tensors of
+    one size in equal parts of at most `BATCH`, whatever the batches were, as statistics of a few inputs say little."""
+    if not batches:
+        return []
+    first = batches[0]
+    if not isinstance(first, Tensor):
+        return [batches[i] for i in _spread(len(batches), -(-most // max(count([first]), 1)))]
+    each = -(-most // len(batches))
+    chosen = [batches[i][_spread(len(batches[i]), each)] for i in _spread(len(batches), most)]
+    if not all(isinstance(one, Tensor) and one.shape[1:] == first.shape[1:] for one in chosen):
         return chosen
-    whole = torch.cat(chosen)[:most]
+    whole = torch.cat(chosen)
+    whole = whole[_spread(len(whole), most)]
     return list(whole.tensor_split(-(-len(whole) // BATCH)))
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """So many numbers below n, at most, evenly spread and rising."""
+    taken = min(n, most)
+    return [i * n // taken for i in range(taken)]
 
 
 def _trial(weight: WeightOptions, plan: LayerPlan, parameter: Tensor, seed: int, device: torch.device) -> Trial:
