@@ -15,8 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src import evaluate_maskrcnn, train_maskrcnn
 from src.architectures import ARCHITECTURES
 from src.architectures.maskrcnn import FC6
+from src.model_files.beside import likely_figures
 from src.model_files.packed import load_packed
 from src.model_files.pth import read_tensors, save_dense
+from src.recipes.compress import FIGURES
 from src.tasks.coco.data import read_coco
 from src.tasks.coco.metrics import write_results
 from tests.conftest import DATA
@@ -215,6 +217,7 @@ def test_a_packed_file_says_what_the_run_did_and_is_evaluated_without_settings_o
     assert packed.info.arch == "maskrcnn"
     assert packed.info.metric is not None
     assert packed.info.metric["BoxAP+MaskAP"] == results["best"]
+    assert len(json.dumps(packed.info.metric)) <= len(json.dumps(likely_figures(FIGURES["detection"])))
     groups = [g for g in json.loads((run / "compression.json").read_text())["groups"] if g["permutation"] is not None]
     assert packed.info.permutations is not None
     assert [p.permutation.tolist() for p in packed.info.permutations] == [g["permutation"] for g in groups]

@@ -76,10 +76,15 @@ def with_room(
     info = replace(
         info,
         permutations=applied(groups, permuted, reshapes),
-        metric={f"figure {number:02}": LONG for number in range(n_figures)},
+        metric=likely_figures(n_figures),
         outputs_lost=dict.fromkeys(plan.layers, SHARE) if calibrated else None,
     )
     return LikelyFile(info, norms_move=calibrated or trained)
+
+
+def likely_figures(n: int) -> dict[str, float]:
+    """So many figures of a validation, which take as much room as any."""
+    return {f"figure {number:02}": LONG for number in range(n)}
 
 
 @torch.no_grad()

@@ -103,6 +103,7 @@ def test_no_folder_for_the_cache_is_a_note(expected: list[Any]) -> None:
     assert [note.startswith("note: numba has no folder for its cache") for note in notes] == [True]
 
 
+@pytest.mark.slow
 def test_a_broken_cache_is_passed_over(cache: Path, expected: list[Any]) -> None:
     files = [path for path in cache.rglob("*.nb?") if path.is_file()]
     assert files

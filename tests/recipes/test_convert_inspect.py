@@ -22,6 +22,7 @@ import src.inspect as inspect_command
 from src import architectures, convert, evaluate_resnet, train_resnet
 from src.compression.quantize.dequantize import dequantized_state
 from src.compression.quantize.layers import QuantizedLayer
+from src.model_files.beside import likely_figures
 from src.model_files.compression_report import read_permutations
 from src.model_files.inspection import examine
 from src.model_files.norms import TRAINING_VECTORS
@@ -29,6 +30,7 @@ from src.model_files.open_model_file import open_model_file
 from src.model_files.packed import AppliedPermutation, ModelInfo, load_packed, save_packed
 from src.model_files.pth import compressed_state, read_tensors, save_compressed, save_dense
 from src.model_files.size import model_size
+from src.recipes.compress import FIGURES
 from tests.conftest import ROOT
 from tests.support import small_runs
 from tests.support.helpers import lively, outputs, quantized, relative, shuffle, spec
@@ -396,6 +398,7 @@ def test_a_run_writes_both_formats_with_everything_in_the_packed_one(run: Path) 
     best = load_packed(run / "trained_models" / "best.safetensors")
     assert best.info.metric is not None
     assert best.info.metric["accuracy"] == results["best"]
+    assert len(json.dumps(best.info.metric)) <= len(json.dumps(likely_figures(FIGURES["classification"])))
     assert load_packed(run / "trained_models" / "1.safetensors").info.metric is None
     assert best.info.settings is not None
     assert best.info.settings["compression_parameters"]["large_subvectors"] is True

@@ -161,7 +161,9 @@ class Kept:
     def best(self, epoch: int, model: nn.Module) -> None: ...
 
 
-@pytest.mark.parametrize(("compressed", "amp"), [(False, "none"), (True, "none"), (True, "bf16")])
+@pytest.mark.parametrize(
+    ("compressed", "amp"), [pytest.param(False, "none", marks=pytest.mark.slow), (True, "none"), (True, "bf16")]
+)
 def test_a_small_network_learns_from_a_few_images(coco: Path, compressed: bool, amp: str) -> None:
     model: nn.Module = network()
     if compressed:

@@ -158,9 +158,9 @@ def test_the_best_search_stays_within_blocks_and_its_time() -> None:
     objective = together([(4, 8, 2)], 0)
     found = search_best(objective, 2, 1000, stream(0)).permutation
     assert (found // 12).tolist() == [0] * 12 + [1] * 12
-    started = time.monotonic()
-    search_best(objective, 2, 1000, stream(0), deadline=started)
-    assert time.monotonic() - started < 5  # one chunk of swaps at most
+    found = search_best(objective, 2, 1000, stream(0), deadline=time.monotonic() - 1)
+    only_first = search_best(together([(4, 8, 2)], 0), 2, 1000, stream(0), thorough=False)
+    assert torch.equal(found.permutation, only_first.permutation)  # nothing that can be left out was begun
 
 
 @pytest.mark.parametrize("large", [False, True])
