@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,25 @@ class Moment:
         return {"resume/groups": "group", "resume/layers": "layer", "trained_models": "model"}.get(folder, "report")
 
 
-def start(arguments: list[str], run: Path, moment: Moment | None = None, names: Path | None = None) -> int:
-    """A run in a process of its own, which dies at a moment, or adds the names of all files that it writes to `names`;
-    returns its number."""
+def forked(log: Path, run: Callable[[], int]) -> int:
+    """Run in a process and process group of its own, forked from this one, which ends with the status that it returns;
+    what it says goes into `log`. Returns its number."""
     number = os.fork()
     if number:
         return number
-    with open(run.parent / f"{run.name}.log", "ab") as file:
+    with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.setsid()
+    status = 99
+    with contextlib.suppress(BaseException):
+        status = run()
+    os._exit(status)
+
+
+def start(arguments: list[str], run: Path, moment: Moment | None = None, names: Path | None = None) -> int:
+    """A run in a process of its own, which dies at a moment, or adds the names of all files that it writes to `names`;
+    returns its number."""
 
     def watch(event: str, values: Sequence[Any]) -> None:
         if event != "os.rename":
@@ -81,11 +90,11 @@ def start(arguments: list[str], run: Path, moment: Moment | None = None, names: 
             else:
                 threading.Timer(moment.later, os.killpg, (0, signal.SIGKILL)).start()
 
-    sys.addaudithook(watch)
-    status = 99
-    with contextlib.suppress(BaseException):
-        status = train_resnet.main([*arguments, "--output_path", str(run)])
-    os._exit(status)
+    def watched() -> int:
+        sys.addaudithook(watch)
+        return train_resnet.main([*arguments, "--output_path", str(run)])
+
+    return forked(run.parent / f"{run.name}.log", watched)
 
 
 def ended(number: int) -> int:

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from src import train_resnet
 from src.recipes import train_classification  # noqa: F401 (so that forked processes have it loaded)
 from tests.support import small_runs
-from tests.support.killing import count, digest, newest, phase
+from tests.support.killing import count, digest, forked, newest, phase
 from tests.support.patience import PATIENCE
 
 SMALL = [
@@ -51,22 +51,16 @@ def process(folder: str, arguments: Sequence[str]) -> int:
 
 def start(arguments: Sequence[str], processes: Path, log: Path, restarts: int) -> int:
     """An agent in a process of its own; returns its number."""
-    number = os.fork()
-    if number:
-        return number
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.setsid()
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=PROCESSES, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=restarts, start_method="fork",
     )  # fmt: skip
-    status = 99
-    with contextlib.suppress(BaseException):
+
+    def launched() -> int:
         elastic_launch(config, process)(str(processes), arguments)
-        status = 0
-    os._exit(status)
+        return 0
+
+    return forked(log, launched)
 
 
 class LostRun:
