@@ -100,8 +100,8 @@ class BudgetSettings(Section):
     count: Annotated[Positive, COMPRESSING] = Field(
         128,
         description=(
-            "Images that say what a wanted size is best spent on, of those that calibrate, at most; each is shown to "
-            "the network once for every weight."
+            "Images that say what a wanted size is best spent on, at most, spread evenly over those that calibrate; "
+            "each is shown to the network once for every weight."
         ),
     )
     plan: Annotated[bool | str, BeforeValidator(_flag_or_file), COMPRESSION] = Field(
