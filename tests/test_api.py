@@ -298,7 +298,7 @@ def test_a_wanted_size_chooses_the_settings(tmp_path: Path) -> None:
     pqf.save(made, tmp_path / "made.safetensors")
     assert 7168 - 110 <= (tmp_path / "made.safetensors").stat().st_size <= 7168
     assert len([text for text in report.notes if "are chosen for size" in text]) == 1
-    (text,) = (text for text in report.notes if "chosen anew for the size" in text)
+    (text,) = (text for text in report.notes if "chosen anew for size" in text)
     counted = 7168 - int(text.split(" bytes of a file for other things")[0].split()[-1].replace(",", ""))
     assert 0.98 * counted * 8 <= report.size.bits <= counted * 8
     _, same = pqf.compress(net(), X, ratio=report.size.original / 8 / counted, k_means_n_iters=2, show_progress=False)

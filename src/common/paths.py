@@ -182,12 +182,15 @@ def remove_half_written(folder: Path) -> None:
 
 
 def holds_something(path: Path) -> bool:
-    """Whether there is a file at `path`, or a folder with more in it than writers that were killed left."""
+    """Whether there is a file at `path`, or a folder with more in it than writers that were killed left; a folder that
+    nobody may look into counts as one."""
     if not path.is_dir():
         return path.exists()
-    return any(
-        not (found.name.startswith(".") and found.name.endswith(BINARY_TEMPORARY_SUFFIX)) for found in path.iterdir()
-    )
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return True
+    return any(not (name.startswith(".") and name.endswith(BINARY_TEMPORARY_SUFFIX)) for name in names)
 
 
 def _disk_reason(error: Exception, path: Path) -> str:

@@ -11,6 +11,7 @@ import pytest
 from src.common.errors import RunError, SettingsError
 from src.common.paths import (
     check_name,
+    holds_something,
     remove_half_written,
     temporary_name,
     write_atomically,
@@ -42,6 +43,18 @@ def test_temporary_names_are_legal_and_found_again(name: str, tmp_path: Path) ->
     stray.touch()
     remove_half_written(tmp_path)
     assert not stray.exists()
+
+
+def test_what_killed_writers_left_is_not_something(tmp_path: Path) -> None:
+    folder = tmp_path / "resume"
+    assert not holds_something(folder)
+    folder.mkdir()
+    assert not holds_something(folder)
+    (folder / temporary_name("run.json")).touch()
+    assert not holds_something(folder)
+    (folder / "run.json").touch()
+    assert holds_something(folder)
+    assert holds_something(folder / "run.json")
 
 
 IMPOSSIBLE = {

@@ -42,7 +42,7 @@ def test_a_network_of_a_wanted_size(flags: list[str], tmp_path: Path, capsys: py
     assert command.main([*flags, "--compression.size", "7KB", "--output_path", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "are chosen for compression.size 0.0068 MB (7,168 bytes)" in printed
-    assert "chosen anew for the compression.size" in printed
+    assert "chosen anew for compression.size" in printed
     beside = [
         int(part.split()[-1].replace(",", "")) for part in printed.split(" bytes of a file for other things")[:-1]
     ]

@@ -63,10 +63,12 @@ def test_a_run_that_resumes_keeps_the_choice_and_one_that_cannot_read_it_measure
 
 
 def test_only_so_many_photos_say_what_a_size_is_spent_on(tmp_path: Path) -> None:
-    """Photos behind them change nothing: their outputs are not even finite."""
-    wanted, few = sized(), PHOTOS[0][:8]
-    first = chosen(tmp_path / "few", (few,), wanted)
-    rest = torch.full_like(few, float("nan"))
-    assert chosen(tmp_path / "of more", (few, rest), wanted, "--compression.count", "8") == first
+    """Photos between those that are shown change nothing: their outputs are not even finite."""
+    wanted, photos = sized(), PHOTOS[0][:16].clone()
+    shown = photos[::2].clone()
+    first = chosen(tmp_path / "few", (shown,), wanted)
+    photos[1::2] = float("nan")
+    batches = tuple(photos.split(8))
+    assert chosen(tmp_path / "of more", batches, wanted, "--compression.count", "8") == first
     with pytest.raises(DataError):
-        chosen(tmp_path / "all", (few, rest), wanted)
+        chosen(tmp_path / "all", batches, wanted)
