@@ -7,6 +7,7 @@ An unreadable file travels to the main process as an `Unreadable`, which decides
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -273,9 +274,20 @@ def batches(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         for batch in loader:
             if isinstance(batch, LoadingFailed):
+                _end(loader)
                 raise batch.error()
             yield batch.unpacked() if isinstance(batch, Shipped) else batch
     except (OSError, EOFError, MemoryError, RuntimeError) as error:
+        _end(loader)
         if fault := broken_loader(error):
             raise fault from error
         raise
+
+
+def _end(loader: DataLoader[Any]) -> None:
+    """End the processes of a loader that failed: torch would tell of their deaths later, as an error wherever the main
+    process is then."""
+    shut_down = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
+    if shut_down is not None:
+        with suppress(Exception):  # it may meet one of these deaths itself
+            shut_down()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import subprocess
 import sys
@@ -93,6 +94,14 @@ def test_what_cannot_be_sent_is_an_error_of_the_main_process() -> None:
     with pytest.raises(RunError, match=r"(?s)cannot hand over a batch: .*pickle.*--dataloader\.num_workers"):
         loaded(Numbers(), lambda items: (collate(items), lambda: None))
     assert time.monotonic() - started < PATIENCE
+
+
+def test_a_failed_loader_leaves_no_process_whose_death_is_told_later() -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RunError, match="cannot hand over a batch") as held:
+        loaded(Numbers(), lambda items: (collate(items), lambda: None))
+    assert set(multiprocessing.active_children()) <= before
+    assert held.tb is not None  # what holds the loader alive
 
 
 def test_an_error_in_a_thread_of_a_loader_process_ends_the_wait() -> None:
