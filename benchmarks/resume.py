@@ -56,7 +56,11 @@ def measure(
     optimizer.step()  # so that there is a state to keep
     schedule = Schedule(optimizer, ScheduleSpec(), 9, EPOCH_STEPS)
     training = Training(
-        model, optimizer, schedule, torch.amp.GradScaler(device.type, enabled=False), Position(1, 500, True, 10_509)
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        position=Position(1, 500, True, 10_509),
     )
     engine = SingleProcess(Launch(), device)
     output = OutputFolder(folder / f"{arch}{'' if quantized else '-dense'}", overwrite=False)
