@@ -219,7 +219,7 @@ def curves(vectors: Tensor, k: int, budgets: Sequence[int], slow: Sequence[int])
             result: list[Tensor] = []
             elapsed = seconds(
                 lambda result=result, method=method, t=iterations: result.append(method(vectors, k, t, SEED))
-            )  # type: ignore[misc]
+            )
             found.setdefault(name, []).append(
                 {"iterations": iterations, "s": elapsed, "distortion": distortion(vectors, result[0])}
             )

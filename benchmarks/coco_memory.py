@@ -125,7 +125,7 @@ def measure(n_images: int, per_image: int, backend: str) -> dict[str, Any]:
     results: dict[str, float] = {}
     for kind in ("bbox", "segm"):
         start = time.perf_counter()
-        results[kind] = coco_figures(api, rows, kind, list(truth), backend=backend).stats["AP"]  # type: ignore[arg-type]
+        results[kind] = coco_figures(api, rows, kind, list(truth), backend=backend).stats["AP"]
         note(f"coco_figures, {kind}", time.perf_counter() - start)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -95,7 +95,7 @@ def measure(name: str, model: nn.Module, info: ModelInfo, repeats: int, folder: 
     save_packed(model, packed, info)
     save_packed(model, entropy, info, entropy_coding=True)
     torch.set_num_threads(1)
-    times = {path.name: [] for path in (pth, packed, entropy)}
+    times: dict[str, list[float]] = {path.name: [] for path in (pth, packed, entropy)}
     for path in (pth, packed, entropy) * (repeats + 1):
         times[path.name].append(seconds(lambda path=path: open_model_file(path)))
     reported = model_size(model).bits / 8

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from src import architectures
 from src.architectures.architecture import Architecture
+from src.compression.permute.binding import bind
 from src.compression.permute.group_objective import GroupObjective
-from src.compression.permute.groups import random_permutation, resolve
+from src.compression.permute.groups import random_permutation
 from src.compression.permute.objective import child_objective
 from src.compression.permute.permute import SearchSpec, permute
 from src.compression.permute.search import search, search_best
@@ -68,7 +69,9 @@ class Case:
         c_out, c_in, *kernel = self.shape
         generator = torch.Generator().manual_seed(0)
         scale = torch.randn(c_in, generator=generator).mul(0.5).exp()
-        layer = nn.Conv2d(c_in, c_out, tuple(kernel), bias=False) if kernel else nn.Linear(c_in, c_out, bias=False)
+        layer = (
+            nn.Conv2d(c_in, c_out, (kernel[0], kernel[1]), bias=False) if kernel else nn.Linear(c_in, c_out, bias=False)
+        )
         weight = torch.randn(self.shape, generator=generator) * scale.view(1, -1, *(1 for _ in kernel))
         layer.weight.data.copy_(0.02 * weight)
         return layer
@@ -216,7 +219,7 @@ def trained(arch: str, path: Path) -> tuple[Architecture, nn.Module]:
                 if value is not None:
                     value.copy_(getattr(quantized[name], attribute))
     generator = torch.Generator().manual_seed(0)
-    for group in resolve(model, architecture.groups(model)):
+    for group in bind(model, architecture.groups(model)):
         group.apply(random_permutation(group.width, group.n_blocks, generator))
     return architecture, model
 
