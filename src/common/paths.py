@@ -8,12 +8,14 @@ import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import RunError, SettingsError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BINARY_TEMPORARY_SUFFIX = ".part"
+HALF_WRITTEN = f".*{BINARY_TEMPORARY_SUFFIX}"
 SHOWN = 100
 """Bytes of a name that temporary names and messages repeat: names may have 255, on some file systems 143."""
 
@@ -174,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_half_written(folder: Path) -> None:
     """Remove what writers that were killed left in `folder`, files and folders."""
-    for stray in folder.glob(f".*{BINARY_TEMPORARY_SUFFIX}"):
+    for stray in folder.glob(HALF_WRITTEN):
         if stray.is_dir() and not stray.is_symlink():
             shutil.rmtree(stray, ignore_errors=True)
         else:
@@ -190,7 +192,7 @@ def holds_something(path: Path) -> bool:
         names = os.listdir(path)
     except OSError:
         return True
-    return any(not (name.startswith(".") and name.endswith(BINARY_TEMPORARY_SUFFIX)) for name in names)
+    return any(not fnmatchcase(name, HALF_WRITTEN) for name in names)
 
 
 def _disk_reason(error: Exception, path: Path) -> str:

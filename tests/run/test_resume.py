@@ -105,9 +105,10 @@ def half_a_run(images: Path, output: Path, *flags: str) -> None:
 # --- the law ---
 
 
-@pytest.mark.parametrize(("seed", "kills"), [(0, 6), pytest.param(1, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "kills"), [(0, 8), pytest.param(1, 60, marks=pytest.mark.slow)])
 def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(seed: int, kills: int, tmp_path: Path) -> None:
-    """Kills in the middle of writing a file of each kind; with more of them also spread over the time between."""
+    """Kills in the middle of writing a file of each kind, in clustering and in training; with more of them also spread
+    over the time between."""
     images = tmp_path / "images"
     write_images(images / "train", 3, 40, seed=0)
     write_images(images / "val", 3, 8, seed=1)
@@ -124,7 +125,10 @@ def test_runs_that_are_killed_at_any_moment_end_as_the_one_that_was_not(seed: in
     report = json.loads(done.stdout)
     assert len(report["kills"]) == kills
     kinds = {"group", "layer", "state", "report", "model", "checkpoint"}
-    assert {kind for kind, later in report["kills"] if later is None} == kinds, report["kills"]
+    assert {kind for kind, later, _ in report["kills"] if later is None} == kinds, report["kills"]
+    phases = [found for *_, found in report["kills"]]
+    for wanted in ("clustering", "training or validating", "writing a group or layer", "writing a checkpoint"):
+        assert wanted in phases, phases
     for killed in report["killed"]:
         assert killed == report["whole"], [name for name in killed if killed[name] != report["whole"].get(name)]
 

@@ -1,7 +1,7 @@
 """Kills a training run with SIGKILL again and again and lets it resume: python -m tests.support.killing FOLDER IMAGES
 SEED LIVES.
 
-Prints JSON: the moment of each kill, and a digest of everything that runs left, of the run that was never killed and of
+Prints JSON: the moment of each kill and what was going on, and a digest of everything that runs left, of the run that was never killed and of
 those that were. The runs are forked from this process, which has loaded torch but computed nothing, so that a life
 costs no import. A run kills itself, in the middle of writing a file or soon after it: so every moment comes, on a slow
 machine as on a fast one.
@@ -43,7 +43,8 @@ LATEST = 2.0
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run gives `file` its name: between writing it and renaming it, or `later` seconds after that."""
+    """When a run gives `file` its name: between writing it and renaming it, with what it does next (`later` is 0), or
+    `later` seconds after that."""
 
     file: str
     later: float | None = None
@@ -77,7 +78,13 @@ def start(arguments: list[str], run: Path, moment: Moment | None = None, names: 
     """A run in a process of its own, which dies at a moment, or adds the names of all files that it writes to `names`;
     returns its number."""
 
+    given = False
+
     def watch(event: str, values: Sequence[Any]) -> None:
+        nonlocal given
+        if given:
+            given = False  # killing is an event too
+            os.killpg(0, signal.SIGKILL)
         if event != "os.rename":
             return
         file = os.path.relpath(os.fspath(values[1]), run)
@@ -87,6 +94,8 @@ def start(arguments: list[str], run: Path, moment: Moment | None = None, names: 
         if moment is not None and file == moment.file:
             if moment.later is None:
                 os.killpg(0, signal.SIGKILL)
+            elif moment.later == 0:
+                given = True
             else:
                 threading.Timer(moment.later, os.killpg, (0, signal.SIGKILL)).start()
 
@@ -102,16 +111,17 @@ def ended(number: int) -> int:
 
 
 def moments(files: Sequence[str], kills: int, draw: random.Random) -> list[Moment]:
-    """One of each kind, in the middle of writing a file; then of all kinds, half of them some time after it. In the
-    order of a run."""
+    """One of each kind, in the middle of writing a file; just after a layer and a checkpoint; then of all kinds, most of
+    them some time after it. In the order of a run."""
     of_kind: dict[str, list[str]] = {}
     for file in files:
         of_kind.setdefault(Moment(file).kind, []).append(file)
-    drawn = [Moment(draw.choice(found)) for found in of_kind.values()][:kills]
+    drawn = [Moment(draw.choice(found)) for found in of_kind.values()]
+    drawn = [*drawn, *(Moment(draw.choice(of_kind[kind]), 0) for kind in ("layer", "checkpoint"))][:kills]
     for _ in range(kills - len(drawn)):
         later = draw.choice([None, draw.uniform(0, 0.06), draw.uniform(0, LATEST)])
         drawn.append(Moment(draw.choice(draw.choice(list(of_kind.values()))), later))
-    return sorted(drawn, key=lambda moment: files.index(moment.file))
+    return sorted(drawn, key=lambda moment: (files.index(moment.file), moment.later or 0))
 
 
 def found(folder: Path, pattern: str) -> list[Path]:
@@ -190,7 +200,7 @@ def main() -> None:
             status = ended(start(arguments, run, moment))
             if status != -signal.SIGKILL:
                 break
-            report["kills"].append([moment.kind, moment.later])
+            report["kills"].append([moment.kind, moment.later, phase(run)])
             if (run / "results.json").exists():  # the last thing that it had to write
                 status = 0
                 break

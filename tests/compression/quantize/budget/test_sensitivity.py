@@ -18,7 +18,7 @@ from src.architectures.detector_outputs import batch_outputs, detector_outputs
 from src.common.errors import DataError
 from src.compression.quantize.budget.changes import ENERGY, KL, Trial, changes, tensors_of
 from src.compression.quantize.budget.gain import gains
-from src.compression.quantize.budget.loss import Losses
+from src.compression.quantize.budget.loss import Losses, disturbance
 from src.compression.quantize.budget.sensitivity import INPUTS, losses_by_inputs, some_inputs
 from src.compression.quantize.budget.tradeoff import Tradeoff, measure
 from src.compression.quantize.budget.wanted import Budget
@@ -296,3 +296,14 @@ def test_so_many_inputs_are_shown_from_all_of_them() -> None:
     assert len(some_inputs([[given[:5], given[:4]]] * 9, 4)) == 2
     assert [one["x"][0] for one in some_inputs([{"x": given[i : i + 1]} for i in range(9)], 3)] == [0, 3, 6]
     assert some_inputs([]) == []
+
+
+def test_the_disturbance_rises_and_is_the_distortion_where_little_is_lost() -> None:
+    lost = np.linspace(0, 2.001, 50)
+    found = disturbance(lost, 2.0)
+    assert (np.diff(found) >= 0).all()
+    assert found[0] == 0
+    assert np.isfinite(found).all()
+    assert disturbance(np.array(1e-6), 2.0) == pytest.approx(1e-6)
+    assert disturbance(np.array(1.0), 2.0) == 2
+    assert disturbance(np.array([0.0]), 0.0) == 0
