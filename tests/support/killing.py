@@ -110,18 +110,26 @@ def ended(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
-def moments(files: Sequence[str], kills: int, draw: random.Random) -> list[Moment]:
-    """One of each kind, in the middle of writing a file; just after a layer and a checkpoint; then of all kinds, most of
-    them some time after it. In the order of a run."""
-    of_kind: dict[str, list[str]] = {}
+def needed(files: Sequence[str], draw: random.Random) -> list[Moment]:
+    """One of each kind, in the middle of writing a file; just after a layer and a checkpoint."""
+    of_kind = by_kind(files)
+    return [
+        *(Moment(draw.choice(found)) for found in of_kind.values()),
+        *(Moment(draw.choice(of_kind[kind]), 0) for kind in ("layer", "checkpoint")),
+    ]
+
+
+def any_moment(files: Sequence[str], draw: random.Random) -> Moment:
+    """Of all kinds, most of them some time after a file."""
+    later = draw.choice([None, draw.uniform(0, 0.06), draw.uniform(0, LATEST)])
+    return Moment(draw.choice(draw.choice(list(by_kind(files).values()))), later)
+
+
+def by_kind(files: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for file in files:
-        of_kind.setdefault(Moment(file).kind, []).append(file)
-    drawn = [Moment(draw.choice(found)) for found in of_kind.values()]
-    drawn = [*drawn, *(Moment(draw.choice(of_kind[kind]), 0) for kind in ("layer", "checkpoint"))][:kills]
-    for _ in range(kills - len(drawn)):
-        later = draw.choice([None, draw.uniform(0, 0.06), draw.uniform(0, LATEST)])
-        drawn.append(Moment(draw.choice(draw.choice(list(of_kind.values()))), later))
-    return sorted(drawn, key=lambda moment: (files.index(moment.file), moment.later or 0))
+        found.setdefault(Moment(file).kind, []).append(file)
+    return found
 
 
 def found(folder: Path, pattern: str) -> list[Path]:
@@ -190,17 +198,23 @@ def main() -> None:
     whole, names = folder / "whole", folder / "names"
     assert ended(start(arguments, whole, names=names)) == 0, (folder / "whole.log").read_text()
     report: dict = {"whole": digest(whole), "killed": [], "kills": []}
-    draw, files = random.Random(seed), list(dict.fromkeys(names.read_text().splitlines()))
+    draw, files = random.Random(seed), sorted(set(names.read_text().splitlines()))
+    order = {file: number for number, file in enumerate(dict.fromkeys(names.read_text().splitlines()))}
+    missing = needed(files, draw)
     for chain in range(MOST_CHAINS):
-        left = kills - len(report["kills"])
+        left = min(kills - len(report["kills"]), A_CHAIN)
         if not left:
             break
         run, status = folder / f"run{chain}", 0
-        for moment in moments(files, min(left, A_CHAIN), draw):
+        moments = [*missing, *(any_moment(files, draw) for _ in range(left - len(missing)))][:left]
+        # groups and layers end in another order in every run: one that was ready before its moment came has it in a later run
+        for moment in sorted(moments, key=lambda moment: (order[moment.file], moment.later or 0)):
             status = ended(start(arguments, run, moment))
             if status != -signal.SIGKILL:
                 break
             report["kills"].append([moment.kind, moment.later, phase(run)])
+            if moment in missing:
+                missing.remove(moment)
             if (run / "results.json").exists():  # the last thing that it had to write
                 status = 0
                 break
