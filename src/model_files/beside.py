@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,8 @@ SCALE_ENTRY = len('".codebook_scale":{"dtype":"F32","shape":[],"data_offsets":[,
 
 MOVED, CHANNELS_PER_BYTE = 0.1, 8
 """How far norms are moved to see how many bytes they take then, and for how many channels one more is left."""
+STATISTICS, PARAMETERS = frozenset({"running_mean", "running_var"}), frozenset({"weight", "bias"})
+"""Of a batch norm: what calibrating changes, and what training does besides."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class LikelyFile:
 
     Attributes:
         info: what it will say, with numbers in the place of those that are not known.
-        norms_move: whether batch norms will have changed by then.
+        moved: what of its batch norms will have changed by then.
     """
 
     info: ModelInfo
-    norms_move: bool
+    moved: frozenset[str]
 
 
 def with_room(
@@ -79,7 +81,8 @@ def with_room(
         metric=likely_figures(n_figures),
         outputs_lost=dict.fromkeys(plan.layers, SHARE) if calibrated else None,
     )
-    return LikelyFile(info, norms_move=calibrated or trained)
+    moved = (STATISTICS if calibrated or trained else frozenset()) | (PARAMETERS if trained else frozenset())
+    return LikelyFile(info, moved)
 
 
 def likely_figures(n: int) -> dict[str, float]:
@@ -102,15 +105,15 @@ def bytes_beside(model: nn.Module, plan: Plan, file: LikelyFile) -> int:
     for layer in quantized_layers(quantized, plan.layers).values():
         layer.codebook.zero_()
         layer.codes_matrix.zero_()
-    n_channels = _move_norms(quantized) if file.norms_move else 0
+    n_channels = _move_norms(quantized, file.moved) if file.moved else 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_packed(quantized, path, file.info)
         return path.stat().st_size - model_size(quantized).bits // 8 + -(-n_channels // CHANNELS_PER_BYTE)
 
 
-def _move_norms(model: nn.Module) -> int:
-    """Change the batch norms a little, as calibrating and training do, in place; returns how many channels they have.
+def _move_norms(model: nn.Module, moved: Collection[str]) -> int:
+    """Change what of batch norms is `moved` a little, as calibrating and training do; returns their number of channels.
 
     Files hold norms compressed, those of a network that was never trained in hardly any bytes.
     """
@@ -118,7 +121,7 @@ def _move_norms(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if tensor.is_floating_point():
+                if name in moved:
                     noise = MOVED * torch.randn(tensor.shape, generator=draw).to(tensor)
                     by_factor = name in ("weight", "running_var")
                     spread = tensor.std(correction=0).clamp(min=MOVED)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..architectures.detector_outputs import batch_outputs
+from ..common.errors import PlanError
 from ..compression.permute.results import PermutationSpec, SearchSpec
 from ..compression.quantize import plan
 from ..compression.quantize.budget.loss import Losses
@@ -99,9 +100,9 @@ class Sized:
         return replace(found.plan, notes=(*found.plan.notes, note))
 
     def plan_anew(self, model: nn.Module, plan: Plan, permutations: tuple[AppliedPermutation, ...] | None) -> Plan:
-        """The plan that loses least of those with the subvector lengths of `plan` whose file is not larger than the
-        wanted size, now that it is known which permutations the file has to name. Its only note says what changed;
-        there is none where nothing did.
+        """The plan that loses least of those whose file is not larger than the wanted size, now that it is known which
+        permutations the file has to name. Subvectors keep their lengths where channels were permuted, as that was for
+        those lengths. Its only note says what changed; there is none where nothing did.
 
         Args:
             model: the dense network.
@@ -114,14 +115,18 @@ class Sized:
         info, budget = replace(self.file.info, permutations=permutations), self.budget
         file = replace(self.file, info=info)
         for _ in range(TRIES):
-            found = self.tradeoff.plan_for(budget, plan)
+            try:
+                found = self.tradeoff.plan_for(budget, plan if permutations else None)
+            except PlanError:  # what is left is more than the largest plan takes, or less than the smallest
+                break
             beside = bytes_beside(model, found.plan, file)
             left = size - beside - found.bits // 8
             if left >= 0 and (best is None or found.loss < best[0].loss):
                 best = found, beside
             if 0 <= left < NEAR:
                 break
-            budget = replace(budget, beside=budget.beside - left)
+            least = beside - budget.beside_scale * found.scales  # with less it would come again
+            budget = replace(budget, beside=budget.beside - left if left >= 0 else max(budget.beside - left, least))
         if best is None or best[0].plan.layers == plan.layers:
             return replace(plan, notes=())
         text = f"chosen anew for {self.budget} once channels were permuted: {outlook(best[0])}"
