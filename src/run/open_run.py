@@ -18,7 +18,7 @@ from .agreement import once
 from .checkpoints import CheckpointFolder
 from .fingerprint import PROCESSES, RunFingerprint
 from .launched import Launched, began_by
-from .output_folder import FINISHED, OutputFolder
+from .output_folder import FINISHED, OutputFolder, is_half_copied
 from .processes import processes
 from .recorder import AnyRecorder, NoRecorder, RunRecorder, Save, Sink
 from .resume import Resume, UnfinishedRun, alone, came_from, source_of
@@ -188,6 +188,8 @@ def _output_and_resume(settings: Settings, engine: Engine, launched: Launched) -
         takes_up = launched.again or (wanted == "auto" and not settings.overwrite)
         if folder is None and takes_up and output.is_unfinished:
             folder = own
+        if folder is None and is_half_copied(own):
+            note(f"{own} holds part of a run that was being copied when that was interrupted: it is removed")
         earlier = None if folder is None else UnfinishedRun.read(folder / "resume")
         if folder is not None and elsewhere and engine.is_main:
             with alone(folder):

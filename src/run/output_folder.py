@@ -37,6 +37,8 @@ FINISHED = "results.json"
 """What a training run writes last."""
 STARTED = "resume/run.json"
 """What a training run writes first."""
+COPYING = ".copying"
+"""There while the run of another folder is copied into this one: after a crash what is there is not whole."""
 
 
 PATIENCE_SECONDS = 2.0
@@ -93,7 +95,7 @@ class OutputFolder:
             raise SettingsError(
                 f"output_path: {self.path} cannot be written ({error.strerror}). Choose a folder where you may write"
             ) from error
-        held = [name for name in files if holds_something(self.path / name)]
+        held = [] if is_half_copied(self.path) else [name for name in files if holds_something(self.path / name)]
         accepted = overwrite or self._launched.again or (may_resume and self.is_unfinished)
         if held and not accepted:
             self.close()
@@ -106,7 +108,7 @@ class OutputFolder:
     @property
     def is_unfinished(self) -> bool:
         """Whether the folder holds a training run that began and did not end."""
-        return (self.path / STARTED).exists() and not self.is_finished
+        return (self.path / STARTED).exists() and not self.is_finished and not is_half_copied(self.path)
 
     @property
     def is_finished(self) -> bool:
@@ -121,9 +123,18 @@ class OutputFolder:
                 shutil.rmtree(place)
             elif place.exists():
                 place.unlink()
+        self.copied()
         self._launched.mark(self.path)
         if "trained_models" in self.files:
             self.models.mkdir(parents=True)
+
+    def copying(self) -> None:
+        """From now on, until it is `copied`, what is here is part of another run."""
+        (self.path / COPYING).touch()
+
+    def copied(self) -> None:
+        """What is here is a run of its own, or nothing."""
+        (self.path / COPYING).unlink(missing_ok=True)
 
     def continue_run(self) -> None:
         """Leave what the run that resumes wrote, but for half-written files."""
@@ -154,6 +165,11 @@ class OutputFolder:
     def resume(self) -> Path:
         """Where a run saves what it needs to resume after a crash."""
         return self.path / "resume"
+
+
+def is_half_copied(folder: Path) -> bool:
+    """Whether an output folder holds what was copied from another one before that was interrupted: no run."""
+    return (folder / COPYING).exists()
 
 
 def take(path: Path, advice: str, patience: float = PATIENCE_SECONDS) -> IO[str] | None:

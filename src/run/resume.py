@@ -23,7 +23,7 @@ from ..common.paths import find, write_text
 from ..compression.finetune.hooks import Resumed
 from .checkpoints import StoredCheckpoint, checkpoint_number, checkpoints_in
 from .fingerprint import OF_THE_NETWORK, OF_THE_SCHEDULE, PROCESSES, RunFingerprint, is_among, other_number
-from .output_folder import FINISHED, STARTED, TRAINING_FILES, OutputFolder, take
+from .output_folder import FINISHED, STARTED, TRAINING_FILES, OutputFolder, is_half_copied, take
 
 FORMAT = 2
 
@@ -214,6 +214,7 @@ class Resume:
             versions=versions(),
             origin=origin,
         ).write()
+        self._output.copied()
 
 
 def _tell_of_number(then: RunFingerprint, now: RunFingerprint) -> None:
@@ -234,7 +235,7 @@ def _resumed(stored: StoredCheckpoint, now: RunFingerprint) -> Resumed:
 
 def came_from(own: Path, folder: Path) -> bool:
     """Whether the unfinished run in the output folder `own` resumed from that in `folder`."""
-    if not (own / STARTED).exists() or (own / FINISHED).exists():
+    if not (own / STARTED).exists() or (own / FINISHED).exists() or is_half_copied(own):
         return False
     return UnfinishedRun.read(own / "resume").origin == str(folder)
 
@@ -248,7 +249,7 @@ def source_of(given: str) -> tuple[Path, str | None]:
     expected = "the output folder of an unfinished run, or a checkpoint in its resume folder"
     found = find(given, "resume", f"Expected auto, none, {expected}")
     folder, last = (found.parent.parent.resolve(), found.name) if found.is_file() else (found.resolve(), None)
-    if not (folder / STARTED).exists():
+    if not (folder / STARTED).exists() or is_half_copied(folder):
         finished = (folder / FINISHED).exists()
         why = "holds a run that has ended" if finished else "holds no unfinished run"
         raise SettingsError(f"resume: {folder} {why}; expected {expected}")
@@ -279,6 +280,7 @@ def _adopt(source: Path, output: OutputFolder) -> None:
     with alone(source):
         output.begin()
         try:
+            output.copying()
             for name in TRAINING_FILES:
                 place, target = source / name, output.path / name
                 if place.is_dir():

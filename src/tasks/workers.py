@@ -213,10 +213,7 @@ def loader_death(error: BaseException) -> RunError | None:
     if not isinstance(error, RuntimeError):
         return None
     if "DataLoader worker (pid" in str(error):
-        return RunError(
-            f"a process that loads images died: {_first_line(error)}. This is usually a lack of memory or of shared "
-            f"memory (/dev/shm). {ADVICE}"
-        )
+        return _died(_first_line(error))
     if "Pin memory thread exited" in str(error) or "Communication with the workers" in str(error):
         return RunError(f"batches no longer arrive from the processes that load images: {_first_line(error)}. {ADVICE}")
     return None
@@ -229,10 +226,17 @@ def broken_loader(error: BaseException) -> RunError | None:
     if reason := shortage(error):
         return RunError(f"images cannot be loaded: {reason}. {ADVICE}")
     if isinstance(error, EOFError | ConnectionError):
-        return RunError(f"the connection to a process that loads images broke ({type(error).__name__}). {ADVICE}")
+        return _died(f"the connection to it broke ({type(error).__name__})")
     if isinstance(error, OSError):
         return RunError(f"the processes that load images cannot be started or reached: {error}. {ADVICE}")
     return None
+
+
+def _died(how: str) -> RunError:
+    return RunError(
+        f"a process that loads images died: {how}. This is usually a lack of memory or of shared memory (/dev/shm). "
+        f"{ADVICE}"
+    )
 
 
 def _first_line(error: BaseException) -> str:

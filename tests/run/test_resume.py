@@ -34,6 +34,7 @@ from src.model_files.compression_report import read_settings
 from src.model_files.safetensors_file import read_container, write_container
 from src.run.checkpoints import StoredCheckpoint
 from src.run.fingerprint import PROCESSES, RunFingerprint
+from src.run.output_folder import COPYING
 from tests.compression.finetune.test_loop import Blobs, Notes
 from tests.conftest import ROOT, write_images
 from tests.support import small_runs
@@ -50,7 +51,7 @@ SMALL = [
     *small_runs.training(batch=4, workers=0, sls=20, k_means=1),
     *("--epochs", "2", "--log_every_n_steps", "1", "--dataloader.crop_padding", "2"),
 ]
-ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "0"]
+ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "1"]
 STEPS = 6
 
 
@@ -80,19 +81,27 @@ def position(state: Path) -> int:
 
 
 def stopped(arguments: list[str], number: signal.Signals, when: Callable[[], bool], main=train_resnet.main) -> int:
-    """Run in this process, which sends itself a signal when the time has come and a file has been written: so that it
-    is not too late on a slow machine; returns the status."""
-    replace, sent = os.replace, threading.Event()
+    """Run in this process, which sends itself a signal when the time has come; returns the status."""
+    with happening(when, lambda: os.kill(os.getpid(), number)):
+        return main(arguments)
+
+
+@contextlib.contextmanager
+def happening(when: Callable[[], bool], what: Callable[[], None]) -> Iterator[None]:
+    """Something happens, once, when the time has come and a file has been written: so that it is not too late on a slow
+    machine."""
+    replace, done = os.replace, threading.Event()
 
     def watched(old: Path, new: Path) -> None:
         replace(old, new)
-        if not sent.is_set() and when():
-            sent.set()
-            os.kill(os.getpid(), number)
+        if not done.is_set() and when():
+            done.set()
+            what()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", watched)
-        return main(arguments)
+        yield
+    assert done.is_set(), "the time never came"
 
 
 def half_a_run(images: Path, output: Path, *flags: str) -> None:
@@ -261,6 +270,20 @@ def test_a_network_with_values_that_are_no_numbers_is_not_kept() -> None:
 # --- signals ---
 
 
+SIGNALLED = """
+import sys
+from pathlib import Path
+
+from src import train_resnet
+from tests.support.killing import Moment, watch
+
+# as a terminal does with Ctrl-C, and a batch system with SIGTERM
+watch(Path(sys.argv[1]), Moment("resume/checkpoint-000004.safetensors", 0), number=int(sys.argv[2]))
+sys.exit(train_resnet.main(sys.argv[3:]))
+"""
+"""Training begins after the second checkpoint."""
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
 )
@@ -275,18 +298,18 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     """In a process of its own with loader processes, all of which get the signal."""
     output = tmp_path / "run"
     arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER]
-    for _ in range(8):  # so small a run may end before the signal reaches it
-        running = started(arguments)
-        wait_for(
-            lambda: at_step(output, 0)() and len(found(output, "resume/checkpoint-*")) == 2, running
-        )  # validated; training begins
-        time.sleep(0.3)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, number)  # as a terminal does with Ctrl-C, and a batch system with SIGTERM
-        text, _ = running.communicate(timeout=PATIENCE)
-        if running.returncode != 0:
-            break
-        shutil.rmtree(output)
+    running = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(output), str(int(number)), *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    text = running.stdout
     assert running.returncode == status, text
     assert "Traceback" not in text
     assert "interrupted: the checkpoint is saved (" in text
@@ -449,6 +472,61 @@ def test_the_same_command_resumes_when_it_resumed_from_another_folder_and_was_st
     assert (
         f"after batch {reached}\n" not in capsys.readouterr().out
     )  # with its own state, not with that of the first run again
+    assert digest(output) == digest(whole)
+
+
+DIES_COPYING = """
+import os
+import signal
+import sys
+
+from src import train_resnet
+
+left = int(sys.argv[1])
+
+
+def die(event, values):
+    global left
+    if event != "shutil.copyfile":
+        return
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(die)
+sys.exit(train_resnet.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("n_copied", [1, pytest.param(5, marks=pytest.mark.slow), -1])
+def test_a_run_that_is_killed_while_it_copies_another_one_copies_it_again(
+    n_copied: int, small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, output = tmp_path / "first", tmp_path / "second"
+    half_a_run(small_images, first)
+    n_files = sum(path.is_file() for path in first.rglob("*"))
+    arguments = [*SMALL, *paths(small_images, output), "--resume", str(first)]
+    code = [sys.executable, "-c", DIES_COPYING, str(n_copied % n_files)]
+    died = subprocess.run([*code, *arguments], cwd=ROOT, env=ENVIRONMENT, check=False, timeout=PATIENCE)
+    assert died.returncode == -signal.SIGKILL
+    refused(capsys, train_resnet.main, [*arguments[:-1], str(output)], "holds no unfinished run")
+    assert train_resnet.main(arguments) == 0
+    assert "resume: resumes in epoch 1" in capsys.readouterr().out
+    assert digest(output) == digest(whole)
+
+
+def test_a_new_run_in_a_folder_with_part_of_another_one_says_that_it_begins_at_the_beginning(
+    small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    half_a_run(small_images, output)
+    (output / COPYING).touch()
+    capsys.readouterr()
+    assert train_resnet.main([*SMALL, *paths(small_images, output)]) == 0
+    printed = capsys.readouterr().out
+    assert "part of a run that was being copied" in printed
+    assert "resume: resumes" not in printed
     assert digest(output) == digest(whole)
 
 
@@ -818,25 +896,15 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
     if not children.exists():
         pytest.skip("child processes are found through /proc, which this system does not have")
     before = set(children.read_text().split())
-    ended = threading.Event()
 
     def kill() -> None:
-        """The loaders, when training has begun: two states are there, and the second loader is."""
-        while not ended.is_set():
-            new = set(children.read_text().split()) - before
-            if len(found(output, "resume/checkpoint-*")) == 2 and len(new) == 2:
-                for number in new:
-                    os.kill(int(number), signal.SIGKILL)
-                return
-            time.sleep(0.001)
+        loaders = set(children.read_text().split()) - before
+        assert loaders
+        for number in loaders:
+            os.kill(int(number), signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
+    with happening(at_step(output, 1), kill):
         refused(capsys, train_resnet.main, arguments, "a process that loads images died", "num_workers", status=1)
-    finally:
-        ended.set()
-        killer.join()
     assert max(position(path) for path in output.glob("resume/checkpoint-*")) >= 0
     assert train_resnet.main(arguments) == 0
     assert digest(output) == digest(whole)
@@ -849,22 +917,8 @@ def test_an_image_that_becomes_unreadable_in_an_epoch_ends_the_run_and_it_resume
     arguments = [*SMALL, *paths(images, output), "--checkpoint_every_n_steps", "0"]
     spoilt = images / "train" / "class0002" / "3.png"
     good = spoilt.read_bytes()
-    ended = threading.Event()
-
-    def spoil() -> None:
-        while not ended.is_set():
-            if (output / "resume" / "run.json").exists():
-                spoilt.write_bytes(good[: len(good) // 2])
-                return
-            time.sleep(0.001)
-
-    spoiler = threading.Thread(target=spoil)
-    spoiler.start()
-    try:
+    with happening(at_step(output, 0), lambda: spoilt.write_bytes(good[: len(good) // 2])):
         refused(capsys, train_resnet.main, arguments, str(spoilt), status=2)
-    finally:
-        ended.set()
-        spoiler.join()
     spoilt.write_bytes(good)
     reached = max(position(path) for path in output.glob("resume/checkpoint-*"))
     assert train_resnet.main(arguments) == 0

@@ -74,17 +74,16 @@ def forked(log: Path, run: Callable[[], int]) -> int:
     os._exit(status)
 
 
-def start(arguments: list[str], run: Path, moment: Moment | None = None, names: Path | None = None) -> int:
-    """A run in a process of its own, which dies at a moment, or adds the names of all files that it writes to `names`;
-    returns its number."""
-
+def watch(run: Path, moment: Moment | None, names: Path | None = None, number: int = signal.SIGKILL) -> None:
+    """From now on this process and its group get a signal at a moment of the run in the folder `run`, and the names of
+    all files that it writes are added to `names`."""
     given = False
 
-    def watch(event: str, values: Sequence[Any]) -> None:
+    def watched(event: str, values: Sequence[Any]) -> None:
         nonlocal given
         if given:
-            given = False  # killing is an event too
-            os.killpg(0, signal.SIGKILL)
+            given = False  # sending a signal is an event too
+            os.killpg(0, number)
         if event != "os.rename":
             return
         file = os.path.relpath(os.fspath(values[1]), run)
@@ -93,14 +92,21 @@ def start(arguments: list[str], run: Path, moment: Moment | None = None, names: 
                 written.write(f"{file}\n")
         if moment is not None and file == moment.file:
             if moment.later is None:
-                os.killpg(0, signal.SIGKILL)
+                os.killpg(0, number)
             elif moment.later == 0:
                 given = True
             else:
-                threading.Timer(moment.later, os.killpg, (0, signal.SIGKILL)).start()
+                threading.Timer(moment.later, os.killpg, (0, number)).start()
+
+    sys.addaudithook(watched)
+
+
+def start(arguments: list[str], run: Path, moment: Moment | None = None, names: Path | None = None) -> int:
+    """A run in a process of its own, which is killed at a moment, or adds the names of all files that it writes to
+    `names`; returns its number."""
 
     def watched() -> int:
-        sys.addaudithook(watch)
+        watch(run, moment, names)
         return train_resnet.main([*arguments, "--output_path", str(run)])
 
     return forked(run.parent / f"{run.name}.log", watched)

@@ -111,7 +111,7 @@ def test_an_error_in_a_thread_of_a_loader_process_ends_the_wait() -> None:
 
     started = time.monotonic()
     # its end is seen first, or that its connection is gone
-    with pytest.raises(RunError, match=r"(?s)(died|connection to a process).*--dataloader\.num_workers"):
+    with pytest.raises(RunError, match=r"(?s)a process that loads images died.*--dataloader\.num_workers"):
         loaded(Numbers(spoilt=3, spoil=spoil))
     assert time.monotonic() - started < PATIENCE
 
