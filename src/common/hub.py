@@ -177,7 +177,7 @@ def send(
                 f"push_to_hub: {repository} was not sent: {said(error)}. Log in with: hf auth login; what "
                 "save_pretrained writes can be sent later"
             ) from error
-    return str(sent)
+    return str(sent.commit_url)
 
 
 def _package(who: str) -> Any:
@@ -216,7 +216,7 @@ def _refusal(
         return f"{where}: the model has no such branch, tag or commit"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         if unreachable is not None:
-            why = f"the hub cannot be reached ({said(unreachable)})"
+            why = f"the hub cannot be reached ({said(_of_the_system(unreachable))})"
         else:
             why = f"{'local_files_only' if access.offline else 'HF_HUB_OFFLINE'} is set"
         cache = access.cache or hub.constants.HF_HUB_CACHE
@@ -227,3 +227,12 @@ def _refusal(
         return f"{where} holds no file {file}; name the one that it holds: hf:{repository}/FILE"
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else said(error)
     return f"{where}: {file} cannot be fetched: {reason}"
+
+
+def _of_the_system(error: BaseException) -> BaseException:
+    """The system's own error that `error` comes from, which says it in fewer words; where there is none, `error`."""
+    found, cause = error, error.__cause__ or error.__context__
+    while cause is not None:
+        found = cause if isinstance(cause, OSError) and cause.errno else found
+        cause = cause.__cause__ or cause.__context__
+    return found

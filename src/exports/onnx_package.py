@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import version
 from typing import Any
 
 from ..common.errors import SettingsError
+
+ONNXSCRIPT = (0, 6, 2)
+"""Earlier ones make graphs of torch's newer exporter that they cannot write."""
 
 
 def needed() -> Any:
@@ -38,7 +43,7 @@ def exporting_program() -> Any:
     """The part of onnxscript in which torch's newer exporter gives its graphs.
 
     Raises:
-        SettingsError: it is not installed.
+        SettingsError: it is not installed, or too old.
     """
     try:
         from onnxscript import ir
@@ -47,4 +52,10 @@ def exporting_program() -> Any:
             "--exporter dynamo needs the package onnxscript, which is not installed: pip install pqf[onnx], or pip "
             "install onnxscript"
         ) from error
+    found = version("onnxscript")
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < ONNXSCRIPT:
+        least = ".".join(map(str, ONNXSCRIPT))
+        raise SettingsError(
+            f"--exporter dynamo needs onnxscript {least} or later, and this is {found}: pip install -U onnxscript"
+        )
     return ir

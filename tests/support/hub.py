@@ -47,8 +47,12 @@ class _Calls(BaseHTTPRequestHandler):
             self.wfile.write(sent)
 
     def do_GET(self) -> None:
-        """OWNER/NAME/resolve/REVISION/FILE."""
-        owner, name, what, revision, *file = self.path.strip("/").split("/")
+        """OWNER/NAME/resolve/REVISION/FILE; api/models/OWNER/NAME/revision/REVISION, which earlier packages ask before a
+        commit."""
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"] and (repository := "/".join(parts[2:4])) in self.server.repositories:
+            return self._answer(200, {"id": repository, "sha": COMMIT, "xetEnabled": False})
+        owner, name, what, revision, *file = parts
         files = self.server.repositories.get(f"{owner}/{name}")
         if what != "resolve" or files is None:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
