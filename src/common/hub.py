@@ -231,8 +231,7 @@ def _refusal(
 
 def _of_the_system(error: BaseException) -> BaseException:
     """The system's own error that `error` comes from, which says it in fewer words; where there is none, `error`."""
-    found, cause = error, error.__cause__ or error.__context__
-    while cause is not None:
-        found = cause if isinstance(cause, OSError) and cause.errno else found
-        cause = cause.__cause__ or cause.__context__
-    return found
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return next((one for one in reversed(chain) if isinstance(one, OSError) and one.errno), error)
