@@ -174,8 +174,8 @@ def send(
             ) from error
         except Exception as error:
             raise RunError(
-                f"push_to_hub: {repository} was not sent: {said(error)}. Log in with: hf auth login; what "
-                "save_pretrained writes can be sent later"
+                f"push_to_hub: {repository} was not sent: {said(_of_the_system(error))}. Log in with: hf auth login; "
+                "what save_pretrained writes can be sent later"
             ) from error
     return str(sent.commit_url)
 

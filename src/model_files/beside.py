@@ -81,7 +81,7 @@ def with_room(
         metric=likely_figures(n_figures),
         outputs_lost=dict.fromkeys(plan.layers, SHARE) if calibrated else None,
     )
-    moved = (STATISTICS if calibrated or trained else frozenset()) | (PARAMETERS if trained else frozenset())
+    moved = STATISTICS | PARAMETERS if trained else STATISTICS if calibrated else frozenset()
     return LikelyFile(info, moved)
 
 

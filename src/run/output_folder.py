@@ -108,7 +108,7 @@ class OutputFolder:
     @property
     def is_unfinished(self) -> bool:
         """Whether the folder holds a training run that began and did not end."""
-        return (self.path / STARTED).exists() and not self.is_finished and not is_half_copied(self.path)
+        return is_unfinished(self.path)
 
     @property
     def is_finished(self) -> bool:
@@ -165,6 +165,11 @@ class OutputFolder:
     def resume(self) -> Path:
         """Where a run saves what it needs to resume after a crash."""
         return self.path / "resume"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether an output folder holds a training run that began and did not end."""
+    return (folder / STARTED).exists() and not (folder / FINISHED).exists() and not is_half_copied(folder)
 
 
 def is_half_copied(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from ..common.paths import find, write_text
 from ..compression.finetune.hooks import Resumed
 from .checkpoints import StoredCheckpoint, checkpoint_number, checkpoints_in
 from .fingerprint import OF_THE_NETWORK, OF_THE_SCHEDULE, PROCESSES, RunFingerprint, is_among, other_number
-from .output_folder import FINISHED, STARTED, TRAINING_FILES, OutputFolder, is_half_copied, take
+from .output_folder import FINISHED, STARTED, TRAINING_FILES, OutputFolder, is_half_copied, is_unfinished, take
 
 FORMAT = 2
 
@@ -235,9 +235,7 @@ def _resumed(stored: StoredCheckpoint, now: RunFingerprint) -> Resumed:
 
 def came_from(own: Path, folder: Path) -> bool:
     """Whether the unfinished run in the output folder `own` resumed from that in `folder`."""
-    if not (own / STARTED).exists() or (own / FINISHED).exists() or is_half_copied(own):
-        return False
-    return UnfinishedRun.read(own / "resume").origin == str(folder)
+    return is_unfinished(own) and UnfinishedRun.read(own / "resume").origin == str(folder)
 
 
 def source_of(given: str) -> tuple[Path, str | None]:

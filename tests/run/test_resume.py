@@ -51,7 +51,7 @@ SMALL = [
     *small_runs.training(batch=4, workers=0, sls=20, k_means=1),
     *("--epochs", "2", "--log_every_n_steps", "1", "--dataloader.crop_padding", "2"),
 ]
-ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps", "1"]
+ONE_LOADER = ["--dataloader.num_workers", "1", "--checkpoint_every_n_steps"]
 STEPS = 6
 
 
@@ -278,10 +278,10 @@ from src import train_resnet
 from tests.support.killing import Moment, watch
 
 # as a terminal does with Ctrl-C, and a batch system with SIGTERM
-watch(Path(sys.argv[1]), Moment("resume/checkpoint-000004.safetensors", 0), number=int(sys.argv[2]))
+watch(Path(sys.argv[1]), Moment("resume/checkpoint-000003.safetensors", 0), number=int(sys.argv[2]))
 sys.exit(train_resnet.main(sys.argv[3:]))
 """
-"""Training begins after the second checkpoint."""
+"""The third checkpoint is the first of the training."""
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
 ) -> None:
     """In a process of its own with loader processes, all of which get the signal."""
     output = tmp_path / "run"
-    arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER]
+    arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER, "2"]
     running = subprocess.run(
         [sys.executable, "-c", SIGNALLED, str(output), str(int(number)), *arguments],
         cwd=ROOT,
@@ -314,6 +314,9 @@ def test_a_signal_saves_first_and_leaves_with_the_usual_status(
     assert "Traceback" not in text
     assert "interrupted: the checkpoint is saved (" in text
     assert "the same command resumes from it" in text
+    newest = max(found(output, "resume/checkpoint-*"))
+    assert newest.name == "checkpoint-000004.safetensors"
+    assert 2 <= position(newest) < 4  # of the steps two, four and so on: it was saved for the signal
     assert not list(output.rglob("*.part"))
     assert not (output / ".lock").exists()
     capsys.readouterr()
@@ -891,7 +894,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
     small_images: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER]
+    arguments = [*SMALL, *paths(small_images, output), *ONE_LOADER, "1"]
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     if not children.exists():
         pytest.skip("child processes are found through /proc, which this system does not have")
@@ -899,7 +902,7 @@ def test_a_killed_loader_process_ends_the_run_with_its_state_kept(
 
     def kill() -> None:
         loaders = set(children.read_text().split()) - before
-        assert loaders
+        assert len(loaders) == 2  # of the validation and of the training
         for number in loaders:
             os.kill(int(number), signal.SIGKILL)
 

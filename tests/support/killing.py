@@ -1,8 +1,8 @@
 """Kills a training run with SIGKILL again and again and lets it resume: python -m tests.support.killing FOLDER IMAGES
-SEED LIVES.
+SEED KILLS.
 
-Prints JSON: the moment of each kill and what was going on, and a digest of everything that runs left, of the run that was never killed and of
-those that were. The runs are forked from this process, which has loaded torch but computed nothing, so that a life
+Prints JSON: the moment of each kill and what was going on, and a digest of everything that runs left, of the run that
+was never killed and of those that were. The runs are forked from this process, which has loaded torch but computed nothing, so that a life
 costs no import. A run kills itself, in the middle of writing a file or soon after it: so every moment comes, on a slow
 machine as on a fast one.
 """
@@ -204,8 +204,8 @@ def main() -> None:
     whole, names = folder / "whole", folder / "names"
     assert ended(start(arguments, whole, names=names)) == 0, (folder / "whole.log").read_text()
     report: dict = {"whole": digest(whole), "killed": [], "kills": []}
-    draw, files = random.Random(seed), sorted(set(names.read_text().splitlines()))
     order = {file: number for number, file in enumerate(dict.fromkeys(names.read_text().splitlines()))}
+    draw, files = random.Random(seed), sorted(order)
     missing = needed(files, draw)
     for chain in range(MOST_CHAINS):
         left = min(kills - len(report["kills"]), A_CHAIN)
@@ -213,7 +213,7 @@ def main() -> None:
             break
         run, status = folder / f"run{chain}", 0
         moments = [*missing, *(any_moment(files, draw) for _ in range(left - len(missing)))][:left]
-        # groups and layers end in another order in every run: one that was ready before its moment came has it in a later run
+        # groups and layers end in another order in every run: one that was ready too early has its moment in a later run
         for moment in sorted(moments, key=lambda moment: (order[moment.file], moment.later or 0)):
             status = ended(start(arguments, run, moment))
             if status != -signal.SIGKILL:
